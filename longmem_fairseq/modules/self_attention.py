@@ -1,0 +1,115 @@
+"""Causal self-attention for the backbone and the side network, with the parameters of fairseq's own.
+
+Legend: B lanes, T tokens of a segment, S cached tokens, H heads, d width of a head, D = H * d.
+"""
+
+import math
+from typing import Dict, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from fairseq.modules import MultiheadAttention
+from torch import Tensor
+
+IncrementalState = Optional[Dict[str, Dict[str, Optional[Tensor]]]]
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Slopes of ALiBi (Press et al., 2022), one per head, shape (heads,), float32, on the CPU.
+
+    2^(-8i/H) for i = 1..H when H is a power of two; else those of the next lower power, then every other one of the
+    next higher.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
+    slopes += [2.0 ** (-8.0 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)][: heads - power]
+    return torch.tensor(slopes)
+
+
+class SelfAttention(MultiheadAttention):
+    """fairseq's decoder self-attention, computed by PyTorch's fused attention, optionally with ALiBi.
+
+    Parameters, state dict keys and the calling convention are those of :class:`fairseq.modules.MultiheadAttention`, so
+    that it takes the place of ``layer.self_attn`` in any fairseq decoder layer. It is always causal; since padding
+    only ever follows a row's tokens, causality also hides the padding, and the masks that fairseq's decoder passes
+    are not needed.
+
+    Unlike the stock module it appends any number of tokens to its incremental state, not just one.
+
+    Args:
+        embed_dim: D.
+        num_heads: H.
+        dropout: dropout probability of the attention weights in training.
+        bias: whether the four projections have biases.
+        alibi: add ALiBi's linear bias to the scores of the local window.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, alibi: bool = False):
+        super().__init__(embed_dim, num_heads, dropout=dropout, bias=bias, self_attention=True)
+        self.alibi = alibi
+        # A plain attribute, not a buffer: it must stay float32 when the model is cast to half precision, where
+        # multiples of small slopes would collapse.
+        self._bias: Optional[Tensor] = None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Optional[Tensor] = None,
+        value: Optional[Tensor] = None,
+        key_padding_mask: Optional[Tensor] = None,
+        incremental_state: IncrementalState = None,
+        need_weights: bool = False,
+        static_kv: bool = False,
+        attn_mask: Optional[Tensor] = None,
+        before_softmax: bool = False,
+        need_head_weights: bool = False,
+    ) -> Tuple[Tensor, None]:
+        """Attend causally from ``query`` (T, B, D) to itself and to what ``incremental_state`` holds before it.
+
+        ``key`` and ``value`` are the query (self-attention); the masks are implied by causality. Returns the output
+        (T, B, D) and, since fused attention has none, no attention weights.
+        """
+        T, B, _ = query.shape
+        q, k, v = (self._heads(projection(query)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if incremental_state is not None:
+            k, v = self._append(incremental_state, k, v)
+        x = self.attend(q, k, v)  # (B, H, T, d)
+        x = x.permute(2, 0, 1, 3).reshape(T, B, self.embed_dim)  # (T, B, D)
+        return self.out_proj(x), None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mix what the heads read, shape (B, H, T, d); joint attention overrides this."""
+        return self.local_attention(q, k, v)
+
+    def local_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of the last T of S positions; q (B, H, T, d), k and v (B, H, S, d) -> (B, H, T, d)."""
+        T, S = q.size(2), k.size(2)
+        dropout = self.dropout_module.p if self.dropout_module.training else 0.0
+        if T == 1 and not self.alibi:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        if T == S and not self.alibi:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(T, S, q), dropout_p=dropout)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(T, B, D) -> (B, H, T, d)."""
+        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+
+    def _mask(self, T: int, S: int, like: Tensor) -> Tensor:
+        """Additive mask (1, 1 or H, T, S): causal, with ALiBi's bias relative to the query."""
+        if self._bias is None or self._bias.size(-1) < S or self._bias.device != like.device:
+            distance = torch.arange(S, device=like.device)[:, None] - torch.arange(S, device=like.device)  # (S, S)
+            slopes = alibi_slopes(self.num_heads) if self.alibi else torch.zeros(1)
+            bias = -slopes.to(like.device)[:, None, None] * distance  # (H, S, S)
+            self._bias = bias.masked_fill(distance < 0, float("-inf"))
+        # Row i of the square is the query at position i; the T queries are the last of S positions.
+        return self._bias[None, :, S - T : S, :S].to(like.dtype)
+
+    def _append(self, incremental_state: IncrementalState, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
+        """Keys and values with the cached ones before them, (B, H, S + T, d), which become the cached ones."""
+        saved = self._get_input_buffer(incremental_state)
+        if "prev_key" in saved:
+            k = torch.cat([saved["prev_key"], k], dim=2)
+            v = torch.cat([saved["prev_value"], v], dim=2)
+        self._set_input_buffer(incremental_state, {"prev_key": k, "prev_value": v})
+        return k, v
