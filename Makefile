@@ -1,0 +1,92 @@
+# make            set up the environment in .venv (once)
+# make demo       the whole main job on small real input; TEXT=directory-or-file: on your own documents
+# make test       lint and run the tests
+# make lint       ruff only
+# make clean      remove what demo and tests made; the environment stays
+# make distclean  remove the environment too
+#
+# PYTHON=python3.12   the Python (3.11 or 3.12) that a new environment is made with
+# VENV=.venv          where the environment lies
+# FAISS=cpu|gpu       which faiss; by default gpu where an NVIDIA driver answers
+# WORKERS=2           processes that run tests
+# PYTEST_ARGS="-k x"  more options to pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+ifndef FAISS
+FAISS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+endif
+ifeq ($(filter cpu gpu,$(FAISS)),)
+$(error FAISS=$(FAISS) is neither cpu nor gpu)
+endif
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed-$(FAISS)
+TORCH := $(shell sed -n 's/^TORCH = "\(.*\)"/\1/p' setup.py)
+FAIRSEQ := $(shell sed -n 's/^FAIRSEQ = "\(.*\)"/\1/p' setup.py)
+
+.PHONY: env demo test lint clean distclean help
+
+env: $(STAMP)
+
+demo test lint: export PATH := $(BIN):$(PATH)
+
+demo: export TEXT ?=
+demo: env
+	bash examples/quickstart.sh
+
+# One thread each: the tests are many small processes, side by side.
+test: lint
+	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests
+
+lint: env
+	ruff check .
+
+# fairseq is compiled here, against the torch and numpy that lie in the environment. With pip's build isolation it would
+# first download a second torch of several GB, and with CUDA_HOME set it would compile CUDA extensions nobody uses.
+# pip keeps the wheel, so that the next environment has it in seconds.
+$(STAMP): setup.py Makefile
+	@if [ ! -x "$(BIN)/pip" ]; then \
+	  version=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || { \
+	    echo "PYTHON=$(PYTHON) does not run; name a Python 3.11 or 3.12: make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	  case $$version in 3.11|3.12) ;; *) \
+	    echo "PYTHON=$(PYTHON) is Python $$version, and $(FAIRSEQ) needs 3.11 or 3.12: make PYTHON=/path/to/python3.12" >&2; \
+	    exit 1;; esac; \
+	  echo "[1/4] Python $$version environment in $(VENV)"; \
+	  "$(PYTHON)" -m venv --clear "$(VENV)"; \
+	fi
+	@command -v $(firstword $(CXX)) >/dev/null || { \
+	  echo "CXX=$(CXX) is not a C++ compiler here, and fairseq is compiled: install one (Debian, Ubuntu: g++) or name yours: make CXX=..." >&2; \
+	  exit 1; }
+	@echo '#include <Python.h>' | $(CXX) -fsyntax-only -x c++ \
+	  -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" - 2>/dev/null || { \
+	  echo "CXX=$(CXX) does not find this Python's Python.h, and fairseq is compiled: install it (Debian, Ubuntu: python3-dev)" >&2; \
+	  exit 1; }
+	@rm -f $(VENV)/.installed-*
+	@echo "[2/4] $(TORCH) and numpy (a download of 0.2 to 3 GB, once)"
+	@$(PIP) install --quiet "$(TORCH)" numpy cython setuptools wheel
+	@echo "[3/4] $(FAIRSEQ) (compiled, once: about 3 minutes)"
+	@env -u CUDA_HOME $(PIP) install --quiet --no-build-isolation "$(FAIRSEQ)"
+	@echo "[4/4] longmem_fairseq with faiss-$(FAISS)"
+	@$(PIP) -qq uninstall --yes $(if $(filter gpu,$(FAISS)),faiss-cpu,faiss-gpu)
+	@$(PIP) install --quiet --no-build-isolation --editable ".[$(FAISS),dev]"
+	@$(BIN)/python -c "import faiss, torch, fairseq.data.data_utils_fast"
+	@touch $@
+	@echo "ready: source $(VENV)/bin/activate"
+
+clean:
+	rm -rf demo build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find . -path "./$(VENV)" -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf "$(VENV)"
+
+help:
+	@sed -n '/^# make /,/^$$/s/^# \{0,1\}//p' Makefile
