@@ -1,0 +1,124 @@
+"""What a stranger gets: the installed package, the Makefile's refusals, and a clean repository."""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.repository import ROOT, copy_repository, repository_files
+
+LARGEST_FILE = 12_000_000  # bytes
+MACHINE_PATH = re.compile(rb"(?<![\w.~:/-])/(?:root|home|tmp|work)/\w+")
+
+REGISTERED = """
+import argparse, importlib.util, json
+from fairseq import utils
+place = importlib.util.find_spec("longmem_fairseq").submodule_search_locations[0]
+utils.import_user_module(argparse.Namespace(user_dir=place))
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.tasks import TASK_REGISTRY
+registries = {"models": MODEL_REGISTRY, "architectures": ARCH_MODEL_REGISTRY}
+registries.update({"tasks": TASK_REGISTRY, "criterions": CRITERION_REGISTRY})
+print(json.dumps({"place": place, **{name: sorted(registry) for name, registry in registries.items()}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A directory with the package installed as `pip install .` does, without its dependencies."""
+    source = copy_repository(tmp_path_factory.mktemp("source"))
+    site = tmp_path_factory.mktemp("site")
+    install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index"]
+    subprocess.run([*install, "--no-deps", "--no-build-isolation", "--target", site, source], check=True, cwd=source)
+    return site
+
+
+def test_installs_the_package_and_nothing_else(site):
+    assert [p.name for p in site.iterdir() if p.suffix != ".dist-info"] == ["longmem_fairseq"]
+    installed = {str(path.relative_to(site)) for path in (site / "longmem_fairseq").rglob("*.py")}
+    assert installed == {str(p) for p in repository_files() if p.parts[0] == "longmem_fairseq" and p.suffix == ".py"}
+
+
+def test_installed_package_registers_itself(site):
+    """Found by `--user-dir PLACE`, from a directory that is not the clone."""
+    done = subprocess.run(
+        [sys.executable, "-c", REGISTERED],
+        cwd=site.parent,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    found = json.loads(done.stdout)  # nothing else may be printed on standard output
+    assert Path(found["place"]) == site / "longmem_fairseq"
+    assert {"longmem_lm", "alibi_lm"} <= set(found["models"])
+    sizes = ("tiny", "small", "medium", "large", "xl")
+    assert {f"longmem_gpt2_{size}" for size in sizes} <= set(found["architectures"])
+    assert {f"alibi_lm_{size}" for size in ("tiny", "medium")} <= set(found["architectures"])
+    assert "longmem_language_modeling" in found["tasks"]
+    assert "longmem_cross_entropy" in found["criterions"]
+
+
+def test_leaves_an_existing_fairseq_environment_alone(site):
+    requirements = next(importlib.metadata.distributions(path=[str(site)])).requires
+    required = [line for line in requirements if "extra ==" not in line]
+    assert required and not [line for line in required if re.search(r"==|<|fairseq|faiss", line)]
+    extras = {extra: [r for r in requirements if re.search(rf"extra == .{extra}.", r)] for extra in ("cpu", "gpu")}
+    for extra, other in (("cpu", "gpu"), ("gpu", "cpu")):
+        assert any(f"faiss-{extra}==" in line for line in extras[extra])
+        assert not any(f"faiss-{other}" in line for line in extras[extra]), "both install the module faiss"
+
+
+def make(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_make_refuses_another_python(tmp_path):
+    old = script(tmp_path / "python", "echo 3.10")
+    done = make(f"PYTHON={old}", f"VENV={tmp_path / 'venv'}", "FAISS=cpu")
+    assert done.returncode and f"PYTHON={old} is Python 3.10" in done.stderr and "3.11 or 3.12" in done.stderr
+    done = make(f"PYTHON={tmp_path / 'none'}", f"VENV={tmp_path / 'venv'}", "FAISS=cpu")
+    assert done.returncode and "none does not run" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_make_refuses_a_missing_compiler(tmp_path):
+    script(tmp_path / "venv/bin/pip", "exit 1")
+    script(tmp_path / "venv/bin/python", f'exec "{sys.executable}" "$@"')
+    here = (f"VENV={tmp_path / 'venv'}", "FAISS=cpu")
+    done = make(f"CXX={tmp_path / 'none'}", *here)
+    assert done.returncode and "none is not a C++ compiler" in done.stderr and "make CXX=" in done.stderr
+    done = make(f"CXX={script(tmp_path / 'c++', 'exit 1')}", *here)
+    assert done.returncode and "does not find this Python's Python.h" in done.stderr
+    assert not list((tmp_path / "venv").glob(".installed-*"))
+
+
+def test_make_refuses_an_unknown_faiss():
+    done = make("FAISS=tpu")
+    assert done.returncode and "FAISS=tpu is neither cpu nor gpu" in done.stderr
+
+
+def test_files_are_small():
+    large = {str(path): size for path in repository_files() if (size := (ROOT / path).stat().st_size) > LARGEST_FILE}
+    assert not large
+
+
+def test_files_name_no_place_of_one_machine():
+    """Binary files too: a checkpoint may hold the paths of the machine that wrote it."""
+    assert MACHINE_PATH.search(b'x = "' + b"/ho" + b'me/someone/data"')
+    assert not MACHINE_PATH.search(b"https://example.org/" + b"work/x ~/" + b"tmp/x a/" + b"home/b")
+    found = {str(path): MACHINE_PATH.findall((ROOT / path).read_bytes()) for path in repository_files()}
+    assert {path: named[:3] for path, named in found.items() if named} == {}
