@@ -1,0 +1,124 @@
+"""Cross-entropy of the side network's predictions, and what shows whether the memory is of use."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from fairseq import utils
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
+from fairseq.logging import metrics
+
+
+@dataclass
+class LongMemCrossEntropyConfig(CrossEntropyCriterionConfig):
+    without_memory_interval: int = field(
+        default=50,
+        metadata={
+            "help": "every so many training steps, also measure the loss without reading the memory (0: never); "
+            "validation always does"
+        },
+    )
+
+
+@register_criterion("longmem_cross_entropy", dataclass=LongMemCrossEntropyConfig)
+class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
+    """fairseq's cross-entropy with figures of the memory beside it.
+
+    Logged besides ``loss`` and ``ppl`` (base 2): ``gate``, the mean of sigmoid(g) over heads; ``mem_fill``, the share
+    of the memory in use; ``mem_dist``, tokens between a query and what it reads; on sampled steps ``ppl_no_mem``, the
+    perplexity of the same side network when it reads nothing, and ``mem_gain``, by how much (in percent) reading
+    lowers it.
+    """
+
+    def __init__(self, task, sentence_avg, without_memory_interval=50):
+        super().__init__(task, sentence_avg)
+        self.without_memory_interval = without_memory_interval
+        self._steps = 0
+
+    def forward(self, model, sample, reduce=True):
+        """Loss, its denominator and sums to log, as fairseq's criteria return them."""
+        interval = self.without_memory_interval
+        compare = not model.training or (interval > 0 and self._steps % interval == 0)
+        self._steps += model.training
+        logits, extra = model(**sample["net_input"], without_memory=compare)
+        target = sample["target"]
+        loss = self._loss(logits, target, reduce)
+        sample_size = target.size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": loss.data,
+            "ntokens": sample["ntokens"],
+            "nsentences": target.size(0),
+            "sample_size": sample_size,
+        }
+        # Every rank logs every key at every step: fairseq sums them by position.
+        zero = torch.zeros((), device=target.device)
+        compared = compare and extra["memory"] is not None
+        logging_output["loss_compared"] = loss.data.sum() if compared else zero
+        logging_output["loss_without_memory"] = (
+            self._loss(extra["logits_without_memory"], target, True) if compared else zero
+        )
+        logging_output["tokens_compared"] = sample["ntokens"] if compared else 0
+        logging_output.update(memory_figures(model, extra["memory"], zero))
+        return loss, sample_size, logging_output
+
+    def _loss(self, logits, target, reduce):
+        return F.cross_entropy(
+            logits.float().view(-1, logits.size(-1)),
+            target.view(-1),
+            ignore_index=self.padding_idx,
+            reduction="sum" if reduce else "none",
+        )
+
+    @staticmethod
+    def reduce_metrics(logging_outputs) -> None:
+        """Aggregate the logged sums of all ranks and batches."""
+        CrossEntropyCriterion.reduce_metrics(logging_outputs)
+
+        def total(key):
+            return sum(log.get(key, 0) for log in logging_outputs)
+
+        batches = total("memory_batches")
+        if batches:
+            metrics.log_scalar("gate", total("gate") / batches, batches, round=3)
+            metrics.log_scalar("mem_fill", total("memory_fill") / batches, batches, round=3)
+        reads = total("memory_reads")
+        if reads:
+            metrics.log_scalar("mem_dist", total("memory_distance") / reads, reads, round=0)
+        tokens = total("tokens_compared")
+        if tokens:
+            with_memory = total("loss_compared") / tokens / math.log(2)
+            without = total("loss_without_memory") / tokens / math.log(2)
+            metrics.log_scalar("_loss_compared", with_memory, tokens, round=3)
+            metrics.log_scalar("_loss_no_mem", without, tokens, round=3)
+            metrics.log_derived("ppl_no_mem", lambda meters: utils.get_perplexity(meters["_loss_no_mem"].avg))
+            metrics.log_derived(
+                "mem_gain",
+                lambda meters: round(
+                    100 * (1 - 2 ** float(meters["_loss_compared"].avg - meters["_loss_no_mem"].avg)), 2
+                ),
+            )
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        """All figures are sums."""
+        return True
+
+
+def memory_figures(model, reader, zero) -> dict:
+    """Sums that describe one batch's use of the memory; all zero where there is none."""
+    if reader is None:
+        return dict.fromkeys(
+            ("memory_batches", "gate", "memory_fill", "memory_reads", "memory_distance"), zero
+        )
+    distance, reads = reader.distance()
+    decoder = model.decoder if hasattr(model, "decoder") else model.module.decoder
+    gate = torch.sigmoid(decoder.layers[decoder.reading_layer].self_attn.memory_gate.detach().float()).mean()
+    return {
+        "memory_batches": zero + 1,
+        "gate": zero + gate,
+        "memory_fill": zero + reader.fill,
+        "memory_reads": zero + reads,
+        "memory_distance": zero + distance,
+    }

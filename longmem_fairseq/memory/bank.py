@@ -1,0 +1,122 @@
+"""The memory bank: keys and values of past tokens, in chunks, per lane and head (METHOD: "One step", 3 and 5).
+
+Legend: L lanes, H heads, N chunks that a lane holds, C tokens of a chunk, d width of a head, T tokens of a segment.
+"""
+
+from typing import Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class MemoryBank:
+    """A ring buffer of chunked keys and values for each lane, allocated once.
+
+    Chunk i of a stream (its tokens i*C to i*C + C - 1) always lies in slot i mod N, so what a lane holds depends only
+    on the tokens it was given, not on when writing began; the newest chunk overwrites the oldest, and eviction costs
+    nothing. Tokens that do not fill a chunk yet wait in a tail and join the next segment's.
+
+    It holds ``L * H * N * (2 * C * d * bytes(dtype) + 4 * d)`` bytes, plus one chunk a lane for the tail.
+
+    Args:
+        lanes: L.
+        heads: H.
+        head_dim: d.
+        memory_size: tokens that a lane holds; rounded down to whole chunks, N = memory_size // chunk_size.
+        chunk_size: C.
+        dtype: of keys and values; the chunk means that are searched are always float32.
+        device: where the bank lies.
+
+    Attributes:
+        keys, values: shape (L, H, N, C, d).
+        means: mean key of each chunk, shape (L, H, N, d), float32.
+        first, written: number of the first chunk a lane was given since its reset, and one past the last, shape (L,).
+    """
+
+    def __init__(
+        self,
+        lanes: int,
+        heads: int,
+        head_dim: int,
+        memory_size: int,
+        chunk_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),
+    ):
+        if chunk_size < 1 or memory_size < chunk_size:
+            raise ValueError(
+                f"a memory of {memory_size} tokens holds no chunk of {chunk_size}: raise --memory-size or lower "
+                "--chunk-size"
+            )
+        self.lanes, self.heads, self.head_dim, self.chunk_size = lanes, heads, head_dim, chunk_size
+        self.chunks = memory_size // chunk_size
+        shape = (lanes, heads, self.chunks, chunk_size, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.means = torch.zeros(lanes, heads, self.chunks, head_dim, device=device)
+        self._tail = torch.zeros(2, lanes, heads, chunk_size, head_dim, dtype=dtype, device=device)
+        self.first = np.zeros(lanes, dtype=np.int64)
+        self.written = np.zeros(lanes, dtype=np.int64)
+        self.position = np.zeros(lanes, dtype=np.int64)  # tokens of the stream that were given or skipped
+
+    @property
+    def held(self) -> np.ndarray:
+        """Chunks that each lane holds, shape (L,)."""
+        return np.minimum(self.written - self.first, self.chunks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.means, self._tail))
+
+    def reset(self, lane: int, position: int = 0) -> None:
+        """Forget all of a lane, whose next token is number ``position`` of its stream.
+
+        Where a stream is joined amid a chunk, the rest of that chunk is left out.
+        """
+        self.first[lane] = self.written[lane] = -(-position // self.chunk_size)
+        self.position[lane] = position
+
+    def append(self, lane: int, keys: Tensor, values: Tensor) -> None:
+        """Add tokens to a lane: keys and values of shape (H, T, d), any floating dtype."""
+        C, N, T = self.chunk_size, self.chunks, keys.size(1)
+        skip = min(T, max(0, int(self.written[lane]) * C - int(self.position[lane])))
+        waiting = max(0, int(self.position[lane]) - int(self.written[lane]) * C)
+        self.position[lane] += T
+        new = torch.stack([keys[:, skip:], values[:, skip:]]).to(self.keys.dtype)  # (2, H, T, d)
+        if waiting:
+            new = torch.cat([self._tail[:, lane, :, :waiting], new], dim=2)
+        chunks, rest = divmod(new.size(2), C)
+        if rest:
+            self._tail[:, lane, :, :rest] = new[:, :, chunks * C :]
+        if not chunks:
+            return
+        kept = min(chunks, N)  # of a segment longer than the memory only the end can stay
+        begin = int(self.written[lane]) + chunks - kept
+        new = new[:, :, (chunks - kept) * C : chunks * C].reshape(2, self.heads, kept, C, self.head_dim)
+        means = new[0].float().mean(dim=2)  # (H, kept, d)
+        slot, done = begin % N, 0
+        while done < kept:  # once, or twice where the ring closes
+            n = min(kept - done, N - slot)
+            self.keys[lane, :, slot : slot + n] = new[0, :, done : done + n]
+            self.values[lane, :, slot : slot + n] = new[1, :, done : done + n]
+            self.means[lane, :, slot : slot + n] = means[:, done : done + n]
+            slot, done = 0, done + n
+        self.written[lane] += chunks
+
+    def spans(self, lane: int) -> Tuple[Tuple[int, int], ...]:
+        """Slots that hold chunks, as one or two (begin, end) ranges; none where the lane is empty."""
+        held = int(self.held[lane])
+        if held in (0, self.chunks):
+            return ((0, held),) if held else ()
+        begin = int(self.written[lane] - held) % self.chunks
+        if begin + held <= self.chunks:
+            return ((begin, begin + held),)
+        return ((0, begin + held - self.chunks), (begin, self.chunks))
+
+    def chunk_numbers(self, lanes: np.ndarray, slots: Tensor) -> Tensor:
+        """The chunk (counted from its stream's start) that lies in each slot; slots (B, ...) of lanes (B,)."""
+        newest = torch.from_numpy(self.written[lanes] - 1).to(slots.device, non_blocking=True)
+        newest = newest.view(-1, *([1] * (slots.dim() - 1)))
+        return newest - (newest - slots) % self.chunks

@@ -1,0 +1,323 @@
+"""The frozen backbone: any pre-norm decoder-only language model of fairseq, read for its hidden states.
+
+Legend: B lanes, T tokens of a segment, D width, H heads, d = D / H, N layers, V symbols.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from types import SimpleNamespace
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.models.transformer import TransformerDecoderBase
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.utils import safe_getattr
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from ..modules.self_attention import IncrementalState, SelfAttention
+
+logger = logging.getLogger(__name__)
+
+
+class BackboneError(ValueError):
+    """A checkpoint that cannot be a backbone; the message says why."""
+
+
+class Encoded(NamedTuple):
+    """What the backbone made of one segment.
+
+    Attributes:
+        hidden: h_0 (embedding output) to h_N, each (T, B, D); after :meth:`Backbone.remember` only h_0 to h_m.
+        keys, values: of the memory layer, after their projections, shape (B, H, T, d).
+    """
+
+    hidden: List[Tensor]
+    keys: Tensor
+    values: Tensor
+
+
+class Backbone(nn.Module):
+    """A frozen decoder: always in evaluation mode, never with a gradient.
+
+    Args:
+        decoder: a pre-norm decoder; its self-attention modules are exchanged for :class:`SelfAttention`, which
+            computes the same from the same parameters.
+        memory_layer: m, the layer whose keys and values are remembered, counted from 0.
+        config: what rebuilds the decoder (see :func:`build_backbone`), plain JSON types.
+
+    Attributes:
+        fingerprint: of the weights it was loaded with (see :func:`backbone_fingerprint`); None before.
+    """
+
+    def __init__(self, decoder: TransformerDecoderBase, memory_layer: int, config: Dict[str, Any]):
+        super().__init__()
+        self.decoder = decoder
+        self.memory_layer = memory_layer
+        self.config = config
+        self.fingerprint: Optional[str] = None
+        for layer in decoder.layers:
+            if not isinstance(layer.self_attn, SelfAttention):
+                layer.self_attn = _fused(layer.self_attn)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stay in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.decoder.layers)
+
+    @property
+    def num_heads(self) -> int:
+        return self.decoder.layers[0].self_attn.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.decoder.layers[0].self_attn.head_dim
+
+    @property
+    def max_positions(self) -> Optional[int]:
+        """The longest window that its position embeddings allow; None where there is no such limit."""
+        positions = self.decoder.embed_positions
+        return getattr(positions, "max_positions", None) if isinstance(positions, nn.Embedding) else None
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, incremental_state: IncrementalState = None, start: int = 0) -> Encoded:
+        """Encode tokens (B, T), of which the first stands at position ``start`` of the window."""
+        layers = self.decoder.layers
+        hidden = [self.embed(tokens, start)]
+        recorded = []
+        attention = layers[self.memory_layer].self_attn
+        # The keys and values are taken where the layer computes them, rather than projected a second time.
+        hooks = [
+            projection.register_forward_hook(lambda module, inputs, output: recorded.append(output))
+            for projection in (attention.k_proj, attention.v_proj)
+        ]
+        try:
+            for layer in layers:
+                hidden.append(layer(hidden[-1], incremental_state=incremental_state)[0])  # (T, B, D)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        keys, values = (attention._heads(x) for x in recorded)
+        return Encoded(self.residual_stream(hidden), keys, values)
+
+    @torch.no_grad()
+    def remember(self, tokens: Tensor) -> Encoded:
+        """As forward, but only as far as the memory needs: the layers above the memory layer are not run."""
+        layers = self.decoder.layers
+        hidden = [self.embed(tokens)]
+        for layer in layers[: self.memory_layer]:
+            hidden.append(layer(hidden[-1])[0])
+        layer = layers[self.memory_layer]
+        x = layer.self_attn_layer_norm(hidden[-1])
+        attention = layer.self_attn
+        return Encoded(hidden, attention._heads(attention.k_proj(x)), attention._heads(attention.v_proj(x)))
+
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """h_0 of tokens (B, T), shape (T, B, D).
+
+        Raises:
+            BackboneError: where the window is longer than the position embeddings.
+        """
+        decoder = self.decoder
+        x = decoder.embed_scale * decoder.embed_tokens(tokens)
+        if decoder.project_in_dim is not None:
+            x = decoder.project_in_dim(x)
+        if decoder.embed_positions is not None:
+            x = x + self._positions(start, start + tokens.size(1)).to(x.dtype)
+        if decoder.layernorm_embedding is not None:
+            x = decoder.layernorm_embedding(x)
+        return x.transpose(0, 1)  # (T, B, D)
+
+    def _positions(self, begin: int, end: int) -> Tensor:
+        """Embeddings of positions begin to end - 1, shape (end - begin, D).
+
+        They are taken by number: fairseq numbers the tokens of its input, which is not the window when decoding
+        step by step.
+        """
+        table = self.decoder.embed_positions
+        if self.max_positions is not None and end > self.max_positions:
+            raise BackboneError(
+                f"a segment of {end} tokens is longer than the backbone's {self.max_positions} positions: lower "
+                "--tokens-per-sample"
+            )
+        first = self.decoder.padding_idx + 1  # fairseq's position embeddings start behind the padding's
+        if isinstance(table, nn.Embedding):
+            return table.weight[first + begin : first + end]
+        if table.weights.size(0) < first + end:
+            table.weights = table.get_embedding(first + end, table.embedding_dim, table.padding_idx).to(table.weights)
+        return table.weights[first + begin : first + end]
+
+    def residual_stream(self, hidden: List[Tensor]) -> List[Tensor]:
+        """The hidden states as the side network's residual connections use them."""
+        return hidden
+
+    def output_layer(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of normalised features (..., D)."""
+        if self.decoder.project_out_dim is not None:
+            x = self.decoder.project_out_dim(x)
+        return self.decoder.output_projection(x)
+
+
+def backbone_fingerprint(backbone: Backbone) -> str:
+    """SHA-256 of the configuration and of all weights as float32, in hexadecimal."""
+    digest = hashlib.sha256(json.dumps(backbone.config, sort_keys=True).encode())
+    for name, tensor in sorted(backbone.decoder.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _fused(stock: nn.Module) -> SelfAttention:
+    """The same attention with the same parameters, computed by :class:`SelfAttention`."""
+    fused = SelfAttention(stock.embed_dim, stock.num_heads, dropout=stock.dropout_module.p)
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        setattr(fused, name, getattr(stock, name))
+    return fused
+
+
+# Of a stock model's configuration, what decides which function it computes. Everything else (dropout, checkpointing,
+# options of training) may differ between two files of the same backbone.
+_CONFIG_FIELDS = (
+    "activation_fn",
+    "decoder_embed_dim",
+    "decoder_input_dim",
+    "decoder_output_dim",
+    "decoder_ffn_embed_dim",
+    "decoder_layers",
+    "decoder_attention_heads",
+    "decoder_learned_pos",
+    "decoder_normalize_before",
+    "no_decoder_final_norm",
+    "no_token_positional_embeddings",
+    "no_scale_embedding",
+    "layernorm_embedding",
+    "share_decoder_input_output_embed",
+    "max_target_positions",
+    "scale_fc",
+    "scale_attn",
+    "scale_heads",
+    "scale_resids",
+)
+
+_REFUSED = {
+    "adaptive_input": "adaptive inputs",
+    "adaptive_softmax_cutoff": "an adaptive softmax",
+    "character_embeddings": "character embeddings",
+    "decoder_layers_to_keep": "layers pruned away (LayerDrop)",
+    "decoder_layerdrop": "LayerDrop",
+    "base_layers": "BASE layers",
+    "quant_noise_pq": "product quantisation",
+    "quant_noise_scalar": "scalar quantisation",
+    "decoder_xformers_att_config": "xFormers attention",
+}
+
+
+def backbone_config(cfg: Any, dictionary_size: int) -> Dict[str, Any]:
+    """What rebuilds a backbone, from the ``cfg.model`` of its checkpoint, as plain JSON types.
+
+    Raises:
+        BackboneError: where the model is not a pre-norm decoder-only transformer that can be a backbone.
+    """
+    name = safe_getattr(cfg, "_name", None) or safe_getattr(cfg, "arch", None)
+    model = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
+    if model is None or not issubclass(model, TransformerLanguageModel):
+        raise BackboneError(
+            f"the model is a {name}: a backbone must be a decoder-only transformer_lm (or alibi_lm) of fairseq"
+        )
+    for option, what in _REFUSED.items():
+        if safe_getattr(cfg, option, None):
+            raise BackboneError(f"it has {what} ({option}={safe_getattr(cfg, option)}): a backbone must have none")
+    if not safe_getattr(cfg, "decoder_normalize_before", False):
+        raise BackboneError(
+            "its layers are post-norm (decoder_normalize_before=False): the side network's residual connections need "
+            "a pre-norm backbone"
+        )
+    config = {field: safe_getattr(cfg, field, None) for field in _CONFIG_FIELDS}
+    if config["max_target_positions"] is None:
+        config["max_target_positions"] = safe_getattr(cfg, "tokens_per_sample", 1024)
+    config["model"] = next(key for key, value in MODEL_REGISTRY.items() if value is model)
+    config["vocabulary"] = dictionary_size
+    return json.loads(json.dumps(config, default=str))
+
+
+def build_backbone(config: Dict[str, Any], dictionary, memory_layer: int) -> Backbone:
+    """An untrained backbone from :func:`backbone_config`'s description, to load weights into."""
+    if config["vocabulary"] != len(dictionary):
+        raise BackboneError(
+            f"the backbone knows {config['vocabulary']} symbols and the dictionary of the data has {len(dictionary)}: "
+            "preprocess the data with the backbone's dict.txt"
+        )
+    if not 0 <= memory_layer < config["decoder_layers"]:
+        raise BackboneError(
+            f"--retrieval-layer-index {memory_layer} is outside the backbone, whose layers are 0 to "
+            f"{config['decoder_layers'] - 1}"
+        )
+    model = MODEL_REGISTRY[config["model"]]
+    cfg = OmegaConf.structured(model.__dataclass())  # fields that the backbone does not decide keep their defaults
+    OmegaConf.set_struct(cfg, False)
+    args = SimpleNamespace(**{key: None if OmegaConf.is_interpolation(cfg, key) else cfg[key] for key in cfg})
+    vars(args).update({key: value for key, value in config.items() if key not in ("model", "vocabulary")})
+    args.tokens_per_sample = args.max_target_positions
+    args.dropout = args.attention_dropout = args.activation_dropout = args.relu_dropout = 0.0
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    return Backbone(model.build_model(args, task).decoder, memory_layer, config)
+
+
+def load_backbone(path: str, dictionary, memory_layer: int) -> Backbone:
+    """Read a backbone from a fairseq checkpoint.
+
+    Args:
+        path: checkpoint of a ``transformer_lm`` or ``alibi_lm``, or of a ``longmem_lm`` that holds its backbone.
+        dictionary: of the data.
+        memory_layer: m.
+
+    Raises:
+        BackboneError: where the file is missing, unreadable, no possible backbone, or of another dictionary.
+    """
+    if not os.path.isfile(path):
+        raise BackboneError(f"the backbone {path} does not exist: name its checkpoint with --pretrained-model-path")
+    try:
+        state = checkpoint_utils.load_checkpoint_to_cpu(path)
+    except Exception as error:
+        raise BackboneError(f"the backbone {path} is no readable fairseq checkpoint: {error}") from error
+    cfg = state["cfg"]["model"] if state.get("cfg") is not None else None
+    if cfg is None:
+        cfg = convert_namespace_to_omegaconf(state["args"]).model
+    weights = {key[len("decoder.") :]: value for key, value in state["model"].items() if key.startswith("decoder.")}
+    if "embed_tokens.weight" not in weights and safe_getattr(cfg, "_name", None) is None:
+        raise BackboneError(f"{path} holds no decoder")
+    try:
+        config = backbone_config(cfg, weights["embed_tokens.weight"].size(0) if "embed_tokens.weight" in weights else 0)
+        backbone = build_backbone(config, dictionary, memory_layer)
+        _load_decoder(backbone.decoder, weights)
+        backbone.fingerprint = backbone_fingerprint(backbone)
+    except (BackboneError, RuntimeError) as error:
+        raise BackboneError(f"{path} cannot be the backbone: {error}") from error
+    logger.info(
+        "backbone %s: %s, %d layers of width %d, %d heads, %d symbols",
+        path, config["model"], config["decoder_layers"], config["decoder_embed_dim"],
+        config["decoder_attention_heads"], config["vocabulary"],
+    )
+    return backbone
+
+
+def _load_decoder(decoder: nn.Module, weights: Dict[str, Tensor]) -> None:
+    """Load a decoder's weights, after fairseq's own upgrade of older state dicts."""
+    weights = {f"decoder.{key}": value for key, value in weights.items()}
+    if "decoder.layer_norm.weight" in weights:
+        # fairseq takes a missing version for a model of 2018 and silently drops its final LayerNorm.
+        weights.setdefault("decoder.version", torch.tensor([3.0]))
+    decoder.upgrade_state_dict_named(weights, "decoder")
+    holder = nn.Module()
+    holder.decoder = decoder
+    holder.load_state_dict(weights)

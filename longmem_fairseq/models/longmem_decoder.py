@@ -1,0 +1,183 @@
+"""The LongMem decoder: frozen backbone, search of the memory, side network, logits (METHOD: "One step").
+
+Legend: B lanes, T tokens of a segment, D width, H heads, d = D / H, V symbols, N backbone layers, R reduction factor.
+"""
+
+import logging
+from typing import Dict, Optional, Tuple
+
+import numpy as np
+import torch
+from fairseq.models import FairseqIncrementalDecoder
+from fairseq.modules import LayerNorm
+from torch import Tensor, nn
+
+from ..data.segments import Segments
+from ..memory.bank import MemoryBank
+from ..memory.memory import Memory, MemoryReader
+from ..memory.search import choose_search
+from ..modules.joint_attention import memory_attention
+from ..modules.side_layer import SideLayer, side_layer_config
+from .backbone import Backbone, Encoded
+
+logger = logging.getLogger(__name__)
+
+MEMORY_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class LongMemDecoder(FairseqIncrementalDecoder):
+    """Decoder with a frozen backbone, a memory and a trainable side network.
+
+    The memory is state, not a parameter: it is in no state dict, and training and evaluation have one each.
+
+    Args:
+        cfg: the model's configuration (see :class:`longmem_fairseq.models.longmem_lm.LongMemConfig`).
+        dictionary: of the data and the backbone.
+        backbone: frozen.
+    """
+
+    def __init__(self, cfg, dictionary, backbone: Backbone):
+        super().__init__(dictionary)
+        self.cfg = cfg
+        self.backbone = backbone
+        self.reduction = cfg.layer_reduction_factor
+        self.reading_layer = cfg.retrieval_layer_index // self.reduction
+        layer_cfg = side_layer_config(backbone.decoder.cfg, cfg.dropout, cfg.attention_dropout)
+        alibi = backbone.decoder.layers[0].self_attn.alibi
+        self.layers = nn.ModuleList(
+            SideLayer(layer_cfg, j == self.reading_layer, alibi, recompute=cfg.checkpoint_activations)
+            for j in range(backbone.num_layers // self.reduction)
+        )
+        self.layer_norm = LayerNorm(backbone.decoder.embed_dim) if backbone.decoder.layer_norm is not None else None
+        fingerprint = bytearray.fromhex(backbone.fingerprint or "00" * 32)
+        self.register_buffer("backbone_fingerprint", torch.frombuffer(fingerprint, dtype=torch.uint8).clone())
+        self._memories: Dict[bool, Memory] = {}
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a memory at all."""
+        return self.cfg.use_external_memory and self.cfg.memory_size > 0
+
+    def start_from_backbone(self) -> None:
+        """Side layer j starts as a copy of backbone layer R * j + 1, the final LayerNorm as the backbone's."""
+        for j, layer in enumerate(self.layers):
+            layer.start_from(self.backbone.decoder.layers[min(self.reduction * j + 1, self.backbone.num_layers - 1)])
+        if self.layer_norm is not None:
+            self.layer_norm.load_state_dict(self.backbone.decoder.layer_norm.state_dict())
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        src_lengths: Optional[Tensor] = None,
+        segments: Optional[Segments] = None,
+        features_only: bool = False,
+        read_only: bool = False,
+        without_memory: bool = False,
+    ) -> Tuple[Tensor, Dict]:
+        """Read one segment of each lane, then remember it.
+
+        Args:
+            prev_output_tokens: shape (B, T), int64; padding only behind a row's tokens.
+            src_lengths: ignored; ``segments`` has the lengths.
+            segments: where each row stands in its lane's stream.
+            features_only: return features (B, T, D) in place of logits.
+            read_only: do not remember this segment.
+            without_memory: also give what the side network says when it reads nothing.
+
+        Returns:
+            Logits (B, T, V), and a dictionary with ``memory`` (the :class:`MemoryReader`, None with the memory off),
+            ``inner_states`` (x_0 to x_{N/R}, each (T, B, D)) and, if asked for, ``logits_without_memory`` (B, T, V,
+            without gradient).
+
+        Raises:
+            ValueError: without ``segments``, since then nobody knows whose past this is.
+            MemoryOutOfStep: where a segment does not continue its lane's memory.
+        """
+        if segments is None:
+            raise ValueError(
+                "longmem_lm was called without segments, so it cannot know whose past it should remember: run it with "
+                "--task longmem_language_modeling"
+            )
+        encoded = self.backbone(prev_output_tokens)
+        memory = self.memory(segments, encoded.keys) if self.remembers else None
+        reader = memory.open(segments) if memory is not None else None
+        states = self.side_network(encoded, reader)
+        if memory is not None and not read_only:
+            memory.write(segments, encoded.keys, encoded.values)
+        extra = {"memory": reader, "inner_states": states}
+        if without_memory:
+            with torch.no_grad():
+                extra["logits_without_memory"] = self.output_layer(self.features(self.side_network(encoded, None)))
+        x = self.features(states)
+        return (x if features_only else self.output_layer(x)), extra
+
+    def side_network(self, encoded: Encoded, reader: Optional[MemoryReader], incremental_state=None) -> list:
+        """x_0 to x_{N/R}, each (T, B, D): x_{j+1} = SideLayer_j(x_j) + (h_{R(j+1)} - h_{Rj})."""
+        states = [encoded.hidden[0]]
+        for j, layer in enumerate(self.layers):
+            below, above = encoded.hidden[self.reduction * j], encoded.hidden[self.reduction * (j + 1)]
+            states.append(layer(states[-1], reader, incremental_state) + (above - below))
+        return states
+
+    def features(self, states: list) -> Tensor:
+        """What the backbone's output layer is given, (B, T, D)."""
+        x = states[-1] if self.layer_norm is None else self.layer_norm(states[-1])
+        return x.transpose(0, 1)  # (B, T, D)
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Logits (B, T, V), by the backbone's own output projection."""
+        return self.backbone.output_layer(features)
+
+    @torch.no_grad()
+    def memorize(self, tokens: Tensor, segments: Segments, join: bool = False) -> None:
+        """Remember tokens (B, T) as forward would, by the backbone alone.
+
+        With ``join`` the lanes are emptied first, and their streams may begin anywhere (replay of a stream's end).
+        """
+        if not self.remembers:
+            return
+        encoded = self.backbone.remember(tokens)
+        memory = self.memory(segments, encoded.keys)
+        memory.join(segments) if join else memory.open(segments)
+        memory.write(segments, encoded.keys, encoded.values)
+
+    def memory(self, segments: Segments, like: Tensor) -> Memory:
+        """The memory of this mode (training or evaluation), allocated when it is first needed.
+
+        Args:
+            segments: says how many lanes there are.
+            like: keys, for device and dtype.
+        """
+        memory = self._memories.get(self.training)
+        if memory is None or memory.bank.lanes < segments.n_lanes or memory.bank.keys.device != like.device:
+            if memory is not None:
+                logger.warning("the memory is allocated anew for %d lanes on %s", segments.n_lanes, like.device)
+            memory = self._memories[self.training] = self._allocate(segments.n_lanes, like)
+        return memory
+
+    def _allocate(self, lanes: int, like: Tensor) -> Memory:
+        cfg = self.cfg
+        dtype = like.dtype if cfg.memory_dtype == "auto" else MEMORY_DTYPES[cfg.memory_dtype]
+        bank = MemoryBank(
+            lanes, self.backbone.num_heads, self.backbone.head_dim, cfg.memory_size, cfg.chunk_size, dtype, like.device
+        )
+        logger.info(
+            "memory for %s: %d lanes x %d tokens (%s) on %s, %.1f MiB, search by %s",
+            "training" if self.training else "evaluation", lanes, cfg.memory_size, str(dtype).split(".")[-1],
+            like.device, bank.nbytes / 2**20, cfg.memory_search,
+        )
+        search = choose_search(cfg.memory_search, like.device)
+        return Memory(bank, search, memory_attention, cfg.k // cfg.chunk_size)
+
+    def lagging(self, segments: Segments) -> np.ndarray:
+        """Rows whose memory is not where their segment starts, shape (B,), bool; none with the memory off."""
+        memory = self._memories.get(self.training)
+        if not self.remembers:
+            return np.zeros(len(segments), dtype=bool)
+        if memory is None or memory.bank.lanes < segments.n_lanes:
+            return segments.starts > 0
+        return memory.lagging(segments)
+
+    def max_positions(self) -> Optional[int]:
+        """No limit: however long a document, it is read segment by segment."""
+        return None

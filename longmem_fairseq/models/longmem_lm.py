@@ -1,0 +1,292 @@
+"""The registered model ``longmem_lm`` and its architectures."""
+
+import argparse
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import FairseqLanguageModel, register_model, register_model_architecture
+from fairseq.utils import safe_getattr
+from omegaconf import II, OmegaConf
+from torch import Tensor
+
+from ..data.segments import Segments
+from ..memory.search import has_faiss_gpu
+from .backbone import Backbone, BackboneError, build_backbone, load_backbone
+from .longmem_decoder import MEMORY_DTYPES, LongMemDecoder
+
+logger = logging.getLogger(__name__)
+
+_BACKBONE = "decoder.backbone."
+_FINGERPRINT = "decoder.backbone_fingerprint"
+
+
+@dataclass
+class LongMemConfig(FairseqDataclass):
+    """Options of ``longmem_lm``; sizes of the layers come from the backbone."""
+
+    pretrained_model_path: Optional[str] = field(
+        default=None, metadata={"help": "checkpoint of the backbone: any pre-norm transformer_lm, or an alibi_lm"}
+    )
+    use_external_memory: bool = field(
+        default=True, metadata={"help": "read from and write to the memory (off: --no-use-external-memory)"}
+    )
+    memory_size: int = field(
+        default=65536, metadata={"help": "tokens that the memory of a lane holds; 0 turns the memory off"}
+    )
+    k: int = field(
+        default=64, metadata={"help": "tokens read from the memory per query and head; a multiple of --chunk-size"}
+    )
+    chunk_size: int = field(
+        default=4, metadata={"help": "tokens of a chunk: chunks are searched by their mean key and read whole"}
+    )
+    retrieval_layer_index: int = field(
+        default=17, metadata={"help": "backbone layer, counted from 0, whose keys and values are remembered"}
+    )
+    layer_reduction_factor: int = field(
+        default=2, metadata={"help": "backbone layers per layer of the side network"}
+    )
+    reload_ptm_layer: bool = field(
+        default=True,
+        metadata={"help": "start the side network from backbone layers (random instead: --no-reload-ptm-layer)"},
+    )
+    memory_search: ChoiceEnum(["faiss", "torch"]) = field(
+        default="faiss",
+        metadata={"help": "exact search by faiss (on the GPU if the memory lies there), or by plain PyTorch"},
+    )
+    memory_dtype: ChoiceEnum(["auto", *MEMORY_DTYPES]) = field(
+        default="auto", metadata={"help": "precision of remembered keys and values; auto: the model's"}
+    )
+    use_gpu_to_search: bool = field(
+        default=False, metadata={"help": "insist on a GPU build of faiss: search runs where the memory lies anyway"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "dropout probability in the side network"})
+    attention_dropout: float = field(
+        default=0.0, metadata={"help": "dropout probability of the side network's local attention weights"}
+    )
+    checkpoint_activations: bool = field(
+        default=False, metadata={"help": "recompute the side network's activations in the backward pass"}
+    )
+    save_backbone: bool = field(
+        default=False, metadata={"help": "put the backbone into the checkpoints, so that they stand alone"}
+    )
+    backbone_config: Optional[str] = field(
+        default=None, metadata={"help": "description of the backbone; written into checkpoints, not for the user"}
+    )
+    gpt_encoder_path: Optional[str] = field(
+        default=None, metadata={"help": "accepted for the released scripts' sake; has no meaning here"}
+    )
+    no_token_positional_embeddings: bool = field(
+        default=False, metadata={"help": "accepted for the released scripts' sake; the backbone decides it"}
+    )
+    tokens_per_sample: int = II("task.tokens_per_sample")
+
+
+@register_model("longmem_lm", dataclass=LongMemConfig)
+class LongMemModel(FairseqLanguageModel):
+    """A language model with a long-term memory (Wang et al., 2023).
+
+    Attributes:
+        score_without_memory: also give, in ``extra["logits_without_memory"]``, what it says when it reads nothing.
+    """
+
+    def __init__(self, cfg, decoder: LongMemDecoder):
+        super().__init__(decoder)
+        self.cfg = cfg
+        self.score_without_memory = False
+
+    @classmethod
+    def add_args(cls, parser):
+        """Add the options; those that are on unless turned off get a ``--no-`` form."""
+        for name in ("use_external_memory", "reload_ptm_layer"):
+            parser.add_argument(
+                "--" + name.replace("_", "-"),
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=LongMemConfig.__dataclass_fields__[name].metadata["help"],
+            )
+        super().add_args(parser)  # leaves out what the parser has already
+
+    @classmethod
+    def build_model(cls, cfg, task) -> "LongMemModel":
+        """Build the model around its backbone, from ``--pretrained-model-path`` or out of its own checkpoint.
+
+        Raises:
+            ValueError: for options that contradict each other or the backbone.
+        """
+        cfg = _with_defaults(cfg)
+        backbone = _find_backbone(cfg, task.source_dictionary)
+        _check(cfg, backbone)
+        for option in ("gpt_encoder_path", "no_token_positional_embeddings"):
+            if safe_getattr(cfg, option, None):
+                logger.info(
+                    "--%s has no meaning here: the backbone's checkpoint and the data decide it",
+                    option.replace("_", "-"),
+                )
+        decoder = LongMemDecoder(cfg, task.source_dictionary, backbone)
+        if cfg.reload_ptm_layer:
+            decoder.start_from_backbone()
+        cfg.backbone_config = json.dumps(backbone.config, sort_keys=True)
+        model = cls(cfg, decoder)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logger.info(
+            "side network: %d layers, layer %d reads the memory of backbone layer %d; %s parameters to train",
+            len(decoder.layers), decoder.reading_layer, cfg.retrieval_layer_index, f"{trained:,}",
+        )
+        return model
+
+    def forward(self, src_tokens: Tensor, without_memory: bool = False, **kwargs):
+        """See :meth:`LongMemDecoder.forward`."""
+        return self.decoder(src_tokens, without_memory=without_memory or self.score_without_memory, **kwargs)
+
+    def lagging(self, segments: Segments) -> np.ndarray:
+        """Rows whose memory is not where their segment starts, shape (B,), bool."""
+        return self.decoder.lagging(segments)
+
+    def memorize(self, src_tokens: Tensor, segments: Segments, join: bool = False) -> None:
+        """Remember tokens without reading them (see :meth:`LongMemDecoder.memorize`)."""
+        self.decoder.memorize(src_tokens, segments, join=join)
+
+    @property
+    def memory_tokens(self) -> int:
+        """Tokens of a stream's past that decide its memory: what it holds, and the start of a chunk."""
+        return self.cfg.memory_size + self.cfg.chunk_size if self.decoder.remembers else 0
+
+    def state_dict(self, *args, **kwargs):
+        """The side network's weights and the backbone's fingerprint; the backbone itself with --save-backbone."""
+        state = super().state_dict(*args, **kwargs)
+        if not self.cfg.save_backbone:
+            for key in [key for key in state if _BACKBONE in key]:
+                del state[key]
+        return state
+
+    def upgrade_state_dict_named(self, state_dict, name):
+        """Check the checkpoint's backbone against ours, and put ours where the checkpoint has none.
+
+        Raises:
+            BackboneError: where the checkpoint was made with another backbone.
+        """
+        theirs, ours = state_dict.get(_FINGERPRINT), self.decoder.backbone_fingerprint.cpu()
+        if theirs is not None and ours.any() and not torch.equal(theirs.cpu(), ours):
+            raise BackboneError(
+                f"the checkpoint was trained on a backbone with fingerprint {_hex(theirs)}, but "
+                f"{self.cfg.pretrained_model_path} has {_hex(ours)}: name the right one with --pretrained-model-path "
+                "(in evaluation: --model-overrides \"{'pretrained_model_path': '...'}\")"
+            )
+        if not any(key.startswith(_BACKBONE) for key in state_dict):
+            weights = self.decoder.backbone.state_dict()
+            state_dict.update({f"{_BACKBONE}{key}": value for key, value in weights.items()})
+        super().upgrade_state_dict_named(state_dict, name)
+
+    def max_positions(self):
+        """No limit: documents are read segment by segment."""
+        return None
+
+
+def _hex(fingerprint: Tensor) -> str:
+    return bytes(fingerprint.cpu().tolist()).hex()[:12]
+
+
+def _with_defaults(cfg: Any):
+    """The configuration with the fields that an older checkpoint did not have yet."""
+    defaults = LongMemConfig()
+    for name in LongMemConfig.__dataclass_fields__:
+        if not name.startswith("_") and safe_getattr(cfg, name, None) is None:
+            default = getattr(defaults, name)
+            if not (isinstance(default, str) and default.startswith("${")):
+                if OmegaConf.is_config(cfg):
+                    OmegaConf.set_struct(cfg, False)
+                setattr(cfg, name, default)
+    return cfg
+
+
+def _find_backbone(cfg, dictionary) -> Backbone:
+    """The backbone that a self-contained checkpoint describes, else that of --pretrained-model-path."""
+    if cfg.save_backbone and cfg.backbone_config:
+        return build_backbone(json.loads(cfg.backbone_config), dictionary, cfg.retrieval_layer_index)
+    if not cfg.pretrained_model_path:
+        raise BackboneError("longmem_lm needs a backbone: name its checkpoint with --pretrained-model-path")
+    return load_backbone(cfg.pretrained_model_path, dictionary, cfg.retrieval_layer_index)
+
+
+def _check(cfg, backbone: Backbone) -> None:
+    """Refuse options that contradict each other or the backbone."""
+    if backbone.num_layers % cfg.layer_reduction_factor or cfg.layer_reduction_factor < 1:
+        raise ValueError(
+            f"the backbone's {backbone.num_layers} layers are not divisible by --layer-reduction-factor "
+            f"{cfg.layer_reduction_factor}"
+        )
+    longest = backbone.max_positions
+    segment = safe_getattr(cfg, "tokens_per_sample", None)
+    if longest is not None and segment is not None and segment > longest:
+        raise ValueError(
+            f"--tokens-per-sample {segment} is longer than the backbone's {longest} positions: lower it"
+        )
+    if not cfg.use_external_memory or cfg.memory_size == 0:
+        logger.info("the memory is off")
+        return
+    if cfg.chunk_size < 1 or cfg.k < 1 or cfg.k % cfg.chunk_size:
+        raise ValueError(f"--k {cfg.k} is not a positive multiple of --chunk-size {cfg.chunk_size}")
+    if cfg.memory_size < 0 or (segment is not None and cfg.memory_size < segment):
+        raise ValueError(
+            f"--memory-size {cfg.memory_size} is smaller than one segment of --tokens-per-sample {segment} tokens: "
+            "raise it, or turn the memory off with --memory-size 0"
+        )
+    if cfg.use_gpu_to_search and not (has_faiss_gpu() and torch.cuda.is_available()):
+        raise ValueError(
+            "--use-gpu-to-search needs a GPU and a faiss built for it: pip uninstall faiss-cpu and pip install "
+            "faiss-gpu, or leave the option out"
+        )
+
+
+def _architecture(cfg, retrieval_layer: int) -> None:
+    """Set every option that the command line left open; fairseq takes what is missing for unset."""
+    cfg.retrieval_layer_index = safe_getattr(cfg, "retrieval_layer_index", retrieval_layer)
+    for name, entry in LongMemConfig.__dataclass_fields__.items():
+        if not name.startswith("_") and name != "tokens_per_sample" and not hasattr(cfg, name):
+            setattr(cfg, name, entry.default)
+
+
+# The sizes are the backbone's; what an architecture adds is the layer to remember: an odd one, about two thirds up,
+# since side layer m // 2 starts from backbone layer 2 * (m // 2) + 1, whose queries were made for these keys.
+_RETRIEVAL_LAYERS = {"tiny": 3, "mini": 3, "small": 9, "medium": 17, "large": 25, "xl": 33}
+
+
+@register_model_architecture("longmem_lm", "longmem_gpt2_tiny")
+def longmem_gpt2_tiny(cfg):
+    """For a backbone of 4 layers."""
+    _architecture(cfg, _RETRIEVAL_LAYERS["tiny"])
+
+
+@register_model_architecture("longmem_lm", "longmem_gpt2_mini")
+def longmem_gpt2_mini(cfg):
+    """For a backbone of 6 layers, as that of the quick start."""
+    _architecture(cfg, _RETRIEVAL_LAYERS["mini"])
+
+
+@register_model_architecture("longmem_lm", "longmem_gpt2_small")
+def longmem_gpt2_small(cfg):
+    """For a backbone of 12 layers, as GPT-2 small."""
+    _architecture(cfg, _RETRIEVAL_LAYERS["small"])
+
+
+@register_model_architecture("longmem_lm", "longmem_gpt2_medium")
+def longmem_gpt2_medium(cfg):
+    """For a backbone of 24 layers, as GPT-2 medium: the published setting."""
+    _architecture(cfg, _RETRIEVAL_LAYERS["medium"])
+
+
+@register_model_architecture("longmem_lm", "longmem_gpt2_large")
+def longmem_gpt2_large(cfg):
+    """For a backbone of 36 layers, as GPT-2 large."""
+    _architecture(cfg, _RETRIEVAL_LAYERS["large"])
+
+
+@register_model_architecture("longmem_lm", "longmem_gpt2_xl")
+def longmem_gpt2_xl(cfg):
+    """For a backbone of 48 layers, as GPT-2 xl."""
+    _architecture(cfg, _RETRIEVAL_LAYERS["xl"])

@@ -1,0 +1,136 @@
+"""Joint attention to the local window and to what was retrieved (METHOD: "One step", 4; LongMem, section 2.3).
+
+Legend: B rows of a batch, H heads, T tokens of a segment, d width of a head, N slots of the bank, C tokens of a chunk,
+n chunks read per query and head.
+"""
+
+import contextlib
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .self_attention import SelfAttention
+
+
+class MemoryAttention(torch.autograd.Function):
+    """Softmax attention of each query to the tokens of its own chunks, without copying those chunks together.
+
+    Every query reads other tokens, so a plain implementation gathers (B, H, T, n * C, d) keys and values, many times
+    the size of all else in the layer. Embedding bags read rows of a table where they lie: the weighted sum of values
+    is a bag, the products of a query with its keys are the gradient of a bag with respect to its weights.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, absent: Optional[Tensor], scaling: float):
+        """q (Q, d), tables keys and values (R, d), rows (Q, K) of the tables, absent (Q, K) bool -> (Q, d)."""
+        scores = _bag_products(q, keys, rows) * scaling  # (Q, K)
+        if absent is not None:
+            scores = scores.masked_fill(absent, float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
+        if absent is not None:
+            weights = torch.nan_to_num(weights)  # a query that reads nothing has no weights
+        ctx.save_for_backward(keys, values, rows, weights)
+        ctx.scaling = scaling
+        return _bag_sum(weights.to(values.dtype), values, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """The memory has no gradient (it was computed by the frozen backbone); the query has."""
+        keys, values, rows, weights = ctx.saved_tensors
+        products = _bag_products(grad, values, rows)  # (Q, K)
+        grad_scores = weights * (products - (weights * products).sum(dim=-1, keepdim=True))
+        return _bag_sum(grad_scores.to(keys.dtype), keys, rows) * ctx.scaling, None, None, None, None, None
+
+
+def _bag_sum(weights: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+    """sum_k weights[q, k] * table[rows[q, k]]: (Q, K), (R, d), (Q, K) -> (Q, d)."""
+    return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+
+
+def _bag_products(q: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+    """q[q] . table[rows[q, k]], float32: (Q, d), (R, d), (Q, K) -> (Q, K)."""
+    Q, K = rows.shape
+    bags = torch.arange(Q, device=rows.device)
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        q.to(table.dtype).contiguous(), table, rows.reshape(-1), bags * K, bags.repeat_interleave(K), 0
+    )
+    return products.view(Q, K).float()
+
+
+def memory_attention(q: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, slots: Tensor, scaling: float) -> Tensor:
+    """Attend from each query to all tokens of its retrieved chunks.
+
+    Args:
+        q: queries, shape (B, H, T, d), any floating dtype.
+        keys, values: the bank's, shape (L, H, N, C, d), without gradient.
+        lanes: row of the bank for each row of the batch, shape (B,), int64.
+        slots: retrieved chunks, shape (B, H, T, n), int64; -1 reads nothing.
+        scaling: of the scores, 1 / sqrt(d).
+
+    Returns:
+        Z, shape (B, H, T, d), dtype of q; zero where all slots are -1.
+    """
+    B, H, T, d = q.shape
+    L, _, N, C, _ = keys.shape
+    heads = torch.arange(H, device=q.device)
+    table = (lanes[:, None] * H + heads)[:, :, None, None] * N  # first slot of each lane and head, (B, H, 1, 1)
+    rows = (table + slots.clamp(min=0))[..., None] * C + torch.arange(C, device=q.device)  # (B, H, T, n, C)
+    rows = rows.view(B * H * T, -1)
+    absent = slots < 0
+    absent = absent[..., None].expand(*slots.shape, C).reshape(rows.shape)
+    z = MemoryAttention.apply(
+        q.reshape(B * H * T, d), keys.view(-1, d), values.view(-1, d), rows, absent, scaling
+    )  # (B * H * T, d)
+    return z.view(B, H, T, d).to(q.dtype)
+
+
+def naive_memory_attention(q, keys, values, lanes, slots, scaling) -> Tensor:
+    """The same as :func:`memory_attention`, written down plainly: the reference of the tests."""
+    B, H, T, d = q.shape
+    heads = torch.arange(H, device=q.device)[None, :, None, None]
+    lanes = lanes[:, None, None, None]
+    read_keys = keys[lanes, heads, slots.clamp(min=0)].float()  # (B, H, T, n, C, d)
+    read_values = values[lanes, heads, slots.clamp(min=0)].float()
+    scores = torch.einsum("bhtd,bhtncd->bhtnc", q.float(), read_keys) * scaling
+    scores = scores.masked_fill((slots < 0)[..., None], float("-inf")).flatten(3)  # (B, H, T, n * C)
+    weights = torch.nan_to_num(torch.softmax(scores, dim=-1))
+    return torch.einsum("bhtk,bhtkd->bhtd", weights, read_values.flatten(3, 4)).to(q.dtype)
+
+
+class JointAttention(SelfAttention):
+    """Self-attention that mixes in what its reader finds in the memory, with a gate per head.
+
+    ``out = (1 - sigmoid(g)) * local + sigmoid(g) * memory``; ``out = local`` exactly where there is nothing to read.
+
+    Attributes:
+        memory_gate: g, shape (H,), starts at 0.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.memory_gate = nn.Parameter(torch.zeros(self.num_heads))
+        self._reader = None
+
+    @contextlib.contextmanager
+    def reading(self, reader):
+        """Within this context attention reads ``reader(q, scaling) -> (Z, present)``; None reads nothing."""
+        self._reader = reader
+        try:
+            yield
+        finally:
+            self._reader = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        local = self.local_attention(q, k, v)
+        gate = torch.sigmoid(self.memory_gate.float()).to(local.dtype).view(1, -1, 1, 1)
+        if self._reader is None:
+            # The gate stays in the graph: distributed training expects a gradient for every parameter at every step.
+            return local + 0.0 * gate if self.training else local
+        memory, present = self._reader(q, self.scaling)  # (B, H, T, d), (B,) bool
+        if present is not None:
+            gate = gate * present.to(gate.dtype).view(-1, 1, 1, 1)
+        return (1 - gate) * local + gate * memory
+
+

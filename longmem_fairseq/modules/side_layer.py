@@ -1,0 +1,59 @@
+"""Layers of the side network: fairseq's decoder layer, of the backbone's shape, one of them reading the memory."""
+
+import copy
+
+from fairseq.models.transformer import TransformerConfig
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .joint_attention import JointAttention
+from .self_attention import SelfAttention
+
+
+class SideLayer(TransformerDecoderLayerBase):
+    """A pre-norm decoder layer whose self-attention may read a memory.
+
+    Args:
+        cfg: the backbone decoder's configuration, with the side network's dropout probabilities.
+        reads_memory: whether this is layer s, with joint attention.
+        alibi: whether the backbone has ALiBi.
+        recompute: recompute activations in the backward pass instead of keeping them (``--checkpoint-activations``).
+    """
+
+    def __init__(self, cfg: TransformerConfig, reads_memory: bool, alibi: bool, recompute: bool = False):
+        super().__init__(cfg, no_encoder_attn=True)
+        attention = JointAttention if reads_memory else SelfAttention
+        self.self_attn = attention(
+            self.embed_dim, cfg.decoder.attention_heads, dropout=cfg.attention_dropout, alibi=alibi
+        )
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, reader=None, incremental_state=None) -> Tensor:
+        """x (T, B, D) -> (T, B, D), reading from ``reader`` where this layer reads at all."""
+        # The plain form of checkpointing keeps gradients of parameters whose input needs none, as x_0's does not.
+        if self.recompute and self.training:
+            return checkpoint(self._forward, x, reader, incremental_state, use_reentrant=False)
+        return self._forward(x, reader, incremental_state)
+
+    def _forward(self, x: Tensor, reader, incremental_state) -> Tensor:
+        if isinstance(self.self_attn, JointAttention):
+            with self.self_attn.reading(reader):
+                return super().forward(x, incremental_state=incremental_state)[0]
+        return super().forward(x, incremental_state=incremental_state)[0]
+
+    def start_from(self, layer: nn.Module) -> None:
+        """Take over the weights of a backbone layer; the gate, which has none there, stays as it is."""
+        missing, unexpected = self.load_state_dict(layer.state_dict(), strict=False)
+        if set(missing) - {"self_attn.memory_gate"} or unexpected:
+            raise ValueError(f"a side layer does not fit the backbone's: {missing + unexpected}")
+
+
+def side_layer_config(backbone_cfg: TransformerConfig, dropout: float, attention_dropout: float) -> TransformerConfig:
+    """The backbone's layer configuration with the side network's dropout."""
+    cfg = copy.deepcopy(backbone_cfg)
+    cfg.dropout = dropout
+    cfg.attention_dropout = attention_dropout
+    cfg.activation_dropout = cfg.relu_dropout = 0.0
+    cfg.checkpoint_activations = cfg.offload_activations = False
+    return cfg
