@@ -1,0 +1,94 @@
+"""Documents on lanes: which lane reads which document when, so that every token is a target exactly once.
+
+Legend: L lanes of all ranks together, T tokens of a segment.
+
+A *stream* is what one memory may hold: a document, or with ``--memory-scope stream`` all documents of a lane one after
+the other. Segments are cut from streams: T tokens each, fewer in a stream's last one.
+"""
+
+import heapq
+from dataclasses import dataclass
+from typing import List, Optional, Tuple
+
+import numpy as np
+
+
+def lay_documents(costs: np.ndarray, n_lanes: int, seed: Optional[int]) -> List[np.ndarray]:
+    """Distribute documents over lanes so that the lanes end at nearly the same time.
+
+    Without a seed documents stay in their order, each going to the lane that is free first. With a seed the longest
+    are laid first (roughly: costs are blurred by a factor of up to two, so that epochs differ), because a long document
+    laid last would be read alone; then each lane's documents are shuffled.
+
+    Args:
+        costs: what a document costs its lane, shape (documents,).
+        n_lanes: L.
+        seed: of the shuffle; ``None`` keeps the order.
+
+    Returns:
+        the documents of each lane, in the order in which it reads them.
+    """
+    rng = None if seed is None else np.random.default_rng(seed)
+    order = np.arange(len(costs)) if rng is None else np.argsort(-costs * rng.uniform(1, 2, len(costs)), kind="stable")
+    lanes: List[List[int]] = [[] for _ in range(n_lanes)]
+    free = [(0, lane) for lane in range(n_lanes)]
+    for document in order.tolist():
+        load, lane = free[0]
+        lanes[lane].append(document)
+        heapq.heapreplace(free, (load + int(costs[document]), lane))
+    laid = [np.array(lane, dtype=np.int64) for lane in lanes]
+    return laid if rng is None else [rng.permutation(lane) for lane in laid]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens ``start`` to ``stop - 1`` of one document."""
+
+    document: int
+    start: int
+    stop: int
+
+
+class Lane:
+    """What one lane reads in one epoch.
+
+    Args:
+        documents: the lane's documents in order, shape (n,).
+        sizes: tokens of each of them, shape (n,).
+        tokens_per_sample: T.
+        joined: all documents are one stream, instead of each a stream of its own.
+        stream: identity of that one stream.
+    """
+
+    def __init__(self, documents: np.ndarray, sizes: np.ndarray, tokens_per_sample: int, joined: bool, stream: int):
+        self.documents, self.T, self.joined, self.stream = documents, tokens_per_sample, joined, stream
+        self.ends = np.cumsum(sizes)  # tokens of the lane up to the end of each document
+        per_stream = sizes.sum(keepdims=True) if joined and len(sizes) else sizes
+        self.stream_tokens = per_stream
+        self.segment_ends = np.cumsum(-(-per_stream // tokens_per_sample))  # segments up to the end of each stream
+
+    def __len__(self) -> int:
+        """Segments of the lane."""
+        return int(self.segment_ends[-1]) if len(self.segment_ends) else 0
+
+    def segment(self, step: int) -> Tuple[int, int, int]:
+        """The stream, the start within it and the length of segment ``step``."""
+        s = int(np.searchsorted(self.segment_ends, step, side="right"))
+        first = int(self.segment_ends[s - 1]) if s else 0
+        start = (step - first) * self.T
+        length = min(self.T, int(self.stream_tokens[s]) - start)
+        return (self.stream if self.joined else int(self.documents[s])), start, length
+
+    def pieces(self, step: int) -> List[Piece]:
+        """The parts of documents that make up segment ``step``."""
+        stream, start, length = self.segment(step)
+        if not self.joined:
+            return [Piece(stream, start, start + length)]
+        pieces, position, stop = [], start, start + length  # in a joined lane, a stream's tokens are the lane's
+        d = int(np.searchsorted(self.ends, position, side="right"))
+        while position < stop:
+            begin = int(self.ends[d - 1]) if d else 0
+            end = min(stop, int(self.ends[d]))
+            pieces.append(Piece(int(self.documents[d]), position - begin, end - begin))
+            position, d = end, d + 1
+        return pieces

@@ -1,0 +1,43 @@
+"""Rebuild memories that are not where a batch continues: after a resume, or after a batch that failed."""
+
+import logging
+import time
+from typing import Any, Dict
+
+import torch
+from fairseq import utils
+from tqdm import tqdm
+
+from ..data.lane_dataset import LaneDataset
+
+logger = logging.getLogger(__name__)
+
+
+def catch_up(sample: Dict[str, Any], model, dataset: LaneDataset, autocast: bool = False) -> None:
+    """Give each lane of a batch the memory that it would have, had this process read the epoch from its start.
+
+    The backbone is frozen, so a memory is a function of the tokens before: the batches of this rank before this one are
+    encoded again, as many as a memory holds, in their old composition, which makes the result equal bit for bit on CPU.
+
+    Args:
+        sample: the batch that comes next, on the model's device.
+        model: has ``lagging``, ``memorize`` and ``memory_tokens``; in the mode whose memory is meant.
+        dataset: where the batch comes from.
+        autocast: encode under automatic mixed precision, as the forward pass will.
+    """
+    rows = model.lagging(sample["net_input"]["segments"])
+    if not rows.any():
+        return
+    began = time.time()
+    batches = dataset.history(sample, model.memory_tokens)
+    device = sample["target"].device
+    for i, indices in enumerate(tqdm(batches, desc="rebuilding memory", unit="batch", leave=False, disable=None)):
+        past = dataset.collater([dataset[index] for index in indices])["net_input"]
+        if device.type == "cuda":
+            past = utils.move_to_cuda(past, device=device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=autocast):
+            model.memorize(past["src_tokens"], past["segments"], join=i == 0)
+    logger.info(
+        "rebuilt the memory of %d lanes from the %d batches before, in %.1f s",
+        len(rows), len(batches), time.time() - began,
+    )  # fmt: skip

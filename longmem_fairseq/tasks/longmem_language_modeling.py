@@ -1,0 +1,228 @@
+"""The task ``longmem_language_modeling``: whole documents on lanes, so that a memory follows each document."""
+
+import logging
+import os
+from typing import Any, Dict, Optional
+
+from fairseq import utils
+from fairseq.data import Dictionary
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingTask
+
+from ..data.documents import DocumentDataset, find_split
+from ..data.lane_dataset import LaneDataset
+from ..data.lane_iterator import LaneIterator
+from ..data.manifest import dictionary_fingerprint, verify
+from .catch_up import catch_up
+from .options import LongMemLanguageModelingConfig, check_options
+from .restore import check_checkpoint, check_dictionary, restored_checkpoint
+
+logger = logging.getLogger(__name__)
+
+FROM_CHECKPOINT = ("tokens_per_sample", "memory_scope")  # settings that evaluation takes from the model's
+
+
+@register_task("longmem_language_modeling", dataclass=LongMemLanguageModelingConfig)
+class LongMemLanguageModelingTask(LanguageModelingTask):
+    """Language modelling over documents that are read segment by segment, each on a lane of its own.
+
+    Any language model of fairseq can be trained and evaluated with it; one that has a memory (``memorize``, ``lagging``
+    and ``memory_tokens``) is told in ``net_input["segments"]`` which lane and place each row of a batch continues.
+    """
+
+    def __init__(self, args, dictionary, output_dictionary=None, targets=None):
+        super().__init__(args, dictionary, output_dictionary, targets)
+        self._model = None
+        self._lanes: Dict[str, LaneDataset] = {}  # of each split, those that are being read
+        self._last_batch = None
+
+    @classmethod
+    def setup_task(cls, args, **kwargs):
+        check_options(args)
+        task = super().setup_task(args, **kwargs)
+        if not kwargs.get("from_checkpoint"):
+            checkpoint = restored_checkpoint(args.restore_file, args.save_dir, args.finetune_from_model)
+            if checkpoint is not None:
+                check_checkpoint(checkpoint, task.dictionary)
+        return task
+
+    @classmethod
+    def setup_dictionary(cls, args, **kwargs):
+        if not args.data:
+            raise ValueError("no data: name the directory that holds dict.txt and the binarized documents")
+        path = os.path.join(utils.split_paths(args.data)[0], "dict.txt")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no dictionary: {path} does not exist")
+        return super().setup_dictionary(args, **kwargs)
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "dictionary_sha256": dictionary_fingerprint(self.dictionary.symbols),
+            "dictionary_size": len(self.dictionary),
+        }
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        check_dictionary(state_dict, self.dictionary, "the checkpoint")
+        super().load_state_dict(state_dict)
+
+    def build_model(self, args, from_checkpoint=False):
+        """Build the model; one from a checkpoint brings its segment length and memory scope with it."""
+        if from_checkpoint:
+            for name in FROM_CHECKPOINT:
+                here, there = getattr(self.args, name), getattr(args, name, None)
+                if there is not None and str(there) != str(here):
+                    option = name.replace("_", "-")
+                    logger.info("--%s: %s, from the checkpoint (change it with --model-overrides)", option, there)
+                    self.args[name] = there
+        model = super().build_model(args, from_checkpoint)
+        positions = model.max_positions()
+        if positions is not None and self.args.tokens_per_sample > positions:
+            raise ValueError(
+                f"--tokens-per-sample {self.args.tokens_per_sample} exceeds the {positions} positions of the model"
+            )
+        self._model = model
+        return model
+
+    @property
+    def _has_memory(self) -> bool:
+        return self._model is None or hasattr(self._model, "memorize")
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> DocumentDataset:
+        """Open a split; of several data directories (``a:b:c``), each epoch reads the next."""
+        paths = utils.split_paths(self.args.data)
+        path = paths[(epoch - 1) % len(paths)]
+        own = os.path.join(path, "dict.txt")
+        if path != paths[0] and os.path.isfile(own):
+            if Dictionary.load(own).symbols != self.dictionary.symbols:
+                raise ValueError(
+                    f"{own} differs from the dictionary of {paths[0]}: all data directories must share one"
+                )
+        prefixes = find_split(path, split, combine)
+        for prefix in prefixes:
+            verify(path, os.path.basename(prefix))
+        dataset = DocumentDataset(prefixes, self.dictionary, split)
+        mean = dataset.tokens / len(dataset)
+        logger.info(
+            "%s: %s documents, %s tokens (%.0f on average)", split, f"{len(dataset):,}", f"{dataset.tokens:,}", mean
+        )
+        if mean < self.args.tokens_per_sample / 8 and str(self.args.memory_scope) == "document":
+            logger.warning(
+                "%s: items of %.0f tokens on average are much shorter than a segment; if they are lines of texts, "
+                "join them with --memory-scope stream, or keep documents whole with preprocess/binarize_documents.py",
+                split, mean,
+            )  # fmt: skip
+        self.datasets[split] = dataset
+        return dataset
+
+    def _lanes_per_rank(self, documents: int, ranks: int, max_sentences, max_tokens) -> int:
+        """Rows of a batch: ``--batch-size``, or what fits ``--max-tokens``; no more than there are documents."""
+        limits = [-(-documents // ranks)]
+        if max_sentences is not None:
+            limits.append(max_sentences)
+        if max_tokens is not None:
+            limits.append(max(1, max_tokens // self.args.tokens_per_sample))
+        return min(limits)
+
+    def get_batch_iterator(
+        self,
+        dataset,
+        max_tokens=None,
+        max_sentences=None,
+        max_positions=None,
+        ignore_invalid_inputs=False,
+        required_batch_size_multiple=1,
+        seed=1,
+        num_shards=1,
+        shard_id=0,
+        num_workers=0,
+        epoch=1,
+        data_buffer_size=0,
+        disable_iterator_cache=False,
+        skip_remainder_batch=False,
+        grouped_shuffling=False,
+        update_epoch_batch_itr=False,
+    ) -> LaneIterator:
+        """Lay the documents on ``num_shards`` times the lanes of a batch; see :class:`LaneIterator`.
+
+        Raises:
+            ValueError: ``--skip-remainder-batch`` is asked for.
+        """
+        if not isinstance(dataset, DocumentDataset):  # such as what generation builds
+            return super().get_batch_iterator(
+                dataset, max_tokens, max_sentences, max_positions, ignore_invalid_inputs, required_batch_size_multiple,
+                seed, num_shards, shard_id, num_workers, epoch, data_buffer_size, disable_iterator_cache,
+                skip_remainder_batch, grouped_shuffling, update_epoch_batch_itr,
+            )  # fmt: skip
+        if skip_remainder_batch:
+            raise ValueError(
+                "--skip-remainder-batch would drop tokens, but every token of a document is read: leave it out"
+            )
+        lanes = LaneDataset(
+            dataset,
+            self._lanes_per_rank(len(dataset), num_shards, max_sentences, max_tokens),
+            num_shards,
+            self.args.tokens_per_sample,
+            self.dictionary.eos(),
+            str(self.args.memory_scope),
+            None if self.args.data_no_shuffle else seed,
+            with_segments=self._has_memory,
+        )
+        lanes.set_epoch(epoch)
+        self._lanes[dataset.split] = lanes
+        logger.info(
+            "%s: %d lanes on each of %d ranks, %s batches of up to %d tokens a lane",
+            dataset.split, lanes.n_lanes, num_shards, f"{lanes.steps:,}", lanes.T,
+        )  # fmt: skip
+        return LaneIterator(lanes, shard_id, epoch, num_workers, data_buffer_size)
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
+        """One forward and backward pass, after making sure that the memory is where the batch continues."""
+        if ignore_grad and self._last_batch is not None:
+            # A rank that has run out of batches is given any batch, to take part in the reduction of gradients. Its own
+            # last one leaves its memory as it is.
+            sample = self._last_batch
+        else:
+            self._last_batch = sample
+        model.train()
+        self._catch_up(sample, model, autocast=isinstance(optimizer, AMPOptimizer))
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
+
+    def valid_step(self, sample, model, criterion, **kwargs):
+        """One forward pass in evaluation, whose memory is not that of training."""
+        model.eval()
+        self._catch_up(sample, model)
+        return super().valid_step(sample, model, criterion, **kwargs)
+
+    def _catch_up(self, sample, model, autocast: bool = False) -> None:
+        if "segments" in sample["net_input"]:
+            catch_up(sample, model, self._lanes[sample["split"]], autocast)
+
+    def eval_lm_dataloader(
+        self,
+        dataset,
+        max_tokens: Optional[int] = 36000,
+        batch_size: Optional[int] = None,
+        max_positions: Optional[int] = None,
+        num_shards: int = 1,
+        shard_id: int = 0,
+        num_workers: int = 1,
+        data_buffer_size: int = 10,
+        context_window: int = 0,
+    ):
+        """Batches for fairseq-eval-lm."""
+        if context_window > 0:
+            raise ValueError(
+                f"--context-window {context_window} cannot be had: the memory carries the context from segment to "
+                "segment; leave it out"
+            )
+        return self.get_batch_iterator(
+            dataset,
+            max_tokens=max_tokens,
+            max_sentences=batch_size,
+            num_shards=num_shards,
+            shard_id=shard_id,
+            num_workers=num_workers,
+            data_buffer_size=data_buffer_size,
+        ).next_epoch_itr(shuffle=False)

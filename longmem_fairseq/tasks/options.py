@@ -1,0 +1,87 @@
+"""Options of the task: the stock language modelling ones as far as they mean something here, and the memory's scope."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Optional
+
+from fairseq.dataclass import ChoiceEnum
+from fairseq.tasks.language_modeling import LanguageModelingConfig
+from omegaconf import II
+
+from ..data.lane_dataset import SCOPES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LongMemLanguageModelingConfig(LanguageModelingConfig):
+    tokens_per_sample: int = field(
+        default=1024,
+        metadata={"help": "tokens of a segment, what local attention sees (evaluation takes the checkpoint's)"},
+    )
+    data_no_shuffle: bool = field(
+        default=False, metadata={"help": "read documents in the data's order instead of shuffling them every epoch"}
+    )
+    memory_scope: ChoiceEnum(list(SCOPES)) = field(
+        default="document",
+        metadata={
+            "help": "what one memory may hold: a document; a stream of all documents of a lane (as in the published "
+            "training); or one memory shared by the streams of all lanes (as in the released code)"
+        },
+    )
+
+    # set elsewhere, needed here
+    train_subset: str = II("dataset.train_subset")
+    restore_file: str = II("checkpoint.restore_file")
+    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
+    save_dir: str = II("checkpoint.save_dir")
+    results_path: Optional[str] = II("common_eval.results_path")
+    log_format: Optional[str] = II("common.log_format")
+    log_interval: int = II("common.log_interval")
+    no_progress_bar: bool = II("common.no_progress_bar")
+
+
+def check_options(cfg: LongMemLanguageModelingConfig) -> None:
+    """Refuse options that contradict what the task promises; say in one line which others have no effect.
+
+    Raises:
+        ValueError: an option cannot be honoured.
+    """
+    if cfg.tokens_per_sample < 1:
+        raise ValueError(f"--tokens-per-sample {cfg.tokens_per_sample} is less than one token")
+    if cfg.output_dictionary_size >= 0:
+        raise ValueError(
+            f"--output-dictionary-size {cfg.output_dictionary_size} cannot be had: the frozen backbone's output "
+            "projection covers its whole dictionary"
+        )
+    if cfg.self_target or cfg.past_target:
+        raise ValueError("--self-target and --past-target cannot be had: the target is always the next token")
+    if cfg.add_bos_token:
+        raise ValueError(
+            "--add-bos-token cannot be had: a document's first token is predicted from end-of-sentence, as in the "
+            "backbone's training"
+        )
+    if str(cfg.shorten_method) != "none":
+        raise ValueError(
+            f"--shorten-method {cfg.shorten_method} would drop tokens, but every token of a document is read: "
+            "leave it out"
+        )
+    if cfg.dataset_impl is not None and str(cfg.dataset_impl) != "mmap":
+        raise ValueError(
+            f"--dataset-impl {cfg.dataset_impl} cannot be read by slices: write the data with --dataset-impl mmap"
+        )
+
+    no_effect = {
+        f"--sample-break-mode {cfg.sample_break_mode}": str(cfg.sample_break_mode) != "none",
+        "--max-target-positions": cfg.max_target_positions is not None,
+        "--pad-to-fixed-length": cfg.pad_to_fixed_length,
+        "--pad-to-fixed-bsz": cfg.pad_to_fixed_bsz,
+        "--use-plasma-view": cfg.use_plasma_view,
+    }
+    named = [name for name, set_ in no_effect.items() if set_]
+    if named:
+        logger.info(
+            "%s: no effect; segments of --tokens-per-sample tokens are cut from whole documents (or, with "
+            "--memory-scope stream, from all documents of a lane) and padded only at a document's end",
+            ", ".join(named),
+        )
