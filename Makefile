@@ -77,7 +77,7 @@ $(STAMP): setup.py Makefile
 	@echo "[4/4] longmem_fairseq with faiss-$(FAISS)"
 	@$(PIP) -qq uninstall --yes $(if $(filter gpu,$(FAISS)),faiss-cpu,faiss-gpu)
 	@$(PIP) install --quiet --no-build-isolation --editable ".[$(FAISS),dev]"
-	@$(BIN)/python -c "import faiss, torch, fairseq.data.data_utils_fast"
+	@said=$$($(BIN)/python -c "import faiss, torch, fairseq.data.data_utils_fast" 2>&1) || { echo "$$said" >&2; exit 1; }
 	@touch $@
 	@echo "ready: source $(VENV)/bin/activate"
 
