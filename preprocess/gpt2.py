@@ -1,0 +1,131 @@
+"""GPT-2's byte-level BPE: fairseq's ``GPT2BPE`` and dictionary in one step, the same ids about ten times faster.
+
+Text is cut into words by the same regular expression as in fairseq. Most words were seen before, so their ids come from
+a table; a new word is merged by the ``tokenizers`` library (Rust).
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from preprocess.errors import InputError
+from preprocess.tokenization import UNK, Tokenizer, require_in_dictionary
+
+# GPT-2's definition of a word.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CACHED_WORDS = 1 << 18  # about 50 MB
+# No word spans the place between a visible character and a newline, so long texts may be cut there.
+_CUT = re.compile(r"(?<=\S)(?=\n)")
+_PART = 1 << 20  # characters
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's BPE from ``encoder.json`` and ``vocab.bpe``; fairseq's symbols are its ids in decimal.
+
+    Args:
+        encoder_json: token → GPT-2 id.
+        vocab_bpe: the merges, best first, below a line naming the version.
+        symbols: of an existing dictionary; None makes one in the order of the GPT-2 ids, filled up like fairseq's with
+            ``madeupword``s to a multiple of eight.
+    """
+
+    kind = "gpt2"
+
+    def __init__(self, encoder_json: Path, vocab_bpe: Path, symbols: Sequence[str] | None = None):
+        import regex
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        vocabulary, merges = _read_files(encoder_json, vocab_bpe)
+        try:
+            self._bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, cache_capacity=0))
+        except Exception as error:  # the library raises Exception itself
+            raise InputError(
+                f"--gpt2-encoder-json {encoder_json} and --gpt2-vocab-bpe {vocab_bpe} do not belong together: {error}"
+            ) from None
+        self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._bpe.decoder = decoders.ByteLevel()
+        unspelled = [char for char in pre_tokenizers.ByteLevel.alphabet() if char not in vocabulary]
+        if unspelled:
+            raise InputError(f"--gpt2-encoder-json {encoder_json} lacks {len(unspelled)} of the 256 bytes")
+        names = [str(number) for number in sorted(vocabulary.values())]
+        if symbols is None:
+            symbols = names + [f"madeupword{i:04d}" for i in range(-(len(names) + 4) % 8)]
+        identity = json.dumps([sorted(vocabulary.items(), key=lambda item: item[1]), merges]).encode()
+        super().__init__(symbols, {"encoder.json": encoder_json, "vocab.bpe": vocab_bpe}, identity)
+        index = require_in_dictionary(names, self.symbols, str(encoder_json))
+        self._to_id = np.full(max(vocabulary.values()) + 1, UNK, dtype=np.int32)  # (GPT-2 ids,) fairseq id
+        self._to_gpt2 = np.full(len(self), -1, dtype=np.int64)  # (dictionary,) GPT-2 id
+        for name in names:
+            self._to_id[int(name)] = index[name]
+            self._to_gpt2[index[name]] = int(name)
+        self._words = regex.compile(_WORDS)
+        self._cache = _WordIds(self._encode_word)
+
+    def _encode_word(self, word: str) -> bytes:
+        return self._to_id[self._bpe.encode(word).ids].tobytes()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        cache = self._cache
+        ids = b"".join(b"".join([cache[word] for word in self._words.findall(part)]) for part in _parts(text))
+        return np.frombuffer(ids, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = np.asarray(list(ids), dtype=np.int64)
+        text = []
+        known: list[int] = []
+        for token, number in zip(ids.tolist(), self._to_gpt2[ids].tolist(), strict=True):
+            if number >= 0:
+                known.append(number)
+            elif token == UNK:
+                text += [self._bpe.decode(known, skip_special_tokens=False), "<unk>"]
+                known = []
+        return "".join(text) + self._bpe.decode(known, skip_special_tokens=False)
+
+
+class _WordIds(dict):
+    """word → its ids as int32 bytes; forgets everything when full, which keeps the memory of a worker constant."""
+
+    def __init__(self, encode):
+        super().__init__()
+        self._encode = encode
+
+    def __missing__(self, word: str) -> bytes:
+        if len(self) >= _CACHED_WORDS:
+            self.clear()
+        ids = self._encode(word)
+        if len(word) <= 64:
+            self[word] = ids
+        return ids
+
+
+def _parts(text: str) -> Iterable[str]:
+    start = 0
+    while len(text) - start > 2 * _PART:
+        cut = _CUT.search(text, start + _PART)
+        if cut is None:
+            break
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _read_files(encoder_json: Path, vocab_bpe: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    try:
+        vocabulary = json.loads(encoder_json.read_text(encoding="utf-8"))
+        ids = list(vocabulary.values())
+        if not ids or not all(isinstance(number, int) and number >= 0 for number in ids) or len(set(ids)) != len(ids):
+            raise ValueError("its values are not distinct ids")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"--gpt2-encoder-json {encoder_json} is not GPT-2's encoder.json: {error}") from None
+    try:
+        lines = vocab_bpe.read_text(encoding="utf-8").split("\n")[1:-1]
+        merges = [tuple(line.split(" ")) for line in lines]
+        if not all(len(merge) == 2 for merge in merges):
+            raise ValueError("a line does not hold two symbols")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--gpt2-vocab-bpe {vocab_bpe} is not GPT-2's vocab.bpe: {error}") from None
+    return vocabulary, merges

@@ -1,0 +1,147 @@
+"""Train a sentencepiece model that keeps every character of a document, newlines and indentation included.
+
+* BPE without normalisation and with byte fallback: no text becomes ``<unk>``, and decoding gives the text back exactly.
+* sentencepiece trains on lines, so newlines would never be learned. The most frequent runs of a newline and the
+  whitespace after it ("\\n    " in source code, "\\n\\n" in prose) become pieces of their own; any other newline is a
+  byte piece.
+* Whitespace other than the space is never part of another piece, which lets fairseq's dictionary hold every piece.
+* Small vocabularies spend at most half of the room on single characters; rarer ones are spelled in bytes.
+"""
+
+import heapq
+import io
+import logging
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from preprocess.errors import InputError
+from preprocess.tokenization import SPECIALS
+
+logger = logging.getLogger(__name__)
+
+BYTES = 256
+SMALLEST_VOCABULARY = len(SPECIALS) + BYTES + 40
+COVERAGE = 0.9999  # of the characters of the sample; the others are spelled in bytes
+LARGEST_PASSAGE = 1 << 14  # characters
+LONGEST_RUN = 64  # characters of whitespace
+
+_RUN = re.compile(r"\r?\n[\r\n\t ]*")
+# Whitespace that is not a space, with what follows; the two characters that sentencepiece reserves; the zero byte.
+_BOUNDARY = re.compile(r"[^\S ]\s*|[\u2581\u2585\x00]")
+
+
+def train(texts: Iterable[str], vocab_size: int, sample_bytes: int = 20_000_000, seed: int = 1) -> bytes:
+    """A sentencepiece model for ``texts``, as the bytes of its file. The same input gives the same bytes.
+
+    Args:
+        texts: documents; read once, and never held in memory beyond the sample.
+        vocab_size: most symbols of the fairseq dictionary made of the model, its four special ones included.
+        sample_bytes: train on a random sample of passages of this size if there is more text.
+        seed: of the sample.
+
+    Raises:
+        InputError: ``vocab_size`` is too small, or there is no text to train on.
+    """
+    import sentencepiece
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"--vocab-size {vocab_size} is smaller than {SMALLEST_VOCABULARY} "
+            f"({len(SPECIALS)} special symbols, {BYTES} bytes, 40 pieces)"
+        )
+    passages = sample_passages(texts, sample_bytes, seed)
+    room = vocab_size - len(SPECIALS) - BYTES
+    runs = frequent_runs(passages, min(64, room // 16))
+    characters = frequent_characters(passages, (room - len(runs)) // 2)
+    sentences = list(training_sentences(passages, characters))
+    if not sentences:
+        raise InputError("the --train documents hold no visible character to train a tokenizer on")
+    logger.info("training a sentencepiece model of %d symbols on %d lines", vocab_size, len(sentences))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size - len(SPECIALS) + 1,  # its <unk> is fairseq's
+        hard_vocab_limit=False,  # a short text has fewer pieces to offer
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=[run.replace(" ", "\u2581") for run in runs],
+        character_coverage=1.0,
+        max_sentence_length=8 * LARGEST_PASSAGE,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def sample_passages(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
+    """Passages drawn at random until they fill ``sample_bytes`` of UTF-8, in the order of the text.
+
+    Each passage draws a number and those with the smallest stay, so one reading and constant memory suffice.
+    """
+    draw = random.Random(seed)
+    held: list[tuple[float, int, str, int]] = []  # a heap, largest draw first: (-draw, position, passage, bytes)
+    total = 0
+    for position, passage in enumerate(_passages(texts)):
+        size = len(passage.encode("utf-8"))
+        total += size
+        heapq.heappush(held, (-draw.random(), position, passage, size))
+        while total > sample_bytes and len(held) > 1:
+            total -= heapq.heappop(held)[3]
+    return [passage for _, _, passage, _ in sorted(held, key=lambda item: item[1])]
+
+
+def _passages(texts: Iterable[str]) -> Iterator[str]:
+    """The texts cut before newlines into parts of at most ``LARGEST_PASSAGE`` characters."""
+    for text in texts:
+        start = 0
+        while len(text) - start > LARGEST_PASSAGE:
+            cut = text.rfind("\n", start + 1, start + LARGEST_PASSAGE)
+            cut = cut if cut > 0 else start + LARGEST_PASSAGE
+            yield text[start:cut]
+            start = cut
+        yield text[start:]
+
+
+def frequent_runs(passages: Iterable[str], most: int) -> list[str]:
+    """Up to ``most`` runs of newline and whitespace that are worth a piece, most useful first."""
+    counts = Counter(run for passage in passages for run in _RUN.findall(passage) if 1 < len(run) <= LONGEST_RUN)
+    total = sum(counts.values())
+    worthy = [run for run, count in counts.items() if count >= max(8, total / 2000)]
+    return sorted(worthy, key=lambda run: (-counts[run], run))[:most]
+
+
+def frequent_characters(passages: Iterable[str], most: int) -> set[str]:
+    """The most frequent visible characters: ``COVERAGE`` of the text, but no more than ``most`` of them."""
+    counts = Counter()
+    for passage in passages:
+        counts.update(passage)
+    counts = {char: count for char, count in counts.items() if not _BOUNDARY.match(char) and char != " "}
+    total = sum(counts.values())
+    chosen, covered = set(), 0
+    for char in sorted(counts, key=lambda char: (-counts[char], char))[:most]:
+        if covered >= COVERAGE * total:
+            break
+        chosen.add(char)
+        covered += counts[char]
+    return chosen
+
+
+def training_sentences(passages: Iterable[str], characters: set[str]) -> Iterator[str]:
+    """Lines of only spaces and ``characters``, cut where there is anything else."""
+    for passage in passages:
+        rare = "".join(set(passage) - characters - {" "})
+        boundary = re.compile(f"{_BOUNDARY.pattern}|[{re.escape(rare)}]") if rare else _BOUNDARY
+        for line in boundary.split(passage):
+            if line and not line.isspace():
+                yield line
