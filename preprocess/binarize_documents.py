@@ -1,7 +1,7 @@
 """Text documents to fairseq data: one item per document, nothing lost, an end-of-document symbol after each.
 
     python preprocess/binarize_documents.py --train books/ --valid valid/ --test test.jsonl.zst \
-        --tokenizer sentencepiece --vocab-size 8000 --destdir data
+        --tokenizer sentencepiece --vocab-size 8000 --destdir data --workers 2
     fairseq-train data --user-dir longmem_fairseq --task longmem_language_modeling ...
 
 Inputs are text files (one document each), directories of them, or JSON lines (``text``, ``name``), also compressed
@@ -14,28 +14,48 @@ Inputs are text files (one document each), directories of them, or JSON lines (`
 Written to --destdir: ``dict.txt``, ``{train,valid,test}.{bin,idx}`` (fairseq's mmap format), the tokenizer's files,
 ``manifest.json`` and ``{split}.documents.jsonl`` (name, tokens and subset of each document, in order; tokens counts the
 end-of-document symbol). A killed run is continued by the same command; a finished one is not repeated.
+
+A collection the size of the Pile: run the command once for each shard, in any order, on any machines,
+
+    python preprocess/binarize_documents.py --train pile/*.jsonl.zst --tokenizer gpt2 ... --workers 16 \
+        --subset-weights "Books3=0.4" "PubMed Central=0.3" "Pile-CC=0.3" --token-budget 26000000000 \
+        --survey pile-survey.json --shard-id 0 --num-shards 8 --destdir data/0
+
+and train on ``data/0:data/1:...``. Weights are shares of the mixture's tokens. To make a mixture the collection is read
+once before, to measure it; --survey keeps the result for the other shards. Validation and test data go into shard 0,
+where fairseq looks for them.
 """
 
 import argparse
+import hashlib
+import json
 import logging
+import os
 import shutil
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from tqdm import tqdm
+
 if not __package__:  # run as a script: find the packages beside this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from preprocess.blocks import Position, read_blocks
 from preprocess.documents import Source, iter_documents, list_sources
-from preprocess.encoding import Settings, encode_blocks
+from preprocess.encoding import EncoderPool, Settings
 from preprocess.errors import InputError
+from preprocess.mixture import Selection, Survey, parse_weights, plan, read_survey, survey_identity
+from preprocess.sentencepiece_training import SAMPLE_BYTES, VOCAB_SIZE, train
+from preprocess.shards import shard
+from preprocess.tokenization import SPECIALS, Tokenizer, load_tokenizer
+
+# Imports of fairseq and of what needs it are in the functions that use it: worker processes import this file too.
 
 logger = logging.getLogger("preprocess.binarize_documents")
 
 SPLITS = ("train", "valid", "test")
-SAVE_SECONDS = 5.0  # at most this much work is repeated after a kill
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,52 +63,44 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="binarize_documents.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
     for split in SPLITS:
-        parser.add_argument(f"--{split}", nargs="+", metavar="P", help=f"{split} documents")
-    parser.add_argument("--destdir", required=True, type=Path, metavar="D", help="directory for the data")
-    parser.add_argument(
-        "--tokenizer", default="sentencepiece", metavar="T", help="sentencepiece (train one), gpt2, or a .model file"
-    )
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="size of the dictionary when training (8000)")
-    parser.add_argument(
-        "--tokenizer-sample-bytes",
-        type=int,
-        default=20_000_000,
-        metavar="N",
-        help="train on a sample of this size (20 MB)",
-    )
-    parser.add_argument("--gpt2-encoder-json", metavar="F", help="GPT-2's encoder.json")
-    parser.add_argument("--gpt2-vocab-bpe", metavar="F", help="GPT-2's vocab.bpe")
-    parser.add_argument("--dict", metavar="F", help="an existing fairseq dict.txt to use")
-    parser.add_argument(
-        "--allow-lossy-tokenizer", action="store_true", help="accept a .model that does not give text back as it was"
-    )
-    parser.add_argument(
-        "--bad-documents",
-        choices=("refuse", "skip"),
-        default="refuse",
-        help="at empty or undecodable documents: stop or go on",
-    )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of every random choice")
-    parser.add_argument("--overwrite", action="store_true", help="replace what --destdir holds, finished or not")
+        add(f"--{split}", nargs="+", metavar="P", help=f"{split} documents: files, directories, JSON lines")
+    add("--destdir", required=True, type=Path, metavar="D", help="directory for the data")
+    add("--tokenizer", default="sentencepiece", metavar="T", help="sentencepiece (train one), gpt2, or a .model file")
+    add("--vocab-size", type=int, metavar="N", help=f"dictionary of the tokenizer to train (at most; {VOCAB_SIZE})")
+    add("--tokenizer-sample-bytes", type=int, default=SAMPLE_BYTES, metavar="N", help="train it on a sample (20 MB)")
+    add("--gpt2-encoder-json", metavar="F", help="GPT-2's encoder.json")
+    add("--gpt2-vocab-bpe", metavar="F", help="GPT-2's vocab.bpe")
+    add("--dict", metavar="F", help="an existing fairseq dict.txt to use")
+    add("--allow-lossy-tokenizer", action="store_true", help="accept a .model that does not give text back as it was")
+    add("--bad-documents", choices=("refuse", "skip"), default="refuse", help="empty or undecodable documents")
+    add("--workers", type=int, default=1, metavar="N", help="processes that encode (1)")
+    add("--subset-weights", nargs="+", default=[], metavar="NAME=W", help="shares of subsets in the --train tokens")
+    add("--token-budget", type=int, metavar="N", help="about so many --train tokens in all (over all shards)")
+    add("--survey", type=Path, metavar="F", help="keep the measurement for a mixture here, or use the one kept")
+    add("--shard-id", type=int, default=0, metavar="I", help="make this part of the --train documents (0)")
+    add("--num-shards", type=int, default=1, metavar="N", help="of so many (1)")
+    add("--seed", type=int, default=1, metavar="N", help="of every random choice (1)")
+    add("--save-interval", type=float, default=5.0, metavar="S", help="a kill loses at most this many seconds (5)")
+    add("--overwrite", action="store_true", help="replace what --destdir holds, finished or not")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; InputErrors and full disks end it with one sentence."""
+    """Run the command line; what the user can mend ends it with one sentence."""
     args = parse_arguments(arguments)
     logging.basicConfig(format="%(asctime)s | %(levelname)s | %(message)s", stream=sys.stderr)
     logging.getLogger("preprocess").setLevel(logging.INFO)
+    again = "run the same command again to continue"
     try:
         binarize(args)
     except InputError as error:
         raise SystemExit(f"binarize_documents.py: error: {error}") from None
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        raise SystemExit(
-            f"binarize_documents.py: error: {error.strerror}{where}; run the same command again to continue"
-        ) from None
+    except OSError as error:  # a full disk, a directory that cannot be written
+        raise SystemExit(f"binarize_documents.py: error: {error}; mend it, then {again}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"binarize_documents.py: interrupted; {again}") from None
 
 
 def binarize(args: argparse.Namespace) -> dict:
@@ -105,13 +117,10 @@ def binarize(args: argparse.Namespace) -> dict:
     workspace = Workspace(args.destdir, _request(args, inputs), args.overwrite)
     if workspace.finished:
         logger.info("%s already holds this data: nothing to do", args.destdir)
-        return read_manifest(args.destdir)
-    if "publishing" in workspace.journal:
+    elif "publishing" in workspace.journal:
         workspace.publish(workspace.journal["publishing"])
-        return read_manifest(args.destdir)
-    _provide_tokenizer(args, workspace)
-    names = _write_all(args, inputs, workspace)
-    workspace.publish([*names, MANIFEST])
+    else:
+        workspace.publish([*_write_all(args, inputs, workspace), MANIFEST])
     manifest = read_manifest(args.destdir)
     for split, described in manifest["splits"].items():
         logger.info("%s: %d documents, %d tokens", split, described["documents"], described["tokens"])
@@ -123,40 +132,46 @@ def _check_arguments(args: argparse.Namespace, inputs: dict[str, list[Source]]) 
         raise InputError("no input: give --train, --valid or --test")
     if args.workers < 1:
         raise InputError(f"--workers {args.workers} is smaller than 1")
-    if args.tokenizer == "sentencepiece":
-        if "train" not in inputs:
-            raise InputError(
-                "--tokenizer sentencepiece needs --train to train a tokenizer on: give it, or a .model file"
-            )
-        if args.dict:
-            raise InputError("--dict does not go with training a tokenizer: give --tokenizer FILE.model or gpt2")
-    elif args.vocab_size is not None:
+    if not 0 <= args.shard_id < args.num_shards:
+        raise InputError(f"--shard-id {args.shard_id} is not from 0 to --num-shards {args.num_shards} - 1")
+    if args.token_budget is not None and args.token_budget < 1:
+        raise InputError(f"--token-budget {args.token_budget} is smaller than 1")
+    if (args.subset_weights or args.token_budget or args.num_shards > 1) and "train" not in inputs:
+        raise InputError("--subset-weights, --token-budget and --num-shards are for --train, which is missing")
+    if args.tokenizer != "sentencepiece":
+        if args.vocab_size is not None:
+            raise InputError(f"--vocab-size is for training; --tokenizer {args.tokenizer} has a vocabulary of its own")
+        return
+    if "train" not in inputs:
+        raise InputError("--tokenizer sentencepiece needs --train to train a tokenizer on: give it, or a .model file")
+    if args.dict:
+        raise InputError("--dict does not go with training a tokenizer: give --tokenizer FILE.model or gpt2")
+    if args.num_shards > 1:
         raise InputError(
-            f"--vocab-size {args.vocab_size} is for training; --tokenizer {args.tokenizer} has its own size"
+            f"--num-shards {args.num_shards} needs one tokenizer for all shards: train it once with "
+            "preprocess/sentencepiece_training.py and give --tokenizer FILE.model"
         )
 
 
 def _request(args: argparse.Namespace, inputs: dict[str, list[Source]]) -> dict[str, object]:
     """Everything that decides what the data will be, to tell whether a run continues another."""
-    import hashlib
-
     request: dict[str, object] = {}
     for split, sources in inputs.items():
         digest = hashlib.sha256()
         for source in sources:
-            digest.update(f"{source.path.resolve()}\0{source.size}\0{source.path.stat().st_mtime_ns}\n".encode())
+            line = f"{source.path.resolve()}\0{source.size}\0{source.path.stat().st_mtime_ns}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
         request[f"--{split}"] = digest.hexdigest()
     if args.tokenizer == "sentencepiece":
         request["--tokenizer"] = "sentencepiece"
-        request["--vocab-size"] = args.vocab_size or 8000
+        request["--vocab-size"] = args.vocab_size or VOCAB_SIZE
         request["--tokenizer-sample-bytes"] = args.tokenizer_sample_bytes
     else:
-        from preprocess.tokenization import load_tokenizer
-
         tokenizer = load_tokenizer(**_tokenizer_arguments(args))
         request["--tokenizer"] = tokenizer.fingerprint()
         request["--dict"] = hashlib.sha256("\n".join(tokenizer.symbols).encode()).hexdigest()
-    for option in ("bad_documents", "seed"):
+    request["--subset-weights"] = parse_weights(args.subset_weights)
+    for option in ("token_budget", "bad_documents", "shard_id", "num_shards", "seed"):
         request[f"--{option.replace('_', '-')}"] = getattr(args, option)
     return request
 
@@ -171,35 +186,110 @@ def _tokenizer_arguments(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _provide_tokenizer(args: argparse.Namespace, workspace) -> None:
-    """Train the tokenizer if it is to be trained and was not yet; ``args.tokenizer`` becomes its file."""
-    if args.tokenizer != "sentencepiece":
-        return
-    from preprocess.sentencepiece_training import train
-
-    model = workspace.path("sentencepiece.model")
-    if not workspace.journal.get("tokenizer"):
-        texts = (document.text for document in iter_documents(args.train, args.bad_documents))
-        model.write_bytes(train(texts, args.vocab_size or 8000, args.tokenizer_sample_bytes, args.seed))
-        workspace.journal["tokenizer"] = True
-        workspace.save()
-    args.tokenizer = str(model)
-
-
 def _write_all(args: argparse.Namespace, inputs: dict[str, list[Source]], workspace) -> list[str]:
-    """Write every split, the dictionary, the tokenizer's files and the manifest; returns the files' names."""
+    """Write everything to the workspace; returns the names of the files to publish, but for the manifest."""
     from fairseq.data.indexed_dataset import best_fitting_int_dtype
 
-    from longmem_fairseq.data.manifest import MANIFEST, dictionary_fingerprint, file_sha256, verify, write_manifest
-    from preprocess.tokenization import SPECIALS, load_tokenizer
+    from longmem_fairseq.data.manifest import verify
 
+    if args.tokenizer == "sentencepiece":
+        args.tokenizer = str(_train_tokenizer(args, workspace))
     tokenizer = load_tokenizer(**_tokenizer_arguments(args))
     dtype = best_fitting_int_dtype(len(tokenizer))
-    settings = Settings(_tokenizer_arguments(args), dtype.__name__, args.bad_documents)
-    splits = {
-        split: _write_split(split, sources, settings, args.workers, workspace, dtype)
-        for split, sources in inputs.items()
-    }
+    settings = Settings(_tokenizer_arguments(args), dtype.__name__, args.bad_documents, args.seed)
+    record: dict[str, object] = {"request_sha256": workspace.request_sha256, "dtype": dtype.__name__}
+    splits = {}
+    with EncoderPool(settings, args.workers) as pool:
+        for split, sources in inputs.items():
+            selection, stripe = None, (0, 1)
+            if split == "train":
+                if args.subset_weights or args.token_budget:
+                    selection, record["mixture"] = _plan_mixture(args, sources, tokenizer, pool, workspace)
+                if args.num_shards > 1:
+                    sources, stripe, divided = shard(sources, args.shard_id, args.num_shards)
+                    record["shard"] = {"id": args.shard_id, "of": args.num_shards, "divided_by": divided}
+            elif args.shard_id > 0:
+                logger.info("%s is left to shard 0, where fairseq looks for it", split)
+                continue
+            splits[split] = _write_split(split, sources, stripe, selection, pool, workspace, dtype, args.save_interval)
+    record["splits"] = splits
+    names = _write_tokenizer(args, tokenizer, workspace, record)
+    for split in splits:
+        verify(workspace.directory, split)
+    return [*names, *(name for described in splits.values() for name in described["files"])]
+
+
+def _train_tokenizer(args: argparse.Namespace, workspace) -> Path:
+    model = workspace.path("sentencepiece.model")
+    if "tokenizer" not in workspace.journal:
+        texts = (document.text for document in iter_documents(args.train, args.bad_documents, progress=True))
+        model.write_bytes(train(texts, args.vocab_size or VOCAB_SIZE, args.tokenizer_sample_bytes, args.seed))
+        workspace.journal["tokenizer"] = "trained"
+        workspace.save()
+    return model
+
+
+def _plan_mixture(args, sources: list[Source], tokenizer: Tokenizer, pool: EncoderPool, workspace):
+    """Measure the whole collection, unless that was done before, and choose the documents."""
+    identity = survey_identity(sources, tokenizer.fingerprint(), args.seed)
+    path = args.survey or workspace.path("survey.json")
+    if path.exists():
+        survey = read_survey(path, identity)
+    else:
+        survey = Survey()
+        for part in _with_progress(pool, "survey", sources, Position(), (0, 1), None, "survey"):
+            survey.add(part[0])
+        temporary = Path(f"{path}.{os.getpid()}.tmp")  # shards may measure at the same time
+        temporary.write_text(json.dumps({"identity": identity, "subsets": survey.to_json()}), encoding="utf-8")
+        os.replace(temporary, path)
+    return plan(survey, parse_weights(args.subset_weights), args.token_budget, args.seed)
+
+
+def _with_progress(pool: EncoderPool, method: str, sources, start: Position, stripe, argument, title: str):
+    total = sum(source.size for source in sources)
+    with tqdm(total=total, initial=start.consumed, unit="B", unit_scale=True, desc=title, mininterval=0.5) as progress:
+        for result, position in pool.map(method, read_blocks(sources, start, stripe), argument):
+            yield result, position
+            progress.update(position.consumed - progress.n)
+
+
+def _write_split(
+    split: str,
+    sources: list[Source],
+    stripe: tuple[int, int],
+    selection: Selection | None,
+    pool: EncoderPool,
+    workspace,
+    dtype: type,
+    save_interval: float,
+) -> dict:
+    """Encode the documents of one split, or go on where a killed run was; returns its part of the manifest."""
+    from preprocess.split_writer import SplitWriter
+
+    finished = workspace.journal.setdefault("finished", {})
+    if split in finished:
+        return finished[split]
+    writer = SplitWriter(workspace, split, dtype)
+    start = Position(**writer.state["position"]) if writer.state["position"] else Position()
+    if start != Position():
+        logger.info("%s: continuing after %d documents", split, writer.state["documents"])
+    saved = time.monotonic()
+    for encoded, position in _with_progress(pool, "encode", sources, start, stripe, selection, split):
+        writer.append(encoded)
+        if time.monotonic() - saved >= save_interval:
+            writer.save(asdict(position))
+            saved = time.monotonic()
+    if not writer.state["documents"]:
+        raise InputError(f"there is not one --{split} document to be written, of {len(sources)} files")
+    finished[split] = writer.finish()
+    workspace.save()
+    return finished[split]
+
+
+def _write_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, workspace, record: dict[str, object]) -> list[str]:
+    """Write the dictionary, the tokenizer's files and, completing the ``record``, the manifest; returns their names."""
+    from longmem_fairseq.data.manifest import MANIFEST, dictionary_fingerprint, file_sha256, write_manifest
+
     dictionary = workspace.path("dict.txt")
     if args.dict:
         shutil.copyfile(args.dict, dictionary)
@@ -209,57 +299,19 @@ def _write_all(args: argparse.Namespace, inputs: dict[str, list[Source]], worksp
     for name, path in tokenizer.files.items():
         if path != workspace.path(name):
             shutil.copyfile(path, workspace.path(name))
-    write_manifest(
-        workspace.path(MANIFEST),
-        {
-            "request_sha256": workspace.request_sha256,
-            "tokenizer": {
-                "kind": tokenizer.kind,
-                "files": sorted(tokenizer.files),
-                "fingerprint": tokenizer.fingerprint(),
-                "lossless": tokenizer.lossless,
-            },
-            "dictionary": {
-                "symbols": len(tokenizer),
-                "fingerprint": dictionary_fingerprint([*SPECIALS, *tokenizer.symbols]),
-                "sha256": file_sha256(dictionary),
-            },
-            "dtype": dtype.__name__,
-            "splits": splits,
-        },
-    )
-    for split in splits:
-        verify(workspace.directory, split)
-    return ["dict.txt", *tokenizer.files, *(name for described in splits.values() for name in described["files"])]
-
-
-def _write_split(split: str, sources: list[Source], settings: Settings, workers: int, workspace, dtype: type) -> dict:
-    from tqdm import tqdm
-
-    from preprocess.workspace import SplitWriter
-
-    done = workspace.journal.get("finished", {}).get(split)
-    if done:
-        return done
-    writer = SplitWriter(workspace, split, dtype)
-    start = Position(**writer.state["position"]) if writer.state["position"] else Position()
-    if start != Position():
-        logger.info("%s: continuing after %d documents", split, writer.state["documents"])
-    total = sum(source.size for source in sources)
-    saved = time.monotonic()
-    with tqdm(total=total, initial=start.consumed, unit="B", unit_scale=True, desc=split, mininterval=0.5) as progress:
-        for encoded, position in encode_blocks(read_blocks(sources, start), settings, workers):
-            writer.append(encoded)
-            progress.update(position.consumed - progress.n)
-            if time.monotonic() - saved > SAVE_SECONDS:
-                writer.save(asdict(position))
-                saved = time.monotonic()
-    if not writer.state["documents"]:
-        raise InputError(f"--{split} holds no document that can be used")
-    described = writer.finish()
-    workspace.journal.setdefault("finished", {})[split] = described
-    workspace.save()
-    return described
+    record["tokenizer"] = {
+        "kind": tokenizer.kind,
+        "files": sorted(tokenizer.files),
+        "fingerprint": tokenizer.fingerprint(),
+        "lossless": tokenizer.lossless,
+    }
+    record["dictionary"] = {
+        "symbols": len(tokenizer),
+        "fingerprint": dictionary_fingerprint([*SPECIALS, *tokenizer.symbols]),
+        "sha256": file_sha256(dictionary),
+    }
+    write_manifest(workspace.path(MANIFEST), record)
+    return ["dict.txt", *tokenizer.files]
 
 
 if __name__ == "__main__":

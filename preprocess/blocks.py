@@ -40,7 +40,7 @@ class TextBlock:
                 stream, _ = open_source(source)
                 with stream:
                     data = stream.read()
-            _keep(parsed, source.name, bad_documents, parse_text, source, data)
+            _keep(parsed, source.key, bad_documents, parse_text, source, data)
         return parsed
 
 
@@ -55,7 +55,8 @@ class LinesBlock:
         """Their documents; raises InputError for a bad one unless ``bad_documents`` is ``skip``."""
         parsed = Parsed()
         for number, line in self.lines:
-            _keep(parsed, f"{self.source.name}:{number}", bad_documents, parse_json_line, self.source, number, line)
+            key = f"{self.source.key}:{number}"
+            _keep(parsed, key, bad_documents, parse_json_line, self.source, number, line)
         return parsed
 
 
@@ -82,7 +83,7 @@ class _readable:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, (EOFError, OSError, zlib.error)):
-            raise InputError(f"{self.source.path} cannot be read to its end ({error}): get the file again") from None
+            raise InputError(f"{self.source.path} cannot be read to its end: {error}") from None
 
 
 def read_blocks(

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 from preprocess.errors import InputError
 
 COMPRESSED = (".gz", ".zst")
@@ -47,6 +49,11 @@ class Source:
     @property
     def is_json_lines(self) -> bool:
         return any(suffix in JSON_LINES for suffix in self._suffixes())
+
+    @property
+    def key(self) -> str:
+        """The file's place in the input, without the directories of this machine."""
+        return f"{self.subset}/{self.name}"
 
     @property
     def compression(self) -> str:
@@ -95,7 +102,7 @@ class Parsed:
     """The documents of one block and how many bad ones were left out of it."""
 
     documents: list[Document] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)  # one a document: which file, which line; the same on every machine
+    keys: list[str] = field(default_factory=list)  # one a document: its place in the input, the same on every machine
     skipped: int = 0
 
 
@@ -194,17 +201,24 @@ class _ZstdReader(io.RawIOBase):
         return size
 
 
-def iter_documents(paths: Iterable[str | os.PathLike], bad_documents: str = "refuse") -> Iterator[Document]:
+def iter_documents(
+    paths: Iterable[str | os.PathLike], bad_documents: str = "refuse", progress: bool = False
+) -> Iterator[Document]:
     """All documents behind ``paths``, in order, one at a time.
 
     Args:
         paths: text files, directories, JSON lines (see the module).
         bad_documents: ``refuse`` raises at an empty or undecodable document, ``skip`` leaves it out.
+        progress: show how much was read.
 
     Raises:
         InputError: a missing path or, unless skipped, a bad document.
     """
     from preprocess.blocks import read_blocks  # blocks are made of what is above
 
-    for block, _ in read_blocks(list_sources(paths)):
-        yield from block.parse(bad_documents).documents
+    sources = list_sources(paths)
+    total = sum(source.size for source in sources)
+    with tqdm(total=total, desc="read", unit="B", unit_scale=True, mininterval=0.5, disable=not progress) as bar:
+        for block, position in read_blocks(sources):
+            yield from block.parse(bad_documents).documents
+            bar.update(position.consumed - bar.n)

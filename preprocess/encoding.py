@@ -2,27 +2,38 @@
 
 import json
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any
 
 import numpy as np
 
 from preprocess.errors import InputError
+from preprocess.mixture import Selection, SurveyPart
 from preprocess.tokenization import EOS, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a worker has to know: how to load the tokenizer, the dtype of the tokens, what to do with bad documents."""
+    """What a worker has to know.
 
-    tokenizer: dict[str, Any]  # arguments of load_tokenizer
+    Args:
+        tokenizer: arguments of ``load_tokenizer``.
+        dtype: of the tokens, by numpy's name.
+        bad_documents: ``refuse`` or ``skip``.
+        seed: of random choices.
+    """
+
+    tokenizer: dict[str, Any]
     dtype: str
     bad_documents: str = "refuse"
+    seed: int = 1
 
 
 @dataclass
@@ -33,42 +44,62 @@ class Encoded:
     sizes: np.ndarray  # (documents,) int32
     records: bytes  # JSON lines, one a document
     characters: int = 0
-    skipped: int = 0
+    skipped: int = 0  # bad documents
+    left_out: int = 0  # by the selection
     subsets: dict[str, list[int]] = field(default_factory=dict)  # subset: [documents, tokens]
 
 
 class Encoder:
-    """Encodes blocks with one tokenizer."""
+    """Works on blocks with one tokenizer, alone or as one of many processes."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.tokenizer = load_tokenizer(**settings.tokenizer)
 
-    def __call__(self, block) -> Encoded:
-        """Encode a block.
+    def encode(self, block, selection: Selection | None = None) -> Encoded:
+        """Encode the documents of a block that are in the ``selection``.
 
         Raises:
             InputError: a bad document that is not to be skipped.
         """
         parsed = block.parse(self.settings.bad_documents)
-        arrays, sizes, records = [], [], []
-        encoded = Encoded(np.empty(0), np.empty(0), b"", skipped=parsed.skipped)
+        arrays, sizes, records = [np.empty(0, np.int32)], [], []
+        subsets: dict[str, list[int]] = {}
+        characters = left_out = 0
         eos = np.array([EOS], dtype=np.int32)
-        for document in parsed.documents:
+        for key, document in zip(parsed.keys, parsed.documents, strict=True):
+            if selection is not None and not selection.keeps(key, document.subset):
+                left_out += 1
+                continue
             ids = self.tokenizer.encode_array(document.text)
-            arrays += [ids, eos]
             size = len(ids) + 1
+            arrays += [ids, eos]
             sizes.append(size)
             record = {"name": document.name, "tokens": size, "subset": document.subset}
             records.append(json.dumps(record, ensure_ascii=False))
-            encoded.characters += len(document.text)
-            count = encoded.subsets.setdefault(document.subset, [0, 0])
+            characters += len(document.text)
+            count = subsets.setdefault(document.subset, [0, 0])
             count[0] += 1
             count[1] += size
-        encoded.ids = np.concatenate(arrays).astype(self.settings.dtype) if arrays else np.empty(0, self.settings.dtype)
-        encoded.sizes = np.array(sizes, dtype=np.int32)
-        encoded.records = "".join(f"{record}\n" for record in records).encode("utf-8", "surrogatepass")
-        return encoded
+        return Encoded(
+            ids=np.concatenate(arrays).astype(self.settings.dtype),  # (tokens,)
+            sizes=np.array(sizes, dtype=np.int32),  # (documents,)
+            # a file name that is not UTF-8 reaches Python as lone surrogates
+            records="".join(f"{record}\n" for record in records).encode("utf-8", "backslashreplace"),
+            characters=characters,
+            skipped=parsed.skipped,
+            left_out=left_out,
+            subsets=subsets,
+        )
+
+    def survey(self, block, _: None = None) -> SurveyPart:
+        """Measure the documents of a block without encoding more than a sample of them."""
+        part = SurveyPart(self.settings.seed)
+        parsed = block.parse(self.settings.bad_documents)
+        for key, document in zip(parsed.keys, parsed.documents, strict=True):
+            part.add(key, document)
+        part.sample(self.tokenizer)
+        return part
 
 
 _encoder: Encoder  # of a worker process
@@ -76,40 +107,75 @@ _encoder: Encoder  # of a worker process
 
 def _start_worker(settings: Settings) -> None:
     global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # the processes are the parallelism; threads beneath them would only get in each other's way
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = Encoder(settings)
 
 
-def _encode(block) -> Encoded:
-    return _encoder(block)
+def _end_with_parent() -> None:
+    # a worker whose parent is killed would wait for work for ever
+    parent_process().join()
+    os._exit(1)
 
 
-def encode_blocks(blocks: Iterable[tuple[Any, Any]], settings: Settings, workers: int) -> Iterator[tuple[Encoded, Any]]:
-    """Encode (block, tag) pairs in order, giving (encoded, tag); a bounded number is under way at any time.
+def _work(method: str, block, argument):
+    return getattr(_encoder, method)(block, argument)
 
-    Raises:
-        InputError: from a block, or a worker process was killed.
+
+class EncoderPool:
+    """``workers`` processes that work on blocks; with one worker, this process does.
+
+    Args:
+        settings: for all of them.
+        workers: how many.
     """
-    if workers == 1:
-        encoder = Encoder(settings)
-        for block, tag in blocks:
-            yield encoder(block), tag
-        return
-    # spawned, not forked: this process may run threads (progress bar, torch), and a fork would copy their locks
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (settings,))
-    try:
+
+    def __init__(self, settings: Settings, workers: int):
+        self.settings, self.workers = settings, workers
+        self._local = self._pool = None
+        if workers == 1:
+            self._local = Encoder(settings)
+        else:
+            # spawned, not forked: this process may run threads (progress bar, torch), and a fork would copy their locks
+            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (settings,))
+
+    def __enter__(self) -> "EncoderPool":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, method: str, blocks: Iterable[tuple[Any, Any]], argument: Any = None) -> Iterator[tuple[Any, Any]]:
+        """Apply an ``Encoder`` method to (block, tag) pairs, in order; a bounded number is under way at any time.
+
+        Args:
+            method: ``encode`` or ``survey``.
+            blocks: what ``read_blocks`` gives.
+            argument: passed on with each block.
+
+        Returns:
+            Pairs of result and tag.
+
+        Raises:
+            InputError: from a block, or a worker process was killed.
+        """
+        if self._pool is None:
+            for block, tag in blocks:
+                yield getattr(self._local, method)(block, argument), tag
+            return
         waiting = deque()
-        for block, tag in blocks:
-            waiting.append((pool.submit(_encode, block), tag))
-            if len(waiting) > 3 * workers:
-                future, tag = waiting.popleft()
+        try:
+            for block, tag in blocks:
+                waiting.append((self._pool.submit(_work, method, block, argument), tag))
+                if len(waiting) > 3 * self.workers:
+                    future, tag = waiting.popleft()
+                    yield future.result(), tag
+            for future, tag in waiting:
                 yield future.result(), tag
-        for future, tag in waiting:
-            yield future.result(), tag
-    except BrokenProcessPool:
-        raise InputError(
-            "a worker process was killed, probably for want of memory: run the command again with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        except BrokenProcessPool:
+            raise InputError(
+                "a worker process was killed, probably for want of memory: run the command again with fewer --workers"
+            ) from None

@@ -1,5 +1,9 @@
 """Train a sentencepiece model that keeps every character of a document, newlines and indentation included.
 
+    python preprocess/sentencepiece_training.py --train P... --vocab-size 32000 --output tokenizer.model
+
+binarize_documents.py does this by itself unless several shards are to share the model.
+
 * BPE without normalisation and with byte fallback: no text becomes ``<unk>``, and decoding gives the text back exactly.
 * sentencepiece trains on lines, so newlines would never be learned. The most frequent runs of a newline and the
   whitespace after it ("\\n    " in source code, "\\n\\n" in prose) become pieces of their own; any other newline is a
@@ -8,21 +12,31 @@
 * Small vocabularies spend at most half of the room on single characters; rarer ones are spelled in bytes.
 """
 
+import argparse
 import heapq
 import io
 import logging
+import os
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
+if not __package__:  # run as a script: find the packages beside this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from preprocess.documents import iter_documents
 from preprocess.errors import InputError
 from preprocess.tokenization import SPECIALS
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("preprocess.sentencepiece_training")
 
 BYTES = 256
 SMALLEST_VOCABULARY = len(SPECIALS) + BYTES + 40
+VOCAB_SIZE = 8000
+SAMPLE_BYTES = 20_000_000
 COVERAGE = 0.9999  # of the characters of the sample; the others are spelled in bytes
 LARGEST_PASSAGE = 1 << 14  # characters
 LONGEST_RUN = 64  # characters of whitespace
@@ -32,7 +46,7 @@ _RUN = re.compile(r"\r?\n[\r\n\t ]*")
 _BOUNDARY = re.compile(r"[^\S ]\s*|[\u2581\u2585\x00]")
 
 
-def train(texts: Iterable[str], vocab_size: int, sample_bytes: int = 20_000_000, seed: int = 1) -> bytes:
+def train(texts: Iterable[str], vocab_size: int, sample_bytes: int = SAMPLE_BYTES, seed: int = 1) -> bytes:
     """A sentencepiece model for ``texts``, as the bytes of its file. The same input gives the same bytes.
 
     Args:
@@ -145,3 +159,32 @@ def training_sentences(passages: Iterable[str], characters: set[str]) -> Iterato
         for line in boundary.split(passage):
             if line and not line.isspace():
                 yield line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; what the user can mend ends it with one sentence."""
+    parser = argparse.ArgumentParser(
+        prog="sentencepiece_training.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--train", nargs="+", required=True, metavar="P", help="documents: files, directories, JSON lines")
+    add("--output", type=Path, required=True, metavar="F", help="the model file to write")
+    add("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N", help=f"dictionary (at most; {VOCAB_SIZE})")
+    add("--sample-bytes", type=int, default=SAMPLE_BYTES, metavar="N", help="train on a sample of this size (20 MB)")
+    add("--seed", type=int, default=1, metavar="N", help="of the sample (1)")
+    add("--bad-documents", choices=("refuse", "skip"), default="refuse", help="empty or undecodable documents")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s | %(levelname)s | %(message)s", stream=sys.stderr)
+    logging.getLogger("preprocess").setLevel(logging.INFO)
+    try:
+        texts = (document.text for document in iter_documents(args.train, args.bad_documents, progress=True))
+        model = train(texts, args.vocab_size, args.sample_bytes, args.seed)
+        temporary = args.output.with_name(f"{args.output.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(model)
+        os.replace(temporary, args.output)
+    except (InputError, OSError) as error:
+        raise SystemExit(f"sentencepiece_training.py: error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
