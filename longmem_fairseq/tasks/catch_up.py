@@ -23,7 +23,7 @@ def catch_up(sample: Dict[str, Any], model, dataset: LaneDataset, autocast: bool
         sample: the batch that comes next, on the model's device.
         model: has ``lagging``, ``memorize`` and ``memory_tokens``; in the mode whose memory is meant.
         dataset: where the batch comes from.
-        autocast: encode under automatic mixed precision, as the forward pass will.
+        autocast: encode under CUDA's automatic mixed precision, as fairseq's ``--amp`` runs the forward pass.
     """
     rows = model.lagging(sample["net_input"]["segments"])
     if not rows.any():
@@ -35,7 +35,7 @@ def catch_up(sample: Dict[str, Any], model, dataset: LaneDataset, autocast: bool
         past = dataset.collater([dataset[index] for index in indices])["net_input"]
         if device.type == "cuda":
             past = utils.move_to_cuda(past, device=device)
-        with torch.no_grad(), torch.autocast(device.type, enabled=autocast):
+        with torch.no_grad(), torch.autocast("cuda", enabled=autocast):
             model.memorize(past["src_tokens"], past["segments"], join=i == 0)
     logger.info(
         "rebuilt the memory of %d lanes from the %d batches before, in %.1f s",

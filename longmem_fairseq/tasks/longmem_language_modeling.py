@@ -1,5 +1,6 @@
 """The task ``longmem_language_modeling``: whole documents on lanes, so that a memory follows each document."""
 
+import json
 import logging
 import os
 from typing import Any, Dict, Optional
@@ -9,14 +10,16 @@ from fairseq.data import Dictionary
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
+from omegaconf import OmegaConf
 
 from ..data.documents import DocumentDataset, find_split
 from ..data.lane_dataset import LaneDataset
 from ..data.lane_iterator import LaneIterator
 from ..data.manifest import dictionary_fingerprint, verify
 from .catch_up import catch_up
+from .evaluation import Evaluation
 from .options import LongMemLanguageModelingConfig, check_options
-from .restore import check_checkpoint, check_dictionary, restored_checkpoint
+from .restore import check_dictionary, prepare_restore
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
 
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
         super().__init__(args, dictionary, output_dictionary, targets)
-        self._model = None
+        self._model = self._model_cfg = None
         self._lanes: Dict[str, LaneDataset] = {}  # of each split, those that are being read
         self._last_batch = None
 
@@ -42,9 +45,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         check_options(args)
         task = super().setup_task(args, **kwargs)
         if not kwargs.get("from_checkpoint"):
-            checkpoint = restored_checkpoint(args.restore_file, args.save_dir, args.finetune_from_model)
-            if checkpoint is not None:
-                check_checkpoint(checkpoint, task.dictionary)
+            prepare_restore(args.restore_file, args.save_dir, args.finetune_from_model, task.dictionary)
         return task
 
     @classmethod
@@ -82,7 +83,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             raise ValueError(
                 f"--tokens-per-sample {self.args.tokens_per_sample} exceeds the {positions} positions of the model"
             )
-        self._model = model
+        self._model, self._model_cfg = model, args
         return model
 
     @property
@@ -211,13 +212,17 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         data_buffer_size: int = 10,
         context_window: int = 0,
     ):
-        """Batches for fairseq-eval-lm."""
+        """Batches for fairseq-eval-lm; see :class:`Evaluation`.
+
+        Raises:
+            ValueError: ``--context-window`` is asked for.
+        """
         if context_window > 0:
             raise ValueError(
                 f"--context-window {context_window} cannot be had: the memory carries the context from segment to "
                 "segment; leave it out"
             )
-        return self.get_batch_iterator(
+        batches = self.get_batch_iterator(
             dataset,
             max_tokens=max_tokens,
             max_sentences=batch_size,
@@ -226,3 +231,22 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             num_workers=num_workers,
             data_buffer_size=data_buffer_size,
         ).next_epoch_itr(shuffle=False)
+        return Evaluation(
+            batches,
+            self._lanes[dataset.split],
+            self._model,
+            shard_id,
+            self.args.results_path,
+            run=self._describe_run(dataset),
+            bar=self.args.log_format == "tqdm" or (self.args.log_format is None and not self.args.no_progress_bar),
+            log_interval=self.args.log_interval,
+        )
+
+    def _describe_run(self, dataset: DocumentDataset) -> Dict[str, Any]:
+        """What evaluations must have in common to be parts of one, as JSON."""
+        cfg, checkpoint = self._model_cfg, self.args.path
+        cfg = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
+        lanes = self._lanes[dataset.split]
+        file = [os.path.getsize(checkpoint), os.path.getmtime(checkpoint)] if checkpoint else None
+        data = [dataset.split, len(dataset), dataset.tokens, lanes.n_lanes, lanes.T, lanes.scope, lanes.seed]
+        return {"checkpoint": file, "model": json.loads(json.dumps(cfg, default=str)), "data": data}

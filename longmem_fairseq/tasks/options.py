@@ -35,6 +35,7 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
     restore_file: str = II("checkpoint.restore_file")
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
     save_dir: str = II("checkpoint.save_dir")
+    path: Optional[str] = II("common_eval.path")
     results_path: Optional[str] = II("common_eval.results_path")
     log_format: Optional[str] = II("common.log_format")
     log_interval: int = II("common.log_interval")

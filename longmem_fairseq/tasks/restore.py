@@ -1,15 +1,78 @@
-"""What is checked before a training continues: the checkpoint is there, whole, and made with this dictionary."""
+"""What is made sure of before a training continues: the checkpoint is there, whole, and made with this dictionary."""
 
+import argparse
+import collections
+import glob
+import logging
 import os
+import shutil
+import typing
 import zipfile
 from typing import Any, Dict, Optional
 
+import omegaconf
 import torch
 from fairseq.data import Dictionary
+from fairseq.distributed import utils as distributed_utils
 
 from ..data.manifest import dictionary_fingerprint
 
+logger = logging.getLogger(__name__)
+
 LAST = "checkpoint_last.pt"  # fairseq's default of --restore-file; it may be missing
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be read."""
+
+
+def prepare_restore(
+    restore_file: str, save_dir: str, finetune_from_model: Optional[str], dictionary: Dictionary
+) -> Optional[str]:
+    """Check the checkpoint that fairseq-train is about to load, before anything is built.
+
+    fairseq writes a checkpoint whole or not at all, but ``checkpoint_last.pt`` is mostly a copy of one, and a copy is
+    cut short where the process is killed or the disk is full. It is then made again from the newest whole checkpoint.
+
+    Returns:
+        its path, or ``None`` if training starts anew.
+
+    Raises:
+        FileNotFoundError: the user named one that does not exist (fairseq itself would start from scratch).
+        DamagedCheckpoint: it cannot be read, and there is no other.
+        ValueError: it was made with another dictionary.
+    """
+    distributed = torch.distributed.is_initialized()
+    if distributed:
+        _allow_broadcast()
+    last = os.path.join(save_dir, LAST)
+    if restore_file != LAST:
+        if not os.path.isfile(restore_file):
+            raise FileNotFoundError(
+                f"--restore-file {restore_file} does not exist: name an existing checkpoint, or leave the option out "
+                f"to continue from {last} or start anew"
+            )
+        path = restore_file
+    elif os.path.isfile(last):
+        path = last
+        if not distributed or torch.distributed.get_rank() == 0:
+            _repair(last)
+    else:
+        path = finetune_from_model
+    if distributed:
+        torch.distributed.barrier()
+    if path is None:
+        return None
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--finetune-from-model {path} does not exist")
+    try:
+        state = read_checkpoint(path)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(
+            f"{error}: continue from another one with --restore-file, or move it away to start anew"
+        ) from error
+    check_dictionary(state.get("task_state") or {}, dictionary, path)
+    return path
 
 
 def check_dictionary(state: Dict[str, Any], dictionary: Dictionary, checkpoint: str) -> None:
@@ -33,45 +96,62 @@ def check_dictionary(state: Dict[str, Any], dictionary: Dictionary, checkpoint: 
         )
 
 
-def restored_checkpoint(restore_file: str, save_dir: str, finetune_from_model: Optional[str]) -> Optional[str]:
-    """The checkpoint that fairseq-train will load, if any.
+def read_checkpoint(path: str) -> Dict[str, Any]:
+    """Read a checkpoint and compare its checksums; its tensors stay on disk.
 
     Raises:
-        FileNotFoundError: the user named one that does not exist (fairseq itself would start from scratch).
+        DamagedCheckpoint: it is cut short or changed.
     """
-    if restore_file != LAST:
-        if not os.path.isfile(restore_file):
-            raise FileNotFoundError(
-                f"--restore-file {restore_file} does not exist: name an existing checkpoint, or leave the option out "
-                f"to continue from {os.path.join(save_dir, LAST)} or start anew"
-            )
-        return restore_file
-    last = os.path.join(save_dir, LAST)
-    if os.path.isfile(last):
-        return last
-    if finetune_from_model and not os.path.isfile(finetune_from_model):
-        raise FileNotFoundError(f"--finetune-from-model {finetune_from_model} does not exist")
-    return finetune_from_model or None
-
-
-def check_checkpoint(path: str, dictionary: Dictionary) -> None:
-    """Refuse a checkpoint that is damaged or was made with another dictionary, before anything is built.
-
-    Raises:
-        ValueError: it cannot be continued from.
-    """
-    advice = "continue from an older one with --restore-file, or move it away to start anew"
     try:
-        if zipfile.is_zipfile(path):  # what torch.save writes; older files are pickles, whose damage torch.load finds
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"checkpoint {path} is damaged (checksum of {damaged} is wrong): {advice}")
-            state = torch.load(path, map_location="cpu", mmap=True)
-        else:
-            state = torch.load(path, map_location="cpu")
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({type(error).__name__}: {error}): {advice}") from error
-    check_dictionary(state.get("task_state") or {}, dictionary, path)
+        if not zipfile.is_zipfile(path):  # a file of torch before 1.6, or one that is cut short
+            return torch.load(path, map_location="cpu")
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+        if wrong is not None:
+            raise zipfile.BadZipFile(f"checksum of {wrong} is wrong")
+        return torch.load(path, map_location="cpu", mmap=True)
+    except Exception as error:  # whatever a damaged file makes of its reader
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({reason})") from error
+
+
+def _repair(last: str) -> None:
+    """Make a damaged ``checkpoint_last.pt`` again from the newest whole checkpoint beside it, if there is one."""
+    try:
+        read_checkpoint(last)
+        return
+    except DamagedCheckpoint as error:
+        damage = error
+    newest, updates = None, -1
+    for path in glob.glob(os.path.join(glob.escape(os.path.dirname(last)), "checkpoint*.pt")):
+        try:
+            state = read_checkpoint(path)
+        except DamagedCheckpoint:
+            continue
+        if state["optimizer_history"][-1]["num_updates"] > updates:
+            newest, updates = path, state["optimizer_history"][-1]["num_updates"]
+    if newest is not None:
+        logger.warning(f"{damage}; it is made again from {newest} of update {updates}")
+        shutil.copyfile(newest, last + ".tmp")
+        os.replace(last + ".tmp", last)
+
+
+def _allow_broadcast() -> None:
+    """Let ranks other than the first read a checkpoint that is sent to them.
+
+    fairseq sends it as a pickle that it reads with torch's safe loader, which refuses its own configuration.
+    """
+    torch.serialization.add_safe_globals(
+        [
+            argparse.Namespace,
+            collections.defaultdict,
+            distributed_utils._TensorPlaceholder,
+            omegaconf.DictConfig,
+            omegaconf.ListConfig,
+            omegaconf.base.ContainerMetadata,
+            omegaconf.base.Metadata,
+            omegaconf.nodes.AnyNode,
+            typing.Any,
+            *(dict, list, int, float, str, bool),
+        ]
+    )
