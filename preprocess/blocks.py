@@ -3,7 +3,6 @@
 Reading is sequential and cheap; parsing and encoding, which are not, are left to whoever holds the block.
 """
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,10 +35,8 @@ class TextBlock:
         """Their documents; raises InputError for a bad one unless ``bad_documents`` is ``skip``."""
         parsed = Parsed()
         for source in self.sources:
-            with _readable(source):
-                stream, _ = open_source(source)
-                with stream:
-                    data = stream.read()
+            with open_source(source) as (stream, _):
+                data = stream.read()
             _keep(parsed, source.key, bad_documents, parse_text, source, data)
         return parsed
 
@@ -70,20 +67,6 @@ def _keep(parsed: Parsed, key: str, bad_documents: str, parse, *arguments) -> No
         return
     parsed.documents.append(document)
     parsed.keys.append(key)
-
-
-class _readable:
-    """Turns what goes wrong while reading a file into one sentence that names it."""
-
-    def __init__(self, source: Source):
-        self.source = source
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, (EOFError, OSError, zlib.error)):
-            raise InputError(f"{self.source.path} cannot be read to its end: {error}") from None
 
 
 def read_blocks(
@@ -130,24 +113,27 @@ def read_blocks(
 
 
 def _read_lines(source: Source, start: Position, before: int, stripe: tuple[int, int], block_bytes: int):
-    with _readable(source):
-        stream, tell = open_source(source)
-        with stream:
-            _skip_to(stream, source, start.offset)
-            position, lines, size = start, [], 0
-            for line in stream:
-                number = position.line + 1
-                position = replace(position, line=number, offset=position.offset + len(line))
-                if not line.strip() or (number - 1) % stripe[1] != stripe[0]:
-                    continue
-                lines.append((number, line))
-                size += len(line)
-                if size >= block_bytes:
-                    position = replace(position, consumed=before + tell())
-                    yield LinesBlock(source, tuple(lines)), position
-                    lines, size = [], 0
+    """The blocks of one file of JSON lines; ``before`` bytes were in the files ahead of it."""
+    number, offset = start.line, start.offset
+    lines, size = [], 0
+    with open_source(source) as (stream, tell):
+        _skip_to(stream, source, offset)
+        for line in stream:
+            number += 1
+            offset += len(line)
+            if not line.strip() or (number - 1) % stripe[1] != stripe[0]:
+                continue
+            lines.append((number, line))
+            size += len(line)
+            if size >= block_bytes:
+                yield (
+                    LinesBlock(source, tuple(lines)),
+                    replace(start, line=number, offset=offset, consumed=before + tell()),
+                )
+                lines, size = [], 0
     if lines:
-        yield LinesBlock(source, tuple(lines)), replace(position, consumed=before + source.size)
+        position = replace(start, line=number, offset=offset, consumed=before + source.size)
+        yield LinesBlock(source, tuple(lines)), position
 
 
 def _skip_to(stream, source: Source, offset: int) -> None:

@@ -16,7 +16,9 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +126,7 @@ def parse_json_line(source: Source, number: int, line: bytes) -> Document:
         record = json.loads(line)
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text (byte {error.start}): {_SKIP_HINT}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}): {_SKIP_HINT}") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
@@ -149,14 +151,25 @@ def parse_json_line(source: Source, number: int, line: bytes) -> Document:
 _SKIP_HINT = "repair it, or leave such documents out with --bad-documents skip"
 
 
-def open_source(source: Source) -> tuple[io.BufferedIOBase, Callable[[], int]]:
-    """A stream of ``source``'s decompressed bytes, and a function that tells how many bytes of the file were read."""
-    raw = open(source.path, "rb")
-    if source.compression == ".gz":
-        return gzip.GzipFile(fileobj=raw), raw.tell
-    if source.compression == ".zst":
-        return io.BufferedReader(_ZstdReader(raw), 1 << 20), raw.tell
-    return raw, raw.tell
+@contextmanager
+def open_source(source: Source) -> Iterator[tuple[io.BufferedIOBase, Callable[[], int]]]:
+    """A stream of ``source``'s decompressed bytes, and a function that tells how many bytes of the file were read.
+
+    Raises:
+        InputError: while it is open, whatever keeps the file from being read to its end.
+    """
+    try:
+        with open(source.path, "rb") as raw:
+            if source.compression == ".gz":
+                with gzip.GzipFile(fileobj=raw) as stream:
+                    yield stream, raw.tell
+            elif source.compression == ".zst":
+                with io.BufferedReader(_ZstdReader(raw), 1 << 20) as stream:
+                    yield stream, raw.tell
+            else:
+                yield raw, raw.tell
+    except (EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{source.path} cannot be read to its end: {error}") from None
 
 
 class _ZstdReader(io.RawIOBase):
@@ -174,10 +187,6 @@ class _ZstdReader(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
 
     def readinto(self, buffer) -> int:
         while not self._output:

@@ -124,8 +124,8 @@ def _read_files(encoder_json: Path, vocab_bpe: Path) -> tuple[dict[str, int], li
     try:
         lines = vocab_bpe.read_text(encoding="utf-8").split("\n")[1:-1]
         merges = [tuple(line.split(" ")) for line in lines]
-        if not all(len(merge) == 2 for merge in merges):
-            raise ValueError("a line does not hold two symbols")
+        if not merges or not all(len(merge) == 2 for merge in merges):
+            raise ValueError("below its first line there must be two symbols a line")
     except (OSError, ValueError) as error:
         raise InputError(f"--gpt2-vocab-bpe {vocab_bpe} is not GPT-2's vocab.bpe: {error}") from None
     return vocabulary, merges

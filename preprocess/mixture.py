@@ -1,9 +1,9 @@
 """A mixture of subsets with a token budget: which documents of a collection to keep.
 
-Each document has a random number in [0, 1) that follows from the seed and its place in the input alone, so a document is
-kept or not whatever the shard, the worker or the order it is read in. The collection is read once to measure it
-(``Survey``): characters by subset, tokens per character from a sample, and how the characters are spread over the numbers.
-From that, ``plan`` finds the number below which the documents of a subset add up to its share of the budget.
+Each document has a random number in [0, 1) that follows from the seed and its place in the input alone, so it is kept
+or not whatever the shard, the worker or the order it is read in. The collection is read once to measure it
+(``Survey``): characters by subset, tokens per character from a sample, and how the characters are spread over the
+numbers. From that, ``plan`` finds the number below which the documents of a subset add up to its share of the budget.
 """
 
 import hashlib

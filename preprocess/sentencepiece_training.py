@@ -136,17 +136,19 @@ def frequent_runs(passages: Iterable[str], most: int) -> list[str]:
 
 
 def frequent_characters(passages: Iterable[str], most: int) -> set[str]:
-    """The most frequent visible characters: ``COVERAGE`` of the text, but no more than ``most`` of them."""
+    """The most frequent visible characters: ``COVERAGE`` of the text and all its ASCII, but at most ``most``."""
     counts = Counter()
     for passage in passages:
         counts.update(passage)
     counts = {char: count for char, count in counts.items() if not _BOUNDARY.match(char) and char != " "}
     total = sum(counts.values())
     chosen, covered = set(), 0
-    for char in sorted(counts, key=lambda char: (-counts[char], char))[:most]:
-        if covered >= COVERAGE * total:
+    for char in sorted(counts, key=lambda char: (-counts[char], char)):
+        if len(chosen) == most:
             break
-        chosen.add(char)
+        # stock fairseq shows a character that is spelled in bytes as <0x24>
+        if covered < COVERAGE * total or (char.isascii() and char.isprintable()):
+            chosen.add(char)
         covered += counts[char]
     return chosen
 
