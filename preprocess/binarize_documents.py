@@ -120,7 +120,12 @@ def binarize(args: argparse.Namespace) -> dict:
     elif "publishing" in workspace.journal:
         workspace.publish(workspace.journal["publishing"])
     else:
-        workspace.publish([*_write_all(args, inputs, workspace), MANIFEST])
+        try:
+            names = _write_all(args, inputs, workspace)
+        except InputError:
+            workspace.abandon()
+            raise
+        workspace.publish([*names, MANIFEST])
     manifest = read_manifest(args.destdir)
     for split, described in manifest["splits"].items():
         logger.info("%s: %d documents, %d tokens", split, described["documents"], described["tokens"])
@@ -171,7 +176,8 @@ def _request(args: argparse.Namespace, inputs: dict[str, list[Source]]) -> dict[
         request["--tokenizer"] = tokenizer.fingerprint()
         request["--dict"] = hashlib.sha256("\n".join(tokenizer.symbols).encode()).hexdigest()
     request["--subset-weights"] = parse_weights(args.subset_weights)
-    for option in ("token_budget", "bad_documents", "shard_id", "num_shards", "seed"):
+    # not --bad-documents: what was written before one was met is the same under either choice
+    for option in ("token_budget", "shard_id", "num_shards", "seed"):
         request[f"--{option.replace('_', '-')}"] = getattr(args, option)
     return request
 

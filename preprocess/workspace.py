@@ -8,12 +8,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 from longmem_fairseq.data.manifest import MANIFEST, ManifestError, read_manifest, verify
 from preprocess.errors import InputError
 
 _JOURNAL = "journal.json"
+_WORTH_SECONDS = 60
 _SPLIT_FILES = [f"{split}.{end}" for split in ("train", "valid", "test") for end in ("bin", "idx", "documents.jsonl")]
 _TOKENIZER_FILES = ["sentencepiece.model", "encoder.json", "vocab.bpe"]
 
@@ -44,6 +46,7 @@ class Workspace:
             return
         if not overwrite:
             self._require_free()
+        self._started = time.monotonic()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock()
         if overwrite:
@@ -86,7 +89,8 @@ class Workspace:
                 path.unlink()
 
     def _read_journal(self) -> None:
-        if not self.path(_JOURNAL).exists():
+        self._is_new = not self.path(_JOURNAL).exists()
+        if self._is_new:
             self._clear()
             self.save()
             return
@@ -113,6 +117,13 @@ class Workspace:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, self.path(_JOURNAL))
+
+    def abandon(self) -> None:
+        """Remove what this run began before it met an error in its input, unless that is work worth keeping."""
+        if self._is_new and time.monotonic() - self._started < _WORTH_SECONDS:
+            shutil.rmtree(self.directory)
+            if not any(self.destination.iterdir()):
+                self.destination.rmdir()
 
     def publish(self, names: list[str]) -> None:
         """Rename the finished files into the data directory, replacing what is there, and remove the workspace."""
