@@ -46,7 +46,7 @@ from preprocess.blocks import Position, read_blocks
 from preprocess.documents import Source, iter_documents, list_sources
 from preprocess.encoding import EncoderPool, Settings
 from preprocess.errors import InputError
-from preprocess.mixture import Selection, Survey, parse_weights, plan, read_survey, survey_identity
+from preprocess.mixture import SURVEY_BYTES, Selection, Survey, parse_weights, plan, read_survey, survey_identity
 from preprocess.sentencepiece_training import SAMPLE_BYTES, VOCAB_SIZE, train
 from preprocess.shards import shard
 from preprocess.tokenization import SPECIALS, Tokenizer, load_tokenizer
@@ -243,8 +243,9 @@ def _plan_mixture(args, sources: list[Source], tokenizer: Tokenizer, pool: Encod
         survey = read_survey(path, identity)
     else:
         survey = Survey()
-        for part in _with_progress(pool, "survey", sources, Position(), (0, 1), None, "survey"):
-            survey.add(part[0])
+        rate = SURVEY_BYTES / max(1, sum(source.size for source in sources))
+        for part, _ in _with_progress(pool, "survey", sources, Position(), (0, 1), rate, "survey"):
+            survey.add(part)
         temporary = Path(f"{path}.{os.getpid()}.tmp")  # shards may measure at the same time
         temporary.write_text(json.dumps({"identity": identity, "subsets": survey.to_json()}), encoding="utf-8")
         os.replace(temporary, path)

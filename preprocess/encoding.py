@@ -92,14 +92,9 @@ class Encoder:
             subsets=subsets,
         )
 
-    def survey(self, block, _: None = None) -> SurveyPart:
-        """Measure the documents of a block without encoding more than a sample of them."""
-        part = SurveyPart(self.settings.seed)
-        parsed = block.parse(self.settings.bad_documents)
-        for key, document in zip(parsed.keys, parsed.documents, strict=True):
-            part.add(key, document)
-        part.sample(self.tokenizer)
-        return part
+    def survey(self, block, rate: float) -> SurveyPart:
+        """Measure the documents of a block, encoding a sample of them at this ``rate``."""
+        return SurveyPart.of(block.parse(self.settings.bad_documents), self.tokenizer, self.settings.seed, rate)
 
 
 _encoder: Encoder  # of a worker process

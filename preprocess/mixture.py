@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocess.documents import Document, Source
+from preprocess.documents import Parsed, Source
 from preprocess.errors import InputError
 
 BINS = 1 << 14  # of the documents' numbers
-WINDOW = 4096  # characters encoded per block and subset, to know its tokens per character
+WINDOW = 2048  # characters of a passage that is encoded to know the tokens per character
+SURVEY_BYTES = 64_000_000  # smaller collections are encoded whole, so the tokens per character are exact
 
 
 def draw(seed: int, key: str, purpose: str) -> float:
@@ -48,45 +49,43 @@ class SubsetSurvey:
         """An estimate of the tokens in the subset."""
         return round(self.characters * self.tokens_per_character)
 
-    def add(self, other: "SubsetSurvey") -> None:
-        self.documents += other.documents
-        self.characters += other.characters
-        self.sampled_characters += other.sampled_characters
-        self.sampled_tokens += other.sampled_tokens
-        self.histogram += other.histogram
 
-
+@dataclass
 class SurveyPart:
-    """The survey of one block."""
+    """The survey of one block, by subset."""
 
-    def __init__(self, seed: int):
-        self.seed = seed
-        self.counts: dict[str, list[int]] = {}  # subset: [documents, characters]
-        self.bins: dict[str, dict[int, int]] = {}  # subset: bin: characters; a block touches few of them
-        self.samples: dict[str, tuple[int, int]] = {}  # subset: characters, tokens
-        self._windows: dict[str, tuple[float, str]] = {}
+    counts: dict[str, tuple[int, int]]  # documents, characters
+    bins: dict[str, dict[int, int]]  # bin: characters; a block touches few of them
+    samples: dict[str, tuple[int, int]]  # characters, tokens
 
-    def add(self, key: str, document: Document) -> None:
-        """Count a document."""
-        length = len(document.text)
-        count = self.counts.setdefault(document.subset, [0, 0])
-        count[0] += 1
-        count[1] += length
-        bins = self.bins.setdefault(document.subset, {})
-        place = int(draw(self.seed, key, "keep") * BINS)
-        bins[place] = bins.get(place, 0) + length
-        # a race of exponential waiting times picks one document with a chance that grows with its length
-        wait = -math.log1p(-draw(self.seed, key, "sample")) / length
-        if document.subset not in self._windows or wait < self._windows[document.subset][0]:
-            start = int(draw(self.seed, key, "window") * max(1, length - WINDOW))
-            self._windows[document.subset] = wait, document.text[start : start + WINDOW]
+    @classmethod
+    def of(cls, parsed: Parsed, tokenizer, seed: int, rate: float) -> "SurveyPart":
+        """Measure the documents of a block, encoding about ``rate`` of them but at least one window of each subset."""
+        texts: dict[str, list[str]] = {}
+        bins: dict[str, dict[int, int]] = {}
+        for key, document in zip(parsed.keys, parsed.documents, strict=True):
+            texts.setdefault(document.subset, []).append(document.text)
+            place = int(draw(seed, key, "keep") * BINS)
+            found = bins.setdefault(document.subset, {})
+            found[place] = found.get(place, 0) + len(document.text)
+        samples = {}
+        for subset, its_texts in texts.items():
+            windows = its_texts if rate >= 1 else _windows(its_texts, rate, draw(seed, parsed.keys[0], subset))
+            samples[subset] = sum(map(len, windows)), sum(len(tokenizer.encode_array(text)) for text in windows)
+        counts = {subset: (len(its_texts), sum(map(len, its_texts))) for subset, its_texts in texts.items()}
+        return cls(counts, bins, samples)
 
-    def sample(self, tokenizer) -> None:
-        """Encode one window of each subset; to be called once, after all documents were added."""
-        self.samples = {
-            subset: (len(text), len(tokenizer.encode_array(text))) for subset, (_, text) in self._windows.items()
-        }
-        self._windows = {}
+
+def _windows(texts: list[str], rate: float, offset: float) -> list[str]:
+    """Windows at equal distances in the concatenated ``texts``, the first where ``offset`` in [0, 1) says."""
+    ends = np.cumsum([len(text) for text in texts])
+    distance = min(WINDOW / rate, ends[-1])
+    starts = (np.arange(int(ends[-1] / distance)) + offset) * distance
+    windows = []
+    for start, place in zip(starts.astype(int), np.searchsorted(ends, starts, side="right"), strict=True):
+        within = start - (ends[place] - len(texts[place]))
+        windows.append(texts[place][within : within + WINDOW])
+    return windows
 
 
 class Survey:
