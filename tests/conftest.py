@@ -1,0 +1,61 @@
+"""Fixtures that several tests share: tiny data, a backbone, and a LongMem model trained on it."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors are slower on several threads
+
+from tests.fairseq_runs import TASK, random_documents, run, write_data  # noqa: E402
+
+T = 16  # tokens of a segment
+TRAIN_LENGTHS = [1, T - 1, T, T + 1, 100, 333, 4 * T, 5, 70, 200]
+VALID_LENGTHS = [50, 2 * T + 1, 1, 90]
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A data directory with 10 documents to train on and 4 to validate."""
+    return write_data(
+        tmp_path_factory.mktemp("tiny") / "data",
+        train=random_documents(TRAIN_LENGTHS),
+        valid=random_documents(VALID_LENGTHS, seed=1),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_data) -> Path:
+    """A stock transformer_lm of two layers, trained for one epoch by fairseq-train."""
+    checkpoint = tiny_data.parent / "backbone" / "checkpoint_last.pt"
+    run(
+        "train", tiny_data, *TASK, "--arch", "transformer_lm", "--decoder-layers", 2, "--decoder-embed-dim", 16,
+        "--decoder-input-dim", 16, "--decoder-output-dim", 16, "--decoder-ffn-embed-dim", 32,
+        "--decoder-attention-heads", 2, "--decoder-normalize-before", "--share-decoder-input-output-embed",
+        "--tokens-per-sample", T, "--batch-size", 4, "--max-epoch", 1, "--optimizer", "adam", "--lr", 0.01, "--cpu",
+        "--save-dir", checkpoint.parent, "--no-epoch-checkpoints", "--num-workers", 0, "--log-format", "simple",
+        cwd=tiny_data.parent,
+    )  # fmt: skip
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tiny_data, tiny_backbone) -> list:
+    """Arguments of a fairseq-train that adapts the tiny backbone for two epochs (21 updates each with 4 lanes)."""
+    return [
+        tiny_data, *TASK, "--arch", "longmem_gpt2_tiny", "--pretrained-model-path", tiny_backbone,
+        "--criterion", "longmem_cross_entropy", "--memory-size", 64, "--k", 8, "--chunk-size", 4,
+        "--retrieval-layer-index", 1, "--tokens-per-sample", T, "--max-epoch", 2, "--optimizer", "adam", "--lr", 0.01,
+        "--dropout", 0.1, "--cpu", "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", 1,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_longmem(tiny_data, tiny_options) -> SimpleNamespace:
+    """The tiny backbone with a memory, adapted without interruption on four lanes: its checkpoint and its log."""
+    directory = tiny_data.parent / "longmem"
+    output = run(
+        "train", *tiny_options, "--batch-size", 4, "--num-workers", 0, "--save-dir", directory, cwd=tiny_data.parent
+    )
+    return SimpleNamespace(checkpoint=directory / "checkpoint_last.pt", log=output)

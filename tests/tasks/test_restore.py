@@ -1,0 +1,102 @@
+import shutil
+
+import pytest
+import torch
+
+from longmem_fairseq.data.manifest import dictionary_fingerprint
+from longmem_fairseq.tasks.restore import DamagedCheckpoint, check_dictionary, prepare_restore, read_checkpoint
+from tests.fairseq_runs import make_dictionary
+
+LAST = "checkpoint_last.pt"
+
+
+def save(path, updates=5, dictionary=None):
+    state = {"dictionary_sha256": dictionary_fingerprint((dictionary or make_dictionary()).symbols)}
+    torch.save(
+        {
+            "model": {"weight": torch.randn(64, 64)},
+            "task_state": state,
+            "optimizer_history": [{"num_updates": updates}],
+        },
+        path,
+    )
+
+
+def prepare(directory, restore_file=LAST, finetune_from_model=None):
+    return prepare_restore(restore_file, str(directory), finetune_from_model, make_dictionary())
+
+
+def cut(path, share=0.5):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+def test_starts_anew_without_a_checkpoint(tmp_path):
+    assert prepare(tmp_path) is None
+
+
+def test_continues_from_the_last(tmp_path):
+    save(tmp_path / LAST)
+    assert prepare(tmp_path) == str(tmp_path / LAST)
+
+
+def test_a_named_checkpoint_must_exist(tmp_path):
+    save(tmp_path / LAST)
+    missing = tmp_path / "other.pt"
+    with pytest.raises(FileNotFoundError, match=f"--restore-file {missing} does not exist"):
+        prepare(tmp_path, str(missing))
+    with pytest.raises(FileNotFoundError, match=f"--finetune-from-model {missing} does not exist"):
+        prepare(tmp_path / "new", finetune_from_model=str(missing))
+    save(missing)
+    assert prepare(tmp_path, str(missing)) == str(missing)
+    assert prepare(tmp_path / "new", finetune_from_model=str(missing)) == str(missing)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_damaged_last_checkpoint_is_made_again_from_the_newest_whole_one(tmp_path, share):
+    for updates in (5, 20, 10):
+        save(tmp_path / f"checkpoint_1_{updates}.pt", updates)
+    save(tmp_path / "checkpoint_1_30.pt", 30)
+    cut(tmp_path / "checkpoint_1_30.pt")
+    shutil.copy(tmp_path / "checkpoint_1_20.pt", tmp_path / LAST)
+    cut(tmp_path / LAST, share)
+    assert prepare(tmp_path) == str(tmp_path / LAST)
+    assert read_checkpoint(str(tmp_path / LAST))["optimizer_history"][-1]["num_updates"] == 20
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_damaged_checkpoint_without_another_is_refused_and_kept(tmp_path):
+    save(tmp_path / LAST)
+    cut(tmp_path / LAST)
+    size = (tmp_path / LAST).stat().st_size
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoint_last.pt cannot be read \(.+\): continue from another"):
+        prepare(tmp_path)
+    assert (tmp_path / LAST).stat().st_size == size
+
+
+def test_one_changed_byte_is_found(tmp_path):
+    path = tmp_path / "named.pt"
+    save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # amid the weights
+    path.write_bytes(bytes(data))
+    with pytest.raises(DamagedCheckpoint, match="named.pt cannot be read .*--restore-file"):
+        prepare(tmp_path, str(path))
+
+
+def test_another_dictionary_of_the_same_size_is_refused(tmp_path):
+    other = make_dictionary()
+    other.symbols[10], other.symbols[11] = other.symbols[11], other.symbols[10]
+    save(tmp_path / LAST, dictionary=other)
+    with pytest.raises(ValueError, match="checkpoint_last.pt was made with another dictionary"):
+        prepare(tmp_path)
+
+
+def test_counts_of_a_dictionary_do_not_matter():
+    other = make_dictionary()
+    other.count[10] = 99
+    check_dictionary({"dictionary_sha256": dictionary_fingerprint(other.symbols)}, make_dictionary(), "x")
+
+
+def test_checkpoints_of_other_tasks_name_no_dictionary():
+    check_dictionary({}, make_dictionary(), "x")
