@@ -47,11 +47,12 @@ from preprocess.documents import Source, iter_documents, list_sources
 from preprocess.encoding import EncoderPool, Settings
 from preprocess.errors import InputError
 from preprocess.mixture import SURVEY_BYTES, Selection, Survey, parse_weights, plan, read_survey, survey_identity
+from preprocess.package_manifest import manifest as manifests
 from preprocess.sentencepiece_training import SAMPLE_BYTES, VOCAB_SIZE, train
 from preprocess.shards import shard
+from preprocess.split_writer import SplitWriter, smallest_dtype
 from preprocess.tokenization import SPECIALS, Tokenizer, load_tokenizer
-
-# Imports of fairseq and of what needs it are in the functions that use it: worker processes import this file too.
+from preprocess.workspace import Workspace
 
 logger = logging.getLogger("preprocess.binarize_documents")
 
@@ -109,9 +110,6 @@ def binarize(args: argparse.Namespace) -> dict:
     Raises:
         InputError: the input or an option cannot be used.
     """
-    from longmem_fairseq.data.manifest import MANIFEST, read_manifest
-    from preprocess.workspace import Workspace
-
     inputs = {split: list_sources(getattr(args, split)) for split in SPLITS if getattr(args, split)}
     _check_arguments(args, inputs)
     workspace = Workspace(args.destdir, _request(args, inputs), args.overwrite)
@@ -125,8 +123,8 @@ def binarize(args: argparse.Namespace) -> dict:
         except InputError:
             workspace.abandon()
             raise
-        workspace.publish([*names, MANIFEST])
-    manifest = read_manifest(args.destdir)
+        workspace.publish([*names, manifests.MANIFEST])
+    manifest = manifests.read_manifest(args.destdir)
     for split, described in manifest["splits"].items():
         logger.info("%s: %d documents, %d tokens", split, described["documents"], described["tokens"])
     return manifest
@@ -192,16 +190,12 @@ def _tokenizer_arguments(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _write_all(args: argparse.Namespace, inputs: dict[str, list[Source]], workspace) -> list[str]:
+def _write_all(args: argparse.Namespace, inputs: dict[str, list[Source]], workspace: Workspace) -> list[str]:
     """Write everything to the workspace; returns the names of the files to publish, but for the manifest."""
-    from fairseq.data.indexed_dataset import best_fitting_int_dtype
-
-    from longmem_fairseq.data.manifest import verify
-
     if args.tokenizer == "sentencepiece":
         args.tokenizer = str(_train_tokenizer(args, workspace))
     tokenizer = load_tokenizer(**_tokenizer_arguments(args))
-    dtype = best_fitting_int_dtype(len(tokenizer))
+    dtype = smallest_dtype(len(tokenizer))
     settings = Settings(_tokenizer_arguments(args), dtype.__name__, args.bad_documents, args.seed)
     record: dict[str, object] = {"request_sha256": workspace.request_sha256, "dtype": dtype.__name__}
     splits = {}
@@ -221,11 +215,11 @@ def _write_all(args: argparse.Namespace, inputs: dict[str, list[Source]], worksp
     record["splits"] = splits
     names = _write_tokenizer(args, tokenizer, workspace, record)
     for split in splits:
-        verify(workspace.directory, split)
+        manifests.verify(workspace.directory, split)
     return [*names, *(name for described in splits.values() for name in described["files"])]
 
 
-def _train_tokenizer(args: argparse.Namespace, workspace) -> Path:
+def _train_tokenizer(args: argparse.Namespace, workspace: Workspace) -> Path:
     model = workspace.path("sentencepiece.model")
     if "tokenizer" not in workspace.journal:
         texts = (document.text for document in iter_documents(args.train, args.bad_documents, progress=True))
@@ -235,7 +229,7 @@ def _train_tokenizer(args: argparse.Namespace, workspace) -> Path:
     return model
 
 
-def _plan_mixture(args, sources: list[Source], tokenizer: Tokenizer, pool: EncoderPool, workspace):
+def _plan_mixture(args, sources: list[Source], tokenizer: Tokenizer, pool: EncoderPool, workspace: Workspace):
     """Measure the whole collection, unless that was done before, and choose the documents."""
     identity = survey_identity(sources, tokenizer.fingerprint(), args.seed)
     path = args.survey or workspace.path("survey.json")
@@ -266,13 +260,11 @@ def _write_split(
     stripe: tuple[int, int],
     selection: Selection | None,
     pool: EncoderPool,
-    workspace,
+    workspace: Workspace,
     dtype: type,
     save_interval: float,
 ) -> dict:
     """Encode the documents of one split, or go on where a killed run was; returns its part of the manifest."""
-    from preprocess.split_writer import SplitWriter
-
     finished = workspace.journal.setdefault("finished", {})
     if split in finished:
         return finished[split]
@@ -293,16 +285,15 @@ def _write_split(
     return finished[split]
 
 
-def _write_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, workspace, record: dict[str, object]) -> list[str]:
+def _write_tokenizer(
+    args: argparse.Namespace, tokenizer: Tokenizer, workspace: Workspace, record: dict[str, object]
+) -> list[str]:
     """Write the dictionary, the tokenizer's files and, completing the ``record``, the manifest; returns their names."""
-    from longmem_fairseq.data.manifest import MANIFEST, dictionary_fingerprint, file_sha256, write_manifest
-
     dictionary = workspace.path("dict.txt")
     if args.dict:
         shutil.copyfile(args.dict, dictionary)
     else:
-        with open(dictionary, "w", encoding="utf-8") as stream:
-            tokenizer.dictionary.save(stream)
+        dictionary.write_text("".join(tokenizer.dictionary_lines()), encoding="utf-8")
     for name, path in tokenizer.files.items():
         if path != workspace.path(name):
             shutil.copyfile(path, workspace.path(name))
@@ -314,10 +305,10 @@ def _write_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, workspace, 
     }
     record["dictionary"] = {
         "symbols": len(tokenizer),
-        "fingerprint": dictionary_fingerprint([*SPECIALS, *tokenizer.symbols]),
-        "sha256": file_sha256(dictionary),
+        "fingerprint": manifests.dictionary_fingerprint([*SPECIALS, *tokenizer.symbols]),
+        "sha256": manifests.file_sha256(dictionary),
     }
-    write_manifest(workspace.path(MANIFEST), record)
+    manifests.write_manifest(workspace.path(manifests.MANIFEST), record)
     return ["dict.txt", *tokenizer.files]
 
 

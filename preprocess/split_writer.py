@@ -6,9 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from longmem_fairseq.data.manifest import INDEX_DTYPES, INDEX_HEADER, INDEX_MAGIC, file_sha256
 from preprocess.errors import InputError
+from preprocess.package_manifest import manifest as manifests
 from preprocess.workspace import Workspace
+
+
+def smallest_dtype(symbols: int) -> type:
+    """The type in which fairseq stores the tokens of a dictionary of this size."""
+    return np.uint16 if symbols < 65500 else np.uint32
 
 
 class SplitWriter:
@@ -66,7 +71,7 @@ class SplitWriter:
             file.close()
         index = self._path("idx")
         write_index(index, self._path("sizes"), self.dtype)
-        described["idx"] = {"bytes": index.stat().st_size, "sha256": file_sha256(index)}
+        described["idx"] = {"bytes": index.stat().st_size, "sha256": manifests.file_sha256(index)}
         state = self.state
         return {
             **{count: state[count] for count in self._COUNTS},
@@ -121,9 +126,9 @@ def write_index(path: Path, sizes_path: Path, dtype: type) -> None:
     2 GB of data.
     """
     sizes = np.memmap(sizes_path, dtype=np.int32, mode="r") if sizes_path.stat().st_size else np.empty(0, np.int32)
-    code = next(code for code, known in INDEX_DTYPES.items() if known is dtype)
+    code = next(code for code, known in manifests.INDEX_DTYPES.items() if known is dtype)
     with open(path, "wb") as stream:
-        stream.write(INDEX_HEADER.pack(INDEX_MAGIC, 1, code, len(sizes)))
+        stream.write(manifests.INDEX_HEADER.pack(manifests.INDEX_MAGIC, 1, code, len(sizes)))
         stream.write(sizes)
         start = 0
         for first in range(0, len(sizes), 1 << 20):

@@ -9,8 +9,9 @@ module and encoding needs neither torch nor fairseq, so that worker processes st
 """
 
 import hashlib
+import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,12 +76,14 @@ class Tokenizer:
         if self._dictionary is None:
             from fairseq.data import Dictionary  # takes seconds and is not needed to encode
 
-            dictionary = Dictionary()
-            # falling counts keep the order if anything sorts the dictionary again
-            for rank, symbol in enumerate(self.symbols):
-                dictionary.add_symbol(symbol, n=len(self.symbols) - rank)
-            self._dictionary = dictionary
+            self._dictionary = Dictionary()
+            self._dictionary.add_from_file(io.StringIO("".join(self.dictionary_lines())))
         return self._dictionary
+
+    def dictionary_lines(self) -> Iterator[str]:
+        """The lines of fairseq's dict.txt; falling counts keep the order if anything sorts the dictionary again."""
+        for rank, symbol in enumerate(self.symbols):
+            yield f"{symbol} {len(self.symbols) - rank}\n"
 
 
 def load_tokenizer(

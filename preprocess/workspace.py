@@ -11,8 +11,8 @@ import shutil
 import time
 from pathlib import Path
 
-from longmem_fairseq.data.manifest import MANIFEST, ManifestError, read_manifest, verify
 from preprocess.errors import InputError
+from preprocess.package_manifest import manifest as manifests
 
 _JOURNAL = "journal.json"
 _WORTH_SECONDS = 60
@@ -55,12 +55,12 @@ class Workspace:
 
     def _is_finished(self) -> bool:
         try:
-            manifest = read_manifest(self.destination)
+            manifest = manifests.read_manifest(self.destination)
             if manifest is None or manifest["request_sha256"] != self.request_sha256:
                 return False
             for split in manifest["splits"]:
-                verify(self.destination, split)
-        except ManifestError as error:
+                manifests.verify(self.destination, split)
+        except manifests.ManifestError as error:
             raise InputError(f"{error} (--overwrite does)") from None
         return True
 
@@ -69,7 +69,7 @@ class Workspace:
             journal = json.loads(self.path(_JOURNAL).read_text(encoding="utf-8"))
             if journal["overwrite"] or "publishing" in journal:
                 return  # replacing it was asked for, or the run was killed while renaming
-        for name in (MANIFEST, "dict.txt", *_SPLIT_FILES):
+        for name in (manifests.MANIFEST, "dict.txt", *_SPLIT_FILES):
             if (self.destination / name).exists():
                 raise InputError(
                     f"--destdir {self.destination} already holds {name}, made from other input or with other settings: "
@@ -130,10 +130,10 @@ class Workspace:
         self.journal["publishing"] = names
         self.save()
         # the manifest first, since a half replaced set must not look whole; then what the new data does not replace
-        for name in (MANIFEST, *_SPLIT_FILES, *_TOKENIZER_FILES):
-            if name == MANIFEST or name not in names:
+        for name in (manifests.MANIFEST, *_SPLIT_FILES, *_TOKENIZER_FILES):
+            if name == manifests.MANIFEST or name not in names:
                 (self.destination / name).unlink(missing_ok=True)
-        for name in sorted(names, key=lambda name: name == MANIFEST):
+        for name in sorted(names, key=lambda name: name == manifests.MANIFEST):
             if self.path(name).exists():  # else a killed run renamed it
                 os.replace(self.path(name), self.destination / name)
         shutil.rmtree(self.directory)

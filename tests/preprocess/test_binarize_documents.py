@@ -17,6 +17,7 @@ from fairseq.data import Dictionary, data_utils
 
 from longmem_fairseq.data.manifest import read_manifest, verify
 from preprocess.binarize_documents import main
+from preprocess.split_writer import smallest_dtype
 from preprocess.tokenization import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "preprocess" / "binarize_documents.py"
@@ -122,6 +123,13 @@ def test_the_index_is_fairseqs_own(data, tmp_path):
     builder.finalize(str(tmp_path / "train.idx"))
     for name in ("train.bin", "train.idx"):
         assert (tmp_path / name).read_bytes() == (data / name).read_bytes()
+
+
+@pytest.mark.parametrize("symbols", [4, 65499, 65500, 200_000])
+def test_the_dtype_is_fairseqs_own(symbols):
+    from fairseq.data.indexed_dataset import best_fitting_int_dtype
+
+    assert smallest_dtype(symbols) is best_fitting_int_dtype(symbols)
 
 
 def test_workers_do_not_change_a_byte(data, inputs, tmp_path):
