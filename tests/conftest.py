@@ -5,7 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
+# Machines that run the tests may be busy: an example that takes long is no failure.
+settings.register_profile("longmem", deadline=None)
+settings.load_profile("longmem")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors are slower on several threads
 
 from tests.fairseq_runs import TASK, random_documents, run, write_data  # noqa: E402
@@ -17,11 +21,12 @@ VALID_LENGTHS = [50, 2 * T + 1, 1, 90]
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
-    """A data directory with 10 documents to train on and 4 to validate."""
+    """A data directory with 10 documents to train on, 4 to validate, and one more."""
     return write_data(
         tmp_path_factory.mktemp("tiny") / "data",
         train=random_documents(TRAIN_LENGTHS),
         valid=random_documents(VALID_LENGTHS, seed=1),
+        single=random_documents([2 * T + 3], seed=2),  # leaves all ranks but one without a batch
     )
 
 

@@ -15,7 +15,11 @@ FILES = ("documents.jsonl", "documents.csv")
 
 
 def write_atomically(path: str, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before is still there.
+    """
     temporary = f"{path}.tmp.{os.getpid()}"
     try:
         with open(temporary, "w", encoding="utf-8", newline="") as f:
@@ -23,6 +27,8 @@ def write_atomically(path: str, text: str) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): free the disk or change --results-path") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

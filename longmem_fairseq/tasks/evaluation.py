@@ -32,6 +32,10 @@ class Evaluation:
         run: description of the run, for shards that run apart.
         bar: show a progress bar, if there is a terminal (otherwise a log line every ``log_interval`` batches).
         log_interval: batches between two log lines.
+
+    Raises:
+        OSError: the results cannot be written.
+        RuntimeError: not every token was scored once.
     """
 
     def __init__(
@@ -54,7 +58,10 @@ class Evaluation:
         self._batch: Dict[str, Any] = {}
         self._hook = None
         if results_path is not None:
-            os.makedirs(results_path, exist_ok=True)
+            try:
+                os.makedirs(results_path, exist_ok=True)
+            except OSError as error:
+                raise OSError(f"--results-path {results_path} cannot be made a directory: {error.strerror}") from error
             self.names = dataset.documents.names()
             if dataset.n_ranks > 1 and not self.distributed:
                 self.shards = ShardScores(results_path, run, dataset.n_ranks, rank)

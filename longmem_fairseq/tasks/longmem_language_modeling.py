@@ -44,7 +44,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
     def setup_task(cls, args, **kwargs):
         check_options(args)
         task = super().setup_task(args, **kwargs)
-        if not kwargs.get("from_checkpoint"):
+        if args.path is None and not kwargs.get("from_checkpoint"):  # training
             prepare_restore(args.restore_file, args.save_dir, args.finetune_from_model, task.dictionary)
         return task
 
@@ -171,11 +171,12 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             with_segments=self._has_memory,
         )
         lanes.set_epoch(epoch)
-        self._lanes[dataset.split] = lanes
-        logger.info(
-            "%s: %d lanes on each of %d ranks, %s batches of up to %d tokens a lane",
-            dataset.split, lanes.n_lanes, num_shards, f"{lanes.steps:,}", lanes.T,
-        )  # fmt: skip
+        before, self._lanes[dataset.split] = self._lanes.get(dataset.split), lanes
+        if before is None or (before.n_lanes, before.steps) != (lanes.n_lanes, lanes.steps):
+            logger.info(
+                "%s: %d lanes on each of %d ranks, %s batches of up to %d tokens a lane",
+                dataset.split, lanes.n_lanes, num_shards, f"{lanes.steps:,}", lanes.T,
+            )  # fmt: skip
         return LaneIterator(lanes, shard_id, epoch, num_workers, data_buffer_size)
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):

@@ -80,6 +80,22 @@ def test_every_token_is_a_target_once_in_order(dataset, epoch):
         assert source[i] == [EOS] + document[:-1].tolist()
 
 
+@pytest.mark.parametrize("scope", ["document", "stream"])
+def test_a_document_of_many_segments(scope):
+    """Its length does not fit 16 bits; its neighbours are around one segment long."""
+    T = 1024
+    documents = random_documents([1, T - 1, T, T + 1, 70_001])
+    dataset = LaneDataset(Documents(documents), 2, 1, T, EOS, scope)
+    read = [[] for _ in documents]
+    for sample in batches_of(dataset, 0):
+        for row, pieces in enumerate(sample["pieces"]):
+            target = sample["target"][row].tolist()
+            for piece in pieces:
+                read[piece.document] += target[: piece.stop - piece.start]
+                target = target[piece.stop - piece.start :]
+    assert read == [document.tolist() for document in documents]
+
+
 @given(dataset=datasets())
 def test_lanes_continue_their_streams(dataset):
     """On each lane of each rank: a segment starts a stream, or continues the one that was there."""

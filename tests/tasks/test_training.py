@@ -106,6 +106,7 @@ def test_other_lanes_cannot_continue_amid_an_epoch(killed, tmp_path):
 def test_two_ranks(tiny_options, tiny_longmem, tmp_path):
     """Two ranks of two lanes do what one rank of four does, and continue where they stopped."""
     options = [*tiny_options, "--batch-size", 2, "--num-workers", 0, "--dropout", 0]
+    options += ["--valid-subset", "valid,single"]
     whole, _ = run_ranks("train", *options, "--save-dir", tmp_path / "whole", cwd=tmp_path)
     one = run(
         "train", *options, "--batch-size", 4, "--no-save", "--save-dir", tmp_path / "one", cwd=tmp_path
@@ -114,7 +115,8 @@ def test_two_ranks(tiny_options, tiny_longmem, tmp_path):
         two_ranks, one_rank = figures(whole, "train_inner", figure), figures(one, "train_inner", figure)
         assert len(two_ranks) == 2 * UPDATES
         assert two_ranks == pytest.approx(one_rank, rel=2e-3, abs=2e-3)
-    assert figures(whole, "valid", "loss") == pytest.approx(figures(one, "valid", "loss"), abs=2e-3)
+    for split in ("valid", "single"):
+        assert figures(whole, split, "loss") == pytest.approx(figures(one, split, "loss"), abs=2e-3)
 
     stopped = ["train", *options, "--save-dir", tmp_path / "stopped"]
     run_ranks(*stopped, "--max-update", 12, cwd=tmp_path)
