@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -92,18 +93,23 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
             without = total("loss_without_memory") / tokens / math.log(2)
             metrics.log_scalar("_loss_compared", with_memory, tokens, round=3)
             metrics.log_scalar("_loss_no_mem", without, tokens, round=3)
-            metrics.log_derived("ppl_no_mem", lambda meters: utils.get_perplexity(meters["_loss_no_mem"].avg))
-            metrics.log_derived(
-                "mem_gain",
-                lambda meters: round(
-                    100 * (1 - 2 ** float(meters["_loss_compared"].avg - meters["_loss_no_mem"].avg)), 2
-                ),
-            )
+            metrics.log_derived("ppl_no_mem", lambda meters: _perplexity(meters["_loss_no_mem"].avg))
+            metrics.log_derived("mem_gain", lambda m: _gain(m["_loss_compared"].avg, m["_loss_no_mem"].avg))
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         """All figures are sums."""
         return True
+
+
+def _perplexity(loss) -> Optional[float]:
+    """2^loss; None while nothing was measured since the last line of the log."""
+    return None if loss is None else utils.get_perplexity(loss)
+
+
+def _gain(with_memory, without) -> Optional[float]:
+    """By how much reading lowers the perplexity, in percent, from two losses in base 2."""
+    return None if without is None else round(100 * (1 - 2 ** (float(with_memory) - float(without))), 2)
 
 
 def memory_figures(model, reader, zero) -> dict:
