@@ -112,14 +112,16 @@ def binarize(args: argparse.Namespace) -> dict:
     """
     inputs = {split: list_sources(getattr(args, split)) for split in SPLITS if getattr(args, split)}
     _check_arguments(args, inputs)
-    workspace = Workspace(args.destdir, _request(args, inputs), args.overwrite)
+    trained = args.tokenizer == "sentencepiece"
+    tokenizer = None if trained else load_tokenizer(**_tokenizer_arguments(args))
+    workspace = Workspace(args.destdir, _request(args, inputs, tokenizer), args.overwrite)
     if workspace.finished:
         logger.info("%s already holds this data: nothing to do", args.destdir)
     elif "publishing" in workspace.journal:
         workspace.publish(workspace.journal["publishing"])
     else:
         try:
-            names = _write_all(args, inputs, workspace)
+            names = _write_all(args, inputs, tokenizer, workspace)
         except InputError:
             workspace.abandon()
             raise
@@ -156,7 +158,7 @@ def _check_arguments(args: argparse.Namespace, inputs: dict[str, list[Source]]) 
         )
 
 
-def _request(args: argparse.Namespace, inputs: dict[str, list[Source]]) -> dict[str, object]:
+def _request(args: argparse.Namespace, inputs: dict[str, list[Source]], tokenizer: Tokenizer | None) -> dict:
     """Everything that decides what the data will be, to tell whether a run continues another."""
     request: dict[str, object] = {}
     for split, sources in inputs.items():
@@ -165,12 +167,11 @@ def _request(args: argparse.Namespace, inputs: dict[str, list[Source]]) -> dict[
             line = f"{source.path.resolve()}\0{source.size}\0{source.path.stat().st_mtime_ns}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
         request[f"--{split}"] = digest.hexdigest()
-    if args.tokenizer == "sentencepiece":
+    if tokenizer is None:
         request["--tokenizer"] = "sentencepiece"
         request["--vocab-size"] = args.vocab_size or VOCAB_SIZE
         request["--tokenizer-sample-bytes"] = args.tokenizer_sample_bytes
     else:
-        tokenizer = load_tokenizer(**_tokenizer_arguments(args))
         request["--tokenizer"] = tokenizer.fingerprint()
         request["--dict"] = hashlib.sha256("\n".join(tokenizer.symbols).encode()).hexdigest()
     request["--subset-weights"] = parse_weights(args.subset_weights)
@@ -190,16 +191,18 @@ def _tokenizer_arguments(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _write_all(args: argparse.Namespace, inputs: dict[str, list[Source]], workspace: Workspace) -> list[str]:
+def _write_all(
+    args: argparse.Namespace, inputs: dict[str, list[Source]], tokenizer: Tokenizer | None, workspace: Workspace
+) -> list[str]:
     """Write everything to the workspace; returns the names of the files to publish, but for the manifest."""
-    if args.tokenizer == "sentencepiece":
+    if tokenizer is None:
         args.tokenizer = str(_train_tokenizer(args, workspace))
-    tokenizer = load_tokenizer(**_tokenizer_arguments(args))
+        tokenizer = load_tokenizer(**_tokenizer_arguments(args))
     dtype = smallest_dtype(len(tokenizer))
     settings = Settings(_tokenizer_arguments(args), dtype.__name__, args.bad_documents, args.seed)
     record: dict[str, object] = {"request_sha256": workspace.request_sha256, "dtype": dtype.__name__}
     splits = {}
-    with EncoderPool(settings, args.workers) as pool:
+    with EncoderPool(settings, args.workers, tokenizer) as pool:
         for split, sources in inputs.items():
             selection, stripe = None, (0, 1)
             if split == "train":

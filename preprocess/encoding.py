@@ -16,7 +16,7 @@ import numpy as np
 
 from preprocess.errors import InputError
 from preprocess.mixture import Selection, SurveyPart
-from preprocess.tokenization import EOS, load_tokenizer
+from preprocess.tokenization import EOS, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Encoded:
 class Encoder:
     """Works on blocks with one tokenizer, alone or as one of many processes."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, tokenizer: Tokenizer | None = None):
         self.settings = settings
-        self.tokenizer = load_tokenizer(**settings.tokenizer)
+        self.tokenizer = tokenizer or load_tokenizer(**settings.tokenizer)
 
     def encode(self, block, selection: Selection | None = None) -> Encoded:
         """Encode the documents of a block that are in the ``selection``.
@@ -125,13 +125,14 @@ class EncoderPool:
     Args:
         settings: for all of them.
         workers: how many.
+        tokenizer: that of the settings, if it is loaded already.
     """
 
-    def __init__(self, settings: Settings, workers: int):
+    def __init__(self, settings: Settings, workers: int, tokenizer: Tokenizer | None = None):
         self.settings, self.workers = settings, workers
         self._local = self._pool = None
         if workers == 1:
-            self._local = Encoder(settings)
+            self._local = Encoder(settings, tokenizer)
         else:
             # spawned, not forked: this process may run threads (progress bar, torch), and a fork would copy their locks
             self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (settings,))

@@ -14,12 +14,14 @@ import numpy as np
 from preprocess.errors import InputError
 from preprocess.tokenization import UNK, Tokenizer, require_in_dictionary
 
-# GPT-2's definition of a word.
+# GPT-2's definition of a word, and what becomes of it where all characters are ASCII: Python's own module knows no
+# Unicode classes, but is twice as fast.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_ASCII_WORDS = re.compile(r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", flags=re.ASCII)
 _CACHED_WORDS = 1 << 18  # about 50 MB
-# No word spans the place between a visible character and a newline, so long texts may be cut there.
+# No word spans the place between a visible character and a newline, so texts may be cut there.
 _CUT = re.compile(r"(?<=\S)(?=\n)")
-_PART = 1 << 20  # characters
+_PART = 1 << 13  # characters
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -69,9 +71,12 @@ class GPT2Tokenizer(Tokenizer):
         return self._to_id[self._bpe.encode(word).ids].tobytes()
 
     def encode_array(self, text: str) -> np.ndarray:
-        cache = self._cache
-        ids = b"".join(b"".join([cache[word] for word in self._words.findall(part)]) for part in _parts(text))
-        return np.frombuffer(ids, dtype=np.int32)
+        lookup = self._cache.__getitem__
+        ids = []
+        for part in _parts(text):
+            words = _ASCII_WORDS.findall(part) if part.isascii() else self._words.findall(part)
+            ids.append(b"".join(map(lookup, words)))
+        return np.frombuffer(b"".join(ids), dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = np.asarray(list(ids), dtype=np.int64)
