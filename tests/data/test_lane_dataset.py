@@ -28,6 +28,9 @@ class Documents:
     def __len__(self):
         return len(self.documents)
 
+    def names(self):
+        return [str(document) for document in range(len(self))]
+
     def read(self, document, start, stop):
         return self.documents[document][start:stop]
 

@@ -2,13 +2,20 @@
 
 import csv
 import json
+import logging
 import math
 import re
+import sys
 
 import pytest
+import torch
 
+from longmem_fairseq.data.lane_dataset import LaneDataset
+from longmem_fairseq.data.lane_iterator import LaneIterator
+from longmem_fairseq.tasks.evaluation import Evaluation
 from tests.conftest import VALID_LENGTHS
-from tests.fairseq_runs import TASK, finish, run, run_ranks, start
+from tests.data.test_lane_dataset import Documents
+from tests.fairseq_runs import TASK, finish, random_documents, run, run_ranks, start
 
 TOKENS = sum(VALID_LENGTHS)
 
@@ -125,3 +132,35 @@ def test_without_our_task_there_is_an_error(tiny_data, tiny_longmem, tmp_path):
         "--tokens-per-sample", 16, cwd=tmp_path, succeeds=False,
     )  # fmt: skip
     assert "--task longmem_language_modeling" in output
+
+
+def evaluation(**options):
+    dataset = LaneDataset(Documents(random_documents(VALID_LENGTHS)), 2, 1, 16, 2)
+    return Evaluation(LaneIterator(dataset, 0).next_epoch_itr(), dataset, torch.nn.Identity(), **options)
+
+
+def test_speed_is_logged_where_there_is_no_terminal(caplog):
+    with caplog.at_level(logging.INFO):
+        steps = len(list(evaluation(log_interval=2)))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == steps // 2
+    assert all(re.fullmatch(rf"\d+ of {TOKENS} tokens, [\d,]+ tokens/s", line) for line in lines)
+
+
+def test_speed_is_shown_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    list(evaluation())
+    assert re.search(rf"/{TOKENS} \[.* tokens/s\]", capsys.readouterr().err)
+
+
+def test_a_results_path_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "results").write_text("")
+    with pytest.raises(OSError, match="--results-path .*results cannot be made a directory"):
+        evaluation(results_path=str(tmp_path / "results"))
+
+
+def test_tokens_that_were_not_scored_are_an_error(tmp_path):
+    """Were a batch lost on its way through fairseq, no file would claim otherwise."""
+    with pytest.raises(RuntimeError, match="0 of the 50 tokens of document 0 were scored"):
+        list(evaluation(results_path=str(tmp_path)))
+    assert not list(tmp_path.iterdir())

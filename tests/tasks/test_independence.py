@@ -1,6 +1,7 @@
 """What a document is given depends on itself alone: not on neighbours, lanes, validation or repeated batches."""
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -104,5 +105,6 @@ def test_only_training_changes_the_training_memory(loaded, data):
             step(valid[0], ignore_grad=True)
         else:
             assert torch.equal(step(train[steps - 1]), undisturbed[steps - 1])
-    assert torch.equal(step(train[steps]), undisturbed[steps])
+    with patch.object(model, "memorize", side_effect=AssertionError("the memory had to be rebuilt")):
+        assert torch.equal(step(train[steps]), undisturbed[steps])
     model.zero_grad()

@@ -7,6 +7,7 @@ from longmem_fairseq.tasks.options import LongMemLanguageModelingConfig, check_o
 
 
 def config(**changes):
+    """The task's configuration as fairseq-train would make it."""
     values = {
         name: getattr(LongMemLanguageModelingConfig(), name)
         for name in LongMemLanguageModelingConfig.__dataclass_fields__
@@ -14,7 +15,8 @@ def config(**changes):
     }
     values = {name: None if str(value).startswith("${") else value for name, value in values.items()}
     values.update(shorten_method="none", sample_break_mode="none", dataset_impl=None)
-    return OmegaConf.create({**values, "memory_scope": "document", **changes})
+    values.update(memory_scope="document", restore_file="checkpoint_last.pt", save_dir="no such directory")
+    return OmegaConf.create({**values, **changes})
 
 
 @pytest.mark.parametrize(
