@@ -42,9 +42,9 @@ demo: export TEXT ?=
 demo: env
 	bash examples/quickstart.sh
 
-# One thread each: the tests are many small processes, side by side.
+# One thread each: the tests are many small processes, side by side. By file, so that a file's fixtures are made once.
 test: lint
-	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests
+	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) tests
 
 lint: env
 	ruff check .
