@@ -9,7 +9,8 @@ Inputs are text files (one document each), directories of them, or JSON lines (`
 
 * ``sentencepiece``: train one on the --train documents (``data/sentencepiece.model``);
 * ``gpt2``: GPT-2's BPE from local files (--gpt2-encoder-json, --gpt2-vocab-bpe; --dict for a backbone's dictionary);
-* ``FILE.model``: an existing sentencepiece model.
+* ``FILE.model``: an existing sentencepiece model;
+* a directory that this script wrote: the tokenizer and dictionary of that data.
 
 Written to --destdir: ``dict.txt``, ``{train,valid,test}.{bin,idx}`` (fairseq's mmap format), the tokenizer's files,
 ``manifest.json`` and ``{split}.documents.jsonl`` (name, tokens and subset of each document, in order; tokens counts the
@@ -28,29 +29,26 @@ where fairseq looks for them.
 
 import argparse
 import hashlib
-import json
 import logging
-import os
 import shutil
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 if not __package__:  # run as a script: find the packages beside this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from preprocess.blocks import Position, read_blocks
+from preprocess.blocks import START, Position
 from preprocess.documents import Source, iter_documents, list_sources
 from preprocess.encoding import EncoderPool, Settings
 from preprocess.errors import InputError
-from preprocess.mixture import SURVEY_BYTES, Selection, Survey, parse_weights, plan, read_survey, survey_identity
+from preprocess.mixture import Selection, parse_weights, plan
 from preprocess.package_manifest import manifest as manifests
 from preprocess.sentencepiece_training import SAMPLE_BYTES, VOCAB_SIZE, train
 from preprocess.shards import shard
 from preprocess.split_writer import SplitWriter, smallest_dtype
+from preprocess.survey import take_survey
 from preprocess.tokenization import SPECIALS, Tokenizer, load_tokenizer
 from preprocess.workspace import Workspace
 
@@ -68,7 +66,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for split in SPLITS:
         add(f"--{split}", nargs="+", metavar="P", help=f"{split} documents: files, directories, JSON lines")
     add("--destdir", required=True, type=Path, metavar="D", help="directory for the data")
-    add("--tokenizer", default="sentencepiece", metavar="T", help="sentencepiece (train one), gpt2, or a .model file")
+    add(
+        "--tokenizer",
+        default="sentencepiece",
+        metavar="T",
+        help="sentencepiece, gpt2, FILE.model, or a data directory",
+    )
     add("--vocab-size", type=int, metavar="N", help=f"dictionary of the tokenizer to train (at most; {VOCAB_SIZE})")
     add("--tokenizer-sample-bytes", type=int, default=SAMPLE_BYTES, metavar="N", help="train it on a sample (20 MB)")
     add("--gpt2-encoder-json", metavar="F", help="GPT-2's encoder.json")
@@ -207,7 +210,9 @@ def _write_all(
             selection, stripe = None, (0, 1)
             if split == "train":
                 if args.subset_weights or args.token_budget:
-                    selection, record["mixture"] = _plan_mixture(args, sources, tokenizer, pool, workspace)
+                    survey = take_survey(sources, pool, args.survey or workspace.path("survey.json"))
+                    weights = parse_weights(args.subset_weights)
+                    selection, record["mixture"] = plan(survey, weights, args.token_budget, args.seed)
                 if args.num_shards > 1:
                     sources, stripe, divided = shard(sources, args.shard_id, args.num_shards)
                     record["shard"] = {"id": args.shard_id, "of": args.num_shards, "divided_by": divided}
@@ -232,31 +237,6 @@ def _train_tokenizer(args: argparse.Namespace, workspace: Workspace) -> Path:
     return model
 
 
-def _plan_mixture(args, sources: list[Source], tokenizer: Tokenizer, pool: EncoderPool, workspace: Workspace):
-    """Measure the whole collection, unless that was done before, and choose the documents."""
-    identity = survey_identity(sources, tokenizer.fingerprint(), args.seed)
-    path = args.survey or workspace.path("survey.json")
-    if path.exists():
-        survey = read_survey(path, identity)
-    else:
-        survey = Survey()
-        rate = SURVEY_BYTES / max(1, sum(source.size for source in sources))
-        for part, _ in _with_progress(pool, "survey", sources, Position(), (0, 1), rate, "survey"):
-            survey.add(part)
-        temporary = Path(f"{path}.{os.getpid()}.tmp")  # shards may measure at the same time
-        temporary.write_text(json.dumps({"identity": identity, "subsets": survey.to_json()}), encoding="utf-8")
-        os.replace(temporary, path)
-    return plan(survey, parse_weights(args.subset_weights), args.token_budget, args.seed)
-
-
-def _with_progress(pool: EncoderPool, method: str, sources, start: Position, stripe, argument, title: str):
-    total = sum(source.size for source in sources)
-    with tqdm(total=total, initial=start.consumed, unit="B", unit_scale=True, desc=title, mininterval=0.5) as progress:
-        for result, position in pool.map(method, read_blocks(sources, start, stripe), argument):
-            yield result, position
-            progress.update(position.consumed - progress.n)
-
-
 def _write_split(
     split: str,
     sources: list[Source],
@@ -272,11 +252,11 @@ def _write_split(
     if split in finished:
         return finished[split]
     writer = SplitWriter(workspace, split, dtype)
-    start = Position(**writer.state["position"]) if writer.state["position"] else Position()
-    if start != Position():
+    start = Position(**writer.state["position"]) if writer.state["position"] else START
+    if start != START:
         logger.info("%s: continuing after %d documents", split, writer.state["documents"])
     saved = time.monotonic()
-    for encoded, position in _with_progress(pool, "encode", sources, start, stripe, selection, split):
+    for encoded, position in pool.work("encode", sources, split, selection, start, stripe):
         writer.append(encoded)
         if time.monotonic() - saved >= save_interval:
             writer.save(asdict(position))

@@ -25,6 +25,9 @@ class Position:
     consumed: int = 0
 
 
+START = Position()
+
+
 @dataclass(frozen=True)
 class TextBlock:
     """Whole text files, read by whoever parses the block."""
@@ -71,7 +74,7 @@ def _keep(parsed: Parsed, key: str, bad_documents: str, parse, *arguments) -> No
 
 def read_blocks(
     sources: Sequence[Source],
-    start: Position = Position(),
+    start: Position = START,
     stripe: tuple[int, int] = (0, 1),
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[TextBlock | LinesBlock, Position]]:

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -13,9 +13,13 @@ from multiprocessing import get_context, parent_process
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from preprocess.blocks import START, Position, read_blocks
+from preprocess.documents import Source
 from preprocess.errors import InputError
-from preprocess.mixture import Selection, SurveyPart
+from preprocess.mixture import Selection
+from preprocess.survey import SurveyPart
 from preprocess.tokenization import EOS, Tokenizer, load_tokenizer
 
 
@@ -125,10 +129,11 @@ class EncoderPool:
     Args:
         settings: for all of them.
         workers: how many.
-        tokenizer: that of the settings, if it is loaded already.
+        tokenizer: that of the settings.
     """
 
-    def __init__(self, settings: Settings, workers: int, tokenizer: Tokenizer | None = None):
+    def __init__(self, settings: Settings, workers: int, tokenizer: Tokenizer):
+        self.fingerprint = tokenizer.fingerprint()
         self.settings, self.workers = settings, workers
         self._local = self._pool = None
         if workers == 1:
@@ -144,33 +149,50 @@ class EncoderPool:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def map(self, method: str, blocks: Iterable[tuple[Any, Any]], argument: Any = None) -> Iterator[tuple[Any, Any]]:
-        """Apply an ``Encoder`` method to (block, tag) pairs, in order; a bounded number is under way at any time.
+    def work(
+        self,
+        method: str,
+        sources: Sequence[Source],
+        title: str,
+        argument: Any = None,
+        start: Position = START,
+        stripe: tuple[int, int] = (0, 1),
+    ) -> Iterator[tuple[Any, Position]]:
+        """Read ``sources`` and apply an ``Encoder`` method to their blocks, in order, with a progress bar.
 
         Args:
             method: ``encode`` or ``survey``.
-            blocks: what ``read_blocks`` gives.
+            sources, start, stripe: for ``read_blocks``.
+            title: of the progress bar.
             argument: passed on with each block.
 
         Returns:
-            Pairs of result and tag.
+            The result for each block, and the position after it.
 
         Raises:
             InputError: from a block, or a worker process was killed.
         """
+        total = sum(source.size for source in sources)
+        with tqdm(total=total, initial=start.consumed, unit="B", unit_scale=True, desc=title, mininterval=0.5) as bar:
+            for result, position in self._map(method, read_blocks(sources, start, stripe), argument):
+                yield result, position
+                bar.update(position.consumed - bar.n)
+
+    def _map(self, method: str, blocks: Iterable[tuple[Any, Position]], argument) -> Iterator[tuple[Any, Position]]:
+        """The work itself; a bounded number of blocks is under way at any time."""
         if self._pool is None:
-            for block, tag in blocks:
-                yield getattr(self._local, method)(block, argument), tag
+            for block, position in blocks:
+                yield getattr(self._local, method)(block, argument), position
             return
         waiting = deque()
         try:
-            for block, tag in blocks:
-                waiting.append((self._pool.submit(_work, method, block, argument), tag))
+            for block, position in blocks:
+                waiting.append((self._pool.submit(_work, method, block, argument), position))
                 if len(waiting) > 3 * self.workers:
-                    future, tag = waiting.popleft()
-                    yield future.result(), tag
-            for future, tag in waiting:
-                yield future.result(), tag
+                    future, position = waiting.popleft()
+                    yield future.result(), position
+            for future, position in waiting:
+                yield future.result(), position
         except BrokenProcessPool:
             raise InputError(
                 "a worker process was killed, probably for want of memory: run the command again with fewer --workers"

@@ -104,7 +104,7 @@ def load_tokenizer(
     Raises:
         InputError: a file is missing or not what it should be, or the tokenizer does not fit the dictionary.
     """
-    if Path(tokenizer).is_dir():
+    if str(tokenizer) != "gpt2" and Path(tokenizer).is_dir():
         return _load_from_data(Path(tokenizer))
     symbols = None if dictionary is None else read_dictionary(dictionary)
     if str(tokenizer) == "gpt2":

@@ -54,7 +54,8 @@ def read_manifest(directory: str | os.PathLike) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path} cannot be read ({error}): make the data again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    wanted = {"tokenizer", "dictionary", "splits"}
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not wanted <= manifest.keys():
         raise ManifestError(f'{path} is not of the format "{FORMAT}": make the data again with this version')
     return manifest
 

@@ -1,10 +1,12 @@
 """Data that is not what its manifest says is refused before anything is computed from it."""
 
+import json
 import shutil
 
 import pytest
 
 from longmem_fairseq.data.manifest import (
+    FORMAT,
     MANIFEST,
     ManifestError,
     dictionary_fingerprint,
@@ -116,10 +118,14 @@ def test_unknown_split_and_damaged_manifest(data):
     (data / MANIFEST).write_text('{"format": "another"}')
     with pytest.raises(ManifestError, match="is not of the format"):
         verify(data, "train")
+    (data / MANIFEST).write_text(json.dumps({"format": FORMAT}))
+    with pytest.raises(ManifestError, match="is not of the format"):
+        verify(data, "train")
 
 
 def test_a_manifest_is_written_whole_or_not_at_all(tmp_path):
-    write_manifest(tmp_path / MANIFEST, {"splits": {}})
+    contents = {"tokenizer": {}, "dictionary": {}, "splits": {}}
+    write_manifest(tmp_path / MANIFEST, contents)
     with pytest.raises(TypeError):
-        write_manifest(tmp_path / MANIFEST, {"splits": object()})
+        write_manifest(tmp_path / MANIFEST, {**contents, "splits": object()})
     assert read_manifest(tmp_path)["splits"] == {}

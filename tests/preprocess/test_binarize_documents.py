@@ -162,6 +162,13 @@ def test_gpt2_with_a_wide_dictionary_and_one_split(inputs, gpt2_files, tmp_path)
         assert tokenizer.decode(item.tolist()) == path.read_bytes().decode()
 
 
+def test_a_data_directory_is_a_tokenizer(data, inputs, tmp_path):
+    main(["--test", str(inputs / "test.txt"), "--tokenizer", str(data), "--destdir", str(tmp_path / "made")])
+    for part in ("tokenizer", "dictionary"):
+        assert read_manifest(tmp_path / "made")[part]["fingerprint"] == read_manifest(data)[part]["fingerprint"]
+    assert (tmp_path / "made" / "test.bin").read_bytes() == (data / "test.bin").read_bytes()
+
+
 ERRORS = {
     "no input": ([], "no input: give --train, --valid or --test"),
     "missing path": (["--train", "{tmp}/nowhere"], "there is no file or directory {tmp}/nowhere"),

@@ -14,8 +14,9 @@ from longmem_fairseq.data.manifest import read_manifest, verify_shards
 from preprocess.binarize_documents import main
 from preprocess.documents import Document, Parsed, Source
 from preprocess.errors import InputError
-from preprocess.mixture import BINS, Survey, SurveyPart, draw, parse_weights, plan, threshold_for
+from preprocess.mixture import parse_weights, plan, threshold_for
 from preprocess.shards import LARGEST_EXCESS, shard
+from preprocess.survey import BINS, Survey, SurveyPart, draw
 from preprocess.tokenization import load_tokenizer
 
 SUBSETS = {"Books3": 200, "Pile-CC": 1200, "PubMed": 800}
