@@ -60,11 +60,11 @@ def command(program: str, *arguments) -> List[str]:
     return [sys.executable, "-m", f"fairseq_cli.{program}", *map(str, arguments)]
 
 
-def start(program: str, *arguments, cwd: Path) -> subprocess.Popen:
+def start(program: str, *arguments, cwd: Path, **options) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
         command(program, *arguments),
-        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
     )  # fmt: skip
 
 

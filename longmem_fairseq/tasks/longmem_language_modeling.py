@@ -17,9 +17,9 @@ from ..data.lane_dataset import LaneDataset
 from ..data.lane_iterator import LaneIterator
 from ..data.manifest import dictionary_fingerprint, verify
 from .catch_up import catch_up
+from .checkpoints import check_dictionary, check_space, prepare_restore, read_checkpoint
 from .evaluation import Evaluation
 from .options import LongMemLanguageModelingConfig, check_options
-from .restore import check_dictionary, prepare_restore
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,10 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
     def setup_task(cls, args, **kwargs):
         check_options(args)
         task = super().setup_task(args, **kwargs)
-        if args.path is None and not kwargs.get("from_checkpoint"):  # training
+        if args.path is not None:
+            for path in filter(os.path.isfile, utils.split_paths(args.path)):
+                read_checkpoint(path)
+        elif not kwargs.get("from_checkpoint"):  # training
             prepare_restore(args.restore_file, args.save_dir, args.finetune_from_model, task.dictionary)
         return task
 
@@ -58,6 +61,8 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         return super().setup_dictionary(args, **kwargs)
 
     def state_dict(self) -> Dict[str, Any]:
+        """What a checkpoint says of the task; called when one is about to be written."""
+        check_space(self.args.save_dir)
         return {
             **super().state_dict(),
             "dictionary_sha256": dictionary_fingerprint(self.dictionary.symbols),

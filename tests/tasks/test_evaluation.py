@@ -121,6 +121,14 @@ def test_the_backbone_alone(reference, options, tiny_backbone, tmp_path):
     assert [row["tokens"] for row in documents(tmp_path).values()] == VALID_LENGTHS
 
 
+def test_a_damaged_checkpoint_is_refused(options, tiny_longmem, tmp_path):
+    (tmp_path / "cut.pt").write_bytes(tiny_longmem.checkpoint.read_bytes()[:5000])
+    options = [*options]
+    options[options.index("--path") + 1] = tmp_path / "cut.pt"
+    output = run("eval_lm", *options, cwd=tmp_path, succeeds=False)
+    assert re.search(r"checkpoint .*cut.pt cannot be read \(.+\)", output)
+
+
 def test_a_context_window_is_refused(options, tmp_path):
     output = run("eval_lm", *options, "--context-window", 4, cwd=tmp_path, succeeds=False)
     assert "--context-window 4 cannot be had" in output

@@ -91,7 +91,7 @@ def test_state_names_the_dictionary(data):
 def test_a_checkpoint_that_is_evaluated_does_not_concern_the_save_dir(data, tmp_path):
     """fairseq-eval-lm has no --save-dir, but a default for it, in which another training may have been."""
     (tmp_path / "checkpoint_last.pt").write_text("no checkpoint")
-    make_task(data, save_dir=str(tmp_path), path="x.pt")
+    make_task(data, save_dir=str(tmp_path), path=str(tmp_path / "x.pt"))
     with pytest.raises(ValueError, match="cannot be read"):
         make_task(data, save_dir=str(tmp_path))
 

@@ -1,5 +1,6 @@
 """fairseq-train as users run it: what it reads, killing and resuming it, two ranks, what it refuses."""
 
+import resource
 import shutil
 import signal
 
@@ -9,6 +10,7 @@ import torch
 from tests.conftest import TRAIN_LENGTHS, VALID_LENGTHS, T
 from tests.fairseq_runs import (
     figures,
+    finish,
     make_dictionary,
     random_documents,
     run,
@@ -92,6 +94,20 @@ def test_a_killed_training_continues_bit_by_bit(killed, tiny_longmem, tmp_path):
     assert 10 < min(resumed) < 2 * UPDATES
     assert resumed == {update: whole[update] for update in resumed}
     assert same_weights(last, tiny_longmem.checkpoint)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(killed, tmp_path):
+    """Files may not grow beyond 20 kB, as if the disk was full: the next checkpoint fails, the others stay."""
+    directory, options = killed
+    shutil.copytree(directory, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")}
+    process = start(
+        "train", *options[:-1], tmp_path / "run", "--num-workers", 0, cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )  # fmt: skip
+    log = finish(process, succeeds=False)
+    assert "File too large" in log
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")} == before
 
 
 def test_other_lanes_cannot_continue_amid_an_epoch(killed, tmp_path):

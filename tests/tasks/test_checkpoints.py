@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from longmem_fairseq.data.manifest import dictionary_fingerprint
-from longmem_fairseq.tasks.restore import DamagedCheckpoint, check_dictionary, prepare_restore, read_checkpoint
+from longmem_fairseq.tasks.checkpoints import (
+    DamagedCheckpoint,
+    check_dictionary,
+    check_space,
+    prepare_restore,
+    read_checkpoint,
+)
 from tests.fairseq_runs import make_dictionary
 
 LAST = "checkpoint_last.pt"
@@ -100,3 +106,21 @@ def test_counts_of_a_dictionary_do_not_matter():
 
 def test_checkpoints_of_other_tasks_name_no_dictionary():
     check_dictionary({}, make_dictionary(), "x")
+
+
+def test_unfinished_checkpoints_are_removed(tmp_path):
+    save(tmp_path / LAST)
+    (tmp_path / "checkpoint_1_5.pt.tmp").write_bytes(b"PK")
+    (tmp_path / "notes.tmp").write_text("mine")
+    prepare(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, "notes.tmp"]
+
+
+def test_a_checkpoint_needs_room(tmp_path, monkeypatch):
+    check_space(str(tmp_path / "new"))
+    save(tmp_path / LAST)
+    check_space(str(tmp_path))
+    free = (tmp_path / LAST).stat().st_size - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    with pytest.raises(OSError, match="the disk of --save-dir .* MB left, but a checkpoint needs"):
+        check_space(str(tmp_path))

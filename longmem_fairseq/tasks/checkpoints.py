@@ -1,4 +1,4 @@
-"""What is made sure of before a training continues: the checkpoint is there, whole, and made with this dictionary."""
+"""What is made sure of before a checkpoint is read (there, whole, of this dictionary) or written (there is room)."""
 
 import argparse
 import collections
@@ -55,10 +55,12 @@ def prepare_restore(
         path = restore_file
     elif os.path.isfile(last):
         path = last
-        if not distributed or torch.distributed.get_rank() == 0:
-            _repair(last)
     else:
         path = finetune_from_model
+    if not distributed or torch.distributed.get_rank() == 0:
+        _remove_unfinished(save_dir)
+        if path == last:
+            _repair(last)
     if distributed:
         torch.distributed.barrier()
     if path is None:
@@ -73,6 +75,22 @@ def prepare_restore(
         ) from error
     check_dictionary(state.get("task_state") or {}, dictionary, path)
     return path
+
+
+def check_space(save_dir: str) -> None:
+    """Refuse to begin a checkpoint where the disk has no room for one of the size of the last.
+
+    Raises:
+        OSError: too little room; nothing was written yet, and the last checkpoint is as it was.
+    """
+    last = os.path.join(save_dir, LAST)
+    if os.path.isfile(last):
+        needed, free = os.path.getsize(last), shutil.disk_usage(save_dir).free
+        if free < needed:
+            raise OSError(
+                f"the disk of --save-dir {save_dir} has {free / 1e6:,.1f} MB left, but a checkpoint needs "
+                f"{needed / 1e6:,.1f} MB: make room and start the same command again, which continues from {last}"
+            )
 
 
 def check_dictionary(state: Dict[str, Any], dictionary: Dictionary, checkpoint: str) -> None:
@@ -113,6 +131,13 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     except Exception as error:  # whatever a damaged file makes of its reader
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({reason})") from error
+
+
+def _remove_unfinished(save_dir: str) -> None:
+    """Remove what runs left that ended while they wrote a checkpoint."""
+    for path in glob.glob(os.path.join(glob.escape(save_dir), "checkpoint*.pt.tmp")):
+        logger.info(f"{path} was never finished, and is removed")
+        os.remove(path)
 
 
 def _repair(last: str) -> None:
