@@ -64,7 +64,8 @@ def faiss_search(bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -
         for row in rows:
             for head in range(H):
                 found = _knn(faiss, queries[row, head], bank.means[lanes[row], head, low:high], wanted)
-                slots[row, head, :, :wanted] = found + low
+                # -1 stands for "none", which faiss says for queries that are not numbers.
+                slots[row, head, :, :wanted] = torch.where(found < 0, found, found + low)
     return slots
 
 
