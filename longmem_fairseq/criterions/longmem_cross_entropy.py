@@ -17,7 +17,7 @@ class LongMemCrossEntropyConfig(CrossEntropyCriterionConfig):
     without_memory_interval: int = field(
         default=50,
         metadata={
-            "help": "every so many training steps, also measure the loss without reading the memory (0: never); "
+            "help": "every so many updates, also measure the loss without reading the memory (0: never); "
             "validation always does"
         },
     )
@@ -36,13 +36,12 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
     def __init__(self, task, sentence_avg, without_memory_interval=50):
         super().__init__(task, sentence_avg)
         self.without_memory_interval = without_memory_interval
-        self._steps = 0
 
     def forward(self, model, sample, reduce=True):
         """Loss, its denominator and sums to log, as fairseq's criteria return them."""
         interval = self.without_memory_interval
-        compare = not model.training or (interval > 0 and self._steps % interval == 0)
-        self._steps += model.training
+        # By the number of the update, not by a count of our own, so that a resumed training takes the same steps.
+        compare = not model.training or (interval > 0 and model.num_updates % interval == 0)
         logits, extra = model(**sample["net_input"], without_memory=compare)
         target = sample["target"]
         loss = self._loss(logits, target, reduce)
@@ -119,7 +118,7 @@ def memory_figures(model, reader, zero) -> dict:
             ("memory_batches", "gate", "memory_fill", "memory_reads", "memory_distance"), zero
         )
     distance, reads = reader.distance()
-    decoder = model.decoder if hasattr(model, "decoder") else model.module.decoder
+    decoder = model.decoder
     gate = torch.sigmoid(decoder.layers[decoder.reading_layer].self_attn.memory_gate.detach().float()).mean()
     return {
         "memory_batches": zero + 1,

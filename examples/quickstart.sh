@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# The main job on small real input: give a language model its long-term memory and see what that is worth.
+#
+#   make demo                              on the source files of Python's standard library
+#   make demo TEXT=directory-or-file       on your own documents (UTF-8; .txt, .jsonl, .gz, .zst)
+#
+# Results are in demo/ (DEMO=directory): report.json, report.md, report.png. Steps that are finished are not done
+# again; a training that was interrupted goes on from its last checkpoint.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+demo=${DEMO:-demo}
+updates=${UPDATES:-300}
+memories=(0 1024 4096 16384 65536)
+shipped=examples/pretrained/mini
+data=$demo/data
+began=$(date +%s)
+device=(--cpu)
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
+
+say() { printf '\n== %s\n' "$*"; }
+# Run a step whose output goes to a log; show its end if it fails.
+logged() {
+  local log=$1
+  shift
+  "$@" >"$log.part" 2>&1 || { tail -n 25 "$log.part" >&2; echo "failed; all of it: $log.part" >&2; exit 1; }
+  mv "$log.part" "$log"
+}
+
+mkdir -p "$demo/eval" "$demo/logs"
+# What was made from other documents must not be mixed with these.
+echo "${TEXT:-the standard library} $(python --version)" >"$demo/source.new"
+if [ -e "$demo/source" ] && ! cmp -s "$demo/source" "$demo/source.new"; then
+  echo "$demo holds the results for $(cat "$demo/source"): remove it, or name another directory with DEMO=..." >&2
+  rm "$demo/source.new"
+  exit 1
+fi
+mv "$demo/source.new" "$demo/source"
+
+if [ ! -e "$data/manifest.json" ]; then
+  say "1. Documents: ${TEXT:-the modules of the standard library}"
+  python examples/quickstart/documents.py ${TEXT:+--text "$TEXT"} --destdir "$demo/documents"
+  python preprocess/binarize_documents.py --train "$demo/documents/train.jsonl" \
+    --valid "$demo/documents/valid.jsonl" --test "$demo/documents/test.jsonl" \
+    --tokenizer $shipped/sentencepiece.model --dict $shipped/dict.txt --destdir "$data"
+fi
+
+if [ ! -e "$demo/copying.txt" ]; then
+  say "2. The backbone, and whether it copies within its window"
+  python preprocess/convert_safetensors.py $shipped/backbone.safetensors "$demo/backbone.pt"
+  python examples/quickstart/copying.py --path "$demo/backbone.pt" --data "$data" 2>/dev/null | tee "$demo/copying.new"
+  mv "$demo/copying.new" "$demo/copying.txt"
+fi
+
+common=("$data" --user-dir longmem_fairseq --task longmem_language_modeling)
+if [ ! -e "$demo/logs/train.log" ]; then
+  say "3. Memory-augmented adaptation: $updates updates (log: $demo/logs/train.log.part)"
+  logged "$demo/logs/train.log" fairseq-train "${common[@]}" --arch longmem_gpt2_mini \
+    --pretrained-model-path "$demo/backbone.pt" --memory-size 16384 --k 64 --chunk-size 4 \
+    --criterion longmem_cross_entropy --tokens-per-sample 256 --batch-size 16 --max-update "$updates" \
+    --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 1e-3 --lr-scheduler cosine \
+    --warmup-updates 20 --save-dir "$demo/checkpoints" --save-interval-updates 50 --keep-interval-updates 1 \
+    --no-epoch-checkpoints --disable-validation --log-interval 10 --log-format simple --seed 1 \
+    --tensorboard-logdir "$demo/tensorboard" "${device[@]}"
+fi
+
+say "4. Perplexity of the held-out documents (fairseq-eval-lm)"
+evaluate() { # name, checkpoint, further options
+  local name=$1 path=$2
+  shift 2
+  [ -e "$demo/eval/$name.log" ] || logged "$demo/eval/$name.log" fairseq-eval-lm "${common[@]}" --path "$path" \
+    --gen-subset test --batch-size 8 --log-format simple "$@" "${device[@]}"
+  sed -n "s/.*Perplexity: \([0-9.]*\)$/$name: \1/p" "$demo/eval/$name.log"
+}
+evaluate backbone "$demo/backbone.pt" --tokens-per-sample 256
+for memory in "${memories[@]}"; do
+  evaluate "memory-$memory" "$demo/checkpoints/checkpoint_last.pt" --model-overrides "{'memory_size': $memory}"
+done
+
+python examples/quickstart/report.py --demo "$demo" --seconds $(($(date +%s) - began))
