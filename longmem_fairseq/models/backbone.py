@@ -3,16 +3,16 @@
 Legend: B lanes, T tokens of a segment, D width, H heads, d = D / H, N layers, V symbols.
 """
 
+import argparse
 import hashlib
 import json
 import logging
 import os
+import re
 from types import SimpleNamespace
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-from fairseq import checkpoint_utils
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.models.transformer_lm import TransformerLanguageModel
@@ -20,6 +20,7 @@ from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from ..data.manifest import dictionary_fingerprint
 from ..modules.self_attention import IncrementalState, SelfAttention
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class Backbone(nn.Module):
         if decoder.project_in_dim is not None:
             x = decoder.project_in_dim(x)
         if decoder.embed_positions is not None:
-            x = x + self._positions(start, start + tokens.size(1)).to(x.dtype)
+            x = x + self._positions(start, start + tokens.size(1)).to(x)  # sinusoidal tables are no buffers
         if decoder.layernorm_embedding is not None:
             x = decoder.layernorm_embedding(x)
         return x.transpose(0, 1)  # (T, B, D)
@@ -284,31 +285,70 @@ def load_backbone(path: str, dictionary, memory_layer: int) -> Backbone:
     Raises:
         BackboneError: where the file is missing, unreadable, no possible backbone, or of another dictionary.
     """
-    if not os.path.isfile(path):
-        raise BackboneError(f"the backbone {path} does not exist: name its checkpoint with --pretrained-model-path")
+    state = _read_checkpoint(path)
     try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(path)
-    except Exception as error:
-        raise BackboneError(f"the backbone {path} is no readable fairseq checkpoint: {error}") from error
-    cfg = state["cfg"]["model"] if state.get("cfg") is not None else None
-    if cfg is None:
-        cfg = convert_namespace_to_omegaconf(state["args"]).model
-    weights = {key[len("decoder.") :]: value for key, value in state["model"].items() if key.startswith("decoder.")}
-    if "embed_tokens.weight" not in weights and safe_getattr(cfg, "_name", None) is None:
-        raise BackboneError(f"{path} holds no decoder")
-    try:
-        config = backbone_config(cfg, weights["embed_tokens.weight"].size(0) if "embed_tokens.weight" in weights else 0)
+        config, weights = _describe(state)
         backbone = build_backbone(config, dictionary, memory_layer)
+        _check_dictionary(state, dictionary)
         _load_decoder(backbone.decoder, weights)
-        backbone.fingerprint = backbone_fingerprint(backbone)
-    except (BackboneError, RuntimeError) as error:
+    except BackboneError as error:
         raise BackboneError(f"{path} cannot be the backbone: {error}") from error
+    backbone.fingerprint = backbone_fingerprint(backbone)
     logger.info(
         "backbone %s: %s, %d layers of width %d, %d heads, %d symbols",
         path, config["model"], config["decoder_layers"], config["decoder_embed_dim"],
         config["decoder_attention_heads"], config["vocabulary"],
     )
     return backbone
+
+
+def _read_checkpoint(path: str) -> Dict[str, Any]:
+    """The contents of a checkpoint, in which nothing but tensors and plain data is let in."""
+    if not os.path.isfile(path):
+        what = "is a directory" if os.path.isdir(path) else "does not exist"
+        raise BackboneError(f"the backbone {path} {what}: name its checkpoint with --pretrained-model-path")
+    try:
+        # Options lie in a Namespace in checkpoints of before fairseq 0.11.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes of its reader; torch's own advice is to trust the file
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {code[1]}, which may run code" if code else "it is damaged, or of another format"
+        raise BackboneError(f"the backbone {path} is no readable fairseq checkpoint: {reason}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not (
+        state.get("cfg") or state.get("args")
+    ):
+        raise BackboneError(
+            f"the backbone {path} is no fairseq checkpoint: it lacks the weights (model) or what they mean (cfg)"
+        )
+    return state
+
+
+def _describe(state: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Tensor]]:
+    """Configuration (see :func:`backbone_config`) and decoder weights of a checkpoint."""
+    cfg = state["cfg"]["model"] if state.get("cfg") else state["args"]
+    cfg = SimpleNamespace(**cfg) if isinstance(cfg, dict) else cfg
+    description, prefix = safe_getattr(cfg, "backbone_config", None), "decoder."
+    if description:  # of a longmem_lm
+        prefix = "decoder.backbone.decoder."
+    weights = {key[len(prefix) :]: value for key, value in state["model"].items() if key.startswith(prefix)}
+    if description and not weights:
+        raise BackboneError("it is a longmem_lm saved without --save-backbone: name the checkpoint of its backbone")
+    if description:
+        return json.loads(description), weights
+    embedding = weights.get("embed_tokens.weight")
+    return backbone_config(cfg, 0 if embedding is None else embedding.size(0)), weights
+
+
+def _check_dictionary(state: Dict[str, Any], dictionary) -> None:
+    """Compare the dictionary that the backbone was trained with, where its checkpoint tells, with the data's."""
+    theirs = (state.get("task_state") or {}).get("dictionary_sha256")
+    ours = dictionary_fingerprint(dictionary.symbols)
+    if theirs is not None and theirs != ours:
+        raise BackboneError(
+            f"it was trained with another dictionary of {len(dictionary)} symbols (SHA-256 {theirs[:12]}...) than the "
+            f"data's dict.txt ({ours[:12]}...): preprocess the data with the backbone's dict.txt"
+        )
 
 
 def _load_decoder(decoder: nn.Module, weights: Dict[str, Tensor]) -> None:
@@ -320,4 +360,11 @@ def _load_decoder(decoder: nn.Module, weights: Dict[str, Tensor]) -> None:
     decoder.upgrade_state_dict_named(weights, "decoder")
     holder = nn.Module()
     holder.decoder = decoder
-    holder.load_state_dict(weights)
+    try:
+        missing, unexpected = holder.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # names every tensor of another shape, one a line
+        first = str(error).splitlines()[1].strip()
+        raise BackboneError(f"its weights do not fit its configuration: {first}") from error
+    for names, what in ((missing, "are missing"), (unexpected, "are left over")):
+        if names:
+            raise BackboneError(f"its weights do not fit its configuration: {len(names)} {what}, such as {names[0]}")
