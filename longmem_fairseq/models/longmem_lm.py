@@ -130,7 +130,7 @@ class LongMemModel(FairseqLanguageModel):
         decoder = LongMemDecoder(cfg, task.source_dictionary, backbone)
         if cfg.reload_ptm_layer:
             decoder.start_from_backbone()
-        cfg.backbone_config = json.dumps(backbone.config, sort_keys=True)
+        _describe_backbone(cfg, json.dumps(backbone.config, sort_keys=True))
         model = cls(cfg, decoder)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info(
@@ -213,9 +213,20 @@ def _find_backbone(cfg, dictionary) -> Backbone:
     return load_backbone(cfg.pretrained_model_path, dictionary, cfg.retrieval_layer_index)
 
 
+def _describe_backbone(cfg, description: str) -> None:
+    """Let checkpoints say what rebuilds the backbone.
+
+    fairseq builds a model from a copy of its configuration, and saves the original, which has the same parent.
+    """
+    cfg.backbone_config = description
+    original = OmegaConf.select(cfg._get_parent(), "model") if OmegaConf.is_config(cfg) and cfg._get_parent() else None
+    if original is not None and "backbone_config" in original:
+        original.backbone_config = description
+
+
 def _check(cfg, backbone: Backbone) -> None:
     """Refuse options that contradict each other or the backbone."""
-    if backbone.num_layers % cfg.layer_reduction_factor or cfg.layer_reduction_factor < 1:
+    if cfg.layer_reduction_factor < 1 or backbone.num_layers % cfg.layer_reduction_factor:
         raise ValueError(
             f"the backbone's {backbone.num_layers} layers are not divisible by --layer-reduction-factor "
             f"{cfg.layer_reduction_factor}"
@@ -235,6 +246,11 @@ def _check(cfg, backbone: Backbone) -> None:
         raise ValueError(
             f"--memory-size {cfg.memory_size} is smaller than one segment of --tokens-per-sample {segment} tokens: "
             "raise it, or turn the memory off with --memory-size 0"
+        )
+    if cfg.memory_size < cfg.chunk_size:
+        raise ValueError(
+            f"--memory-size {cfg.memory_size} holds no chunk of --chunk-size {cfg.chunk_size} tokens: raise it, or turn "
+            "the memory off with --memory-size 0"
         )
     if cfg.use_gpu_to_search and not (has_faiss_gpu() and torch.cuda.is_available()):
         raise ValueError(
