@@ -249,8 +249,8 @@ def _check(cfg, backbone: Backbone) -> None:
         )
     if cfg.memory_size < cfg.chunk_size:
         raise ValueError(
-            f"--memory-size {cfg.memory_size} holds no chunk of --chunk-size {cfg.chunk_size} tokens: raise it, or turn "
-            "the memory off with --memory-size 0"
+            f"--memory-size {cfg.memory_size} holds no chunk of --chunk-size {cfg.chunk_size} tokens: raise the one or "
+            "lower the other"
         )
     if cfg.use_gpu_to_search and not (has_faiss_gpu() and torch.cuda.is_available()):
         raise ValueError(
