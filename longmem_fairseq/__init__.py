@@ -4,5 +4,5 @@ Importing the package registers its models, task and criterion with fairseq; not
 """
 
 from .criterions import longmem_cross_entropy  # noqa: F401
-from .models import alibi_lm, longmem_lm  # noqa: F401
+from .models import alibi_lm, longmem_lm, parallel_lm, released  # noqa: F401
 from .tasks import longmem_language_modeling  # noqa: F401

@@ -27,6 +27,8 @@ class MemoryBank:
         chunk_size: C.
         dtype: of keys and values; the chunk means that are searched are always float32.
         device: where the bank lies.
+        exact_means: average keys before they are rounded to ``dtype``, as the released LongMem does; otherwise what is
+            held decides, so that it does not matter which chunks a segment's end cut in two.
 
     Attributes:
         keys, values: shape (L, H, N, C, d).
@@ -43,6 +45,7 @@ class MemoryBank:
         chunk_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),
+        exact_means: bool = False,
     ):
         if chunk_size < 1 or memory_size < chunk_size:
             raise ValueError(
@@ -55,7 +58,8 @@ class MemoryBank:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.means = torch.zeros(lanes, heads, self.chunks, head_dim, device=device)
-        self._tail = torch.zeros(2, lanes, heads, chunk_size, head_dim, dtype=dtype, device=device)
+        tail = torch.float32 if exact_means else dtype
+        self._tail = torch.zeros(2, lanes, heads, chunk_size, head_dim, dtype=tail, device=device)
         self.first = np.zeros(lanes, dtype=np.int64)
         self.written = np.zeros(lanes, dtype=np.int64)
         self.position = np.zeros(lanes, dtype=np.int64)  # tokens of the stream that were given or skipped
@@ -78,13 +82,18 @@ class MemoryBank:
         self.first[lane] = self.written[lane] = -(-position // self.chunk_size)
         self.position[lane] = position
 
+    def evict(self, lane: int, chunks: int) -> None:
+        """Let the oldest chunks of a lane go before they must; all of them where it holds fewer."""
+        oldest = self.written[lane] - self.held[lane]
+        self.first[lane] = min(oldest + chunks, self.written[lane])
+
     def append(self, lane: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens to a lane: keys and values of shape (H, T, d), any floating dtype."""
         C, N, T = self.chunk_size, self.chunks, keys.size(1)
         skip = min(T, max(0, int(self.written[lane]) * C - int(self.position[lane])))
         waiting = max(0, int(self.position[lane]) - int(self.written[lane]) * C)
         self.position[lane] += T
-        new = torch.stack([keys[:, skip:], values[:, skip:]]).to(self.keys.dtype)  # (2, H, T, d)
+        new = torch.stack([keys[:, skip:], values[:, skip:]]).to(self._tail.dtype)  # (2, H, T, d)
         if waiting:
             new = torch.cat([self._tail[:, lane, :, :waiting], new], dim=2)
         chunks, rest = divmod(new.size(2), C)
@@ -104,6 +113,12 @@ class MemoryBank:
             self.means[lane, :, slot : slot + n] = means[:, done : done + n]
             slot, done = 0, done + n
         self.written[lane] += chunks
+
+    def contents(self, lane: int) -> Tuple[Tensor, Tensor, Tensor]:
+        """A copy of what a lane holds, oldest chunk first: keys and values (H, n, C, d), mean keys (H, n, d)."""
+        oldest, newest = int(self.written[lane] - self.held[lane]), int(self.written[lane])
+        slots = torch.arange(oldest, newest, device=self.keys.device) % self.chunks
+        return self.keys[lane][:, slots], self.values[lane][:, slots], self.means[lane][:, slots]
 
     def spans(self, lane: int) -> Tuple[Tuple[int, int], ...]:
         """Slots that hold chunks, as one or two (begin, end) ranges; none where the lane is empty."""

@@ -47,6 +47,11 @@ class Memory:
         self._end = np.zeros(bank.lanes, dtype=np.int64)  # tokens of the stream that the bank was given
         self._pending: Optional[_Pending] = None
 
+    @property
+    def lanes(self) -> Optional[int]:
+        """Lanes of a batch that it has room for; None for any number."""
+        return self.bank.lanes
+
     def open(self, segments: Segments) -> "MemoryReader":
         """Bring each lane to the start of its segment and return what attention reads from.
 
@@ -76,6 +81,13 @@ class Memory:
             for row, key in enumerate(zip(segments.lanes, segments.streams)):
                 at_start[row] |= ends.get(key, -1) == segments.starts[row]
         return (segments.starts > 0) & ~at_start
+
+    def ends(self, lanes: np.ndarray) -> np.ndarray:
+        """Tokens of its stream that each lane was given, also those held back, shape of ``lanes``."""
+        ends = self._end.copy()
+        if self._pending is not None:
+            ends[self._pending.segments.lanes] = self._pending.segments.ends
+        return ends[lanes]
 
     def join(self, segments: Segments) -> None:
         """Empty the lanes of these segments and let each stream begin where its segment starts (replay)."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..data.manifest import dictionary_fingerprint
 from ..modules.self_attention import IncrementalState, SelfAttention
+from . import released_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
 
     Attributes:
         fingerprint: of the weights it was loaded with (see :func:`backbone_fingerprint`); None before.
+        normalize_last_hidden: give h_N behind the final LayerNorm, as the released LongMem's side network has it.
     """
 
     def __init__(self, decoder: TransformerDecoderBase, memory_layer: int, config: Dict[str, Any]):
@@ -62,6 +64,7 @@ class Backbone(nn.Module):
         self.memory_layer = memory_layer
         self.config = config
         self.fingerprint: Optional[str] = None
+        self.normalize_last_hidden = False
         for layer in decoder.layers:
             if not isinstance(layer.self_attn, SelfAttention):
                 layer.self_attn = _fused(layer.self_attn)
@@ -83,6 +86,10 @@ class Backbone(nn.Module):
     @property
     def head_dim(self) -> int:
         return self.decoder.layers[0].self_attn.head_dim
+
+    @property
+    def layer_norm_eps(self) -> float:
+        return self.decoder.layers[0].self_attn_layer_norm.eps
 
     @property
     def max_positions(self) -> Optional[int]:
@@ -160,6 +167,8 @@ class Backbone(nn.Module):
 
     def residual_stream(self, hidden: List[Tensor]) -> List[Tensor]:
         """The hidden states as the side network's residual connections use them."""
+        if self.normalize_last_hidden and self.decoder.layer_norm is not None:
+            return hidden[:-1] + [self.decoder.layer_norm(hidden[-1])]
         return hidden
 
     def output_layer(self, x: Tensor) -> Tensor:
@@ -248,6 +257,8 @@ def backbone_config(cfg: Any, dictionary_size: int) -> Dict[str, Any]:
         config["max_target_positions"] = safe_getattr(cfg, "tokens_per_sample", 1024)
     config["model"] = next(key for key, value in MODEL_REGISTRY.items() if value is model)
     config["vocabulary"] = dictionary_size
+    if safe_getattr(cfg, "layer_norm_eps", None) is not None:  # only models of this package can vary it
+        config["layer_norm_eps"] = cfg.layer_norm_eps
     return json.loads(json.dumps(config, default=str))
 
 
@@ -291,7 +302,7 @@ def load_backbone(path: str, dictionary, memory_layer: int) -> Backbone:
         backbone = build_backbone(config, dictionary, memory_layer)
         _check_dictionary(state, dictionary)
         _load_decoder(backbone.decoder, weights)
-    except BackboneError as error:
+    except ValueError as error:
         raise BackboneError(f"{path} cannot be the backbone: {error}") from error
     backbone.fingerprint = backbone_fingerprint(backbone)
     logger.info(
@@ -328,10 +339,12 @@ def _describe(state: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Tensor]]
     """Configuration (see :func:`backbone_config`) and decoder weights of a checkpoint."""
     cfg = state["cfg"]["model"] if state.get("cfg") else state["args"]
     cfg = SimpleNamespace(**cfg) if isinstance(cfg, dict) else cfg
+    released = released_checkpoint.own_backbone(cfg, state["model"])
+    cfg, model = released or (cfg, state["model"])
     description, prefix = safe_getattr(cfg, "backbone_config", None), "decoder."
     if description:  # of a longmem_lm
         prefix = "decoder.backbone.decoder."
-    weights = {key[len(prefix) :]: value for key, value in state["model"].items() if key.startswith(prefix)}
+    weights = {key[len(prefix) :]: value for key, value in model.items() if key.startswith(prefix)}
     if description and not weights:
         raise BackboneError("it is a longmem_lm saved without --save-backbone: name the checkpoint of its backbone")
     if description:

@@ -16,8 +16,10 @@ from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.memory import Memory, MemoryReader
 from ..memory.search import choose_search
+from ..memory.shared import SharedMemory
 from ..modules.joint_attention import memory_attention
-from ..modules.side_layer import SideLayer, side_layer_config
+from ..modules.layer_norm import set_layer_norm_eps
+from ..modules.side_layer import build_side_layer, side_layer_config
 from .backbone import Backbone, Encoded
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,9 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         cfg: the model's configuration (see :class:`longmem_fairseq.models.longmem_lm.LongMemConfig`).
         dictionary: of the data and the backbone.
         backbone: frozen.
+
+    Attributes:
+        goes_on: a call without segments goes on where the call before it ended, row by row (for use without a task).
     """
 
     def __init__(self, cfg, dictionary, backbone: Backbone):
@@ -42,16 +47,21 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         self.backbone = backbone
         self.reduction = cfg.layer_reduction_factor
         self.reading_layer = cfg.retrieval_layer_index // self.reduction
-        layer_cfg = side_layer_config(backbone.decoder.cfg, cfg.dropout, cfg.attention_dropout)
-        alibi = backbone.decoder.layers[0].self_attn.alibi
+        backbone.normalize_last_hidden = cfg.normalize_last_hidden
+        layer_cfg = side_layer_config(
+            backbone.decoder.cfg, cfg.dropout, cfg.attention_dropout, cfg.side_activation_fn
+        )
         self.layers = nn.ModuleList(
-            SideLayer(layer_cfg, j == self.reading_layer, alibi, recompute=cfg.checkpoint_activations)
+            build_side_layer(backbone.decoder.layers[0], layer_cfg, j == self.reading_layer, cfg.checkpoint_activations)
             for j in range(backbone.num_layers // self.reduction)
         )
         self.layer_norm = LayerNorm(backbone.decoder.embed_dim) if backbone.decoder.layer_norm is not None else None
+        for module in filter(None, (self.layers, self.layer_norm)):
+            set_layer_norm_eps(module, cfg.side_layer_norm_eps or backbone.layer_norm_eps)
         fingerprint = bytearray.fromhex(backbone.fingerprint or "00" * 32)
         self.register_buffer("backbone_fingerprint", torch.frombuffer(fingerprint, dtype=torch.uint8).clone())
         self._memories: Dict[bool, Memory] = {}
+        self.goes_on = False
 
     @property
     def remembers(self) -> bool:
@@ -79,7 +89,8 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         Args:
             prev_output_tokens: shape (B, T), int64; padding only behind a row's tokens.
             src_lengths: ignored; ``segments`` has the lengths.
-            segments: where each row stands in its lane's stream.
+            segments: where each row stands in its lane's stream; with ``goes_on``, by default what follows the tokens
+                that lanes 0 to B - 1 were given before.
             features_only: return features (B, T, D) in place of logits.
             read_only: do not remember this segment.
             without_memory: also give what the side network says when it reads nothing.
@@ -94,10 +105,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             MemoryOutOfStep: where a segment does not continue its lane's memory.
         """
         if segments is None:
-            raise ValueError(
-                "longmem_lm was called without segments, so it cannot know whose past it should remember: run it with "
-                "--task longmem_language_modeling"
-            )
+            segments = self._next_segments(prev_output_tokens)
         encoded = self.backbone(prev_output_tokens)
         memory = self.memory(segments, encoded.keys) if self.remembers else None
         reader = memory.open(segments) if memory is not None else None
@@ -110,6 +118,22 @@ class LongMemDecoder(FairseqIncrementalDecoder):
                 extra["logits_without_memory"] = self.output_layer(self.features(self.side_network(encoded, None)))
         x = self.features(states)
         return (x if features_only else self.output_layer(x)), extra
+
+    def _next_segments(self, tokens: Tensor) -> Segments:
+        """The place of tokens (B, T) that follow those of the call before."""
+        if not self.goes_on:
+            raise ValueError(
+                "longmem_lm was called without segments, so it cannot know whose past it should remember: run it with "
+                "--task longmem_language_modeling"
+            )
+        B, T = tokens.shape
+        memory = self._memories.get(self.training)
+        if memory is not None and memory.lanes is not None and B > memory.lanes:
+            raise ValueError(f"{B} rows do not continue the {memory.lanes} that the memory holds: call reset_memory()")
+        lanes, zeros = np.arange(B), np.zeros(B, dtype=np.int64)
+        real = tokens.cpu().numpy() != self.dictionary.pad()
+        lengths = T - np.argmax(real[:, ::-1], axis=1)  # up to the last token that is no padding
+        return Segments(lanes, zeros, zeros if memory is None else memory.ends(lanes), lengths, B)
 
     def side_network(self, encoded: Encoded, reader: Optional[MemoryReader], incremental_state=None) -> list:
         """x_0 to x_{N/R}, each (T, B, D): x_{j+1} = SideLayer_j(x_j) + (h_{R(j+1)} - h_{Rj})."""
@@ -149,32 +173,55 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             like: keys, for device and dtype.
         """
         memory = self._memories.get(self.training)
-        if memory is None or memory.bank.lanes < segments.n_lanes or memory.bank.keys.device != like.device:
+        too_small = memory is not None and memory.lanes is not None and memory.lanes < segments.n_lanes
+        if memory is None or too_small or memory.bank.keys.device != like.device:
             if memory is not None:
                 logger.warning("the memory is allocated anew for %d lanes on %s", segments.n_lanes, like.device)
             memory = self._memories[self.training] = self._allocate(segments.n_lanes, like)
         return memory
 
+    def reset_memory(self) -> None:
+        """Forget everything, in training and in evaluation."""
+        self._memories.clear()
+
+    def memory_contents(self, lane: int = 0) -> Optional[Tuple[Tensor, Tensor, Tensor]]:
+        """A copy of what this mode's memory holds, oldest chunk first; None before anything was remembered.
+
+        Args:
+            lane: whose memory; 0 where all lanes share one.
+
+        Returns:
+            Keys and values (H, n, C, d) and the mean keys that are searched (H, n, d), of n chunks.
+        """
+        memory = self._memories.get(self.training)
+        if memory is None:
+            return None
+        memory.flush()
+        return memory.bank.contents(lane)
+
     def _allocate(self, lanes: int, like: Tensor) -> Memory:
         cfg = self.cfg
+        shared = str(cfg.memory_sharing) == "all"
         dtype = like.dtype if cfg.memory_dtype == "auto" else MEMORY_DTYPES[cfg.memory_dtype]
         bank = MemoryBank(
-            lanes, self.backbone.num_heads, self.backbone.head_dim, cfg.memory_size, cfg.chunk_size, dtype, like.device
-        )
+            1 if shared else lanes, self.backbone.num_heads, self.backbone.head_dim, cfg.memory_size, cfg.chunk_size,
+            dtype, like.device, exact_means=shared,
+        )  # fmt: skip
         logger.info(
             "memory for %s: %d lanes x %d tokens (%s) on %s, %.1f MiB, search by %s",
-            "training" if self.training else "evaluation", lanes, cfg.memory_size, str(dtype).split(".")[-1],
+            "training" if self.training else "evaluation", bank.lanes, cfg.memory_size, str(dtype).split(".")[-1],
             like.device, bank.nbytes / 2**20, cfg.memory_search,
         )
         search = choose_search(cfg.memory_search, like.device)
-        return Memory(bank, search, memory_attention, cfg.k // cfg.chunk_size)
+        kind = SharedMemory if shared else Memory
+        return kind(bank, search, memory_attention, cfg.k // cfg.chunk_size)
 
     def lagging(self, segments: Segments) -> np.ndarray:
         """Rows whose memory is not where their segment starts, shape (B,), bool; none with the memory off."""
         memory = self._memories.get(self.training)
         if not self.remembers:
             return np.zeros(len(segments), dtype=bool)
-        if memory is None or memory.bank.lanes < segments.n_lanes:
+        if memory is None or (memory.lanes is not None and memory.lanes < segments.n_lanes):
             return segments.starts > 0
         return memory.lagging(segments)
 

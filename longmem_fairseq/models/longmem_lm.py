@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..data.segments import Segments
 from ..memory.search import has_faiss_gpu
-from .backbone import Backbone, BackboneError, build_backbone, load_backbone
+from . import released_checkpoint
+from .backbone import Backbone, BackboneError, backbone_config, build_backbone, load_backbone
 from .longmem_decoder import MEMORY_DTYPES, LongMemDecoder
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,13 @@ class LongMemConfig(FairseqDataclass):
     memory_dtype: ChoiceEnum(["auto", *MEMORY_DTYPES]) = field(
         default="auto", metadata={"help": "precision of remembered keys and values; auto: the model's"}
     )
+    memory_sharing: ChoiceEnum(["lanes", "all"]) = field(
+        default="lanes",
+        metadata={
+            "help": "a memory for each lane, emptied where a document starts; or, as in the released LongMem, one that "
+            "all lanes read and write across documents, with that code's eviction"
+        },
+    )
     use_gpu_to_search: bool = field(
         default=False, metadata={"help": "insist on a GPU build of faiss: search runs where the memory lies anyway"}
     )
@@ -70,6 +78,16 @@ class LongMemConfig(FairseqDataclass):
     )
     checkpoint_activations: bool = field(
         default=False, metadata={"help": "recompute the side network's activations in the backward pass"}
+    )
+    side_activation_fn: Optional[str] = field(
+        default=None, metadata={"help": "activation function of the side network (default: the backbone's)"}
+    )
+    side_layer_norm_eps: Optional[float] = field(
+        default=None, metadata={"help": "eps of the side network's LayerNorms (default: the backbone's)"}
+    )
+    normalize_last_hidden: bool = field(
+        default=False,
+        metadata={"help": "give the side network the backbone's last hidden state behind the final LayerNorm"},
     )
     save_backbone: bool = field(
         default=False, metadata={"help": "put the backbone into the checkpoints, so that they stand alone"}
@@ -84,6 +102,7 @@ class LongMemConfig(FairseqDataclass):
         default=False, metadata={"help": "accepted for the released scripts' sake; the backbone decides it"}
     )
     tokens_per_sample: int = II("task.tokens_per_sample")
+    memory_scope: str = II("task.memory_scope")
 
 
 @register_model("longmem_lm", dataclass=LongMemConfig)
@@ -98,6 +117,7 @@ class LongMemModel(FairseqLanguageModel):
         super().__init__(decoder)
         self.cfg = cfg
         self.score_without_memory = False
+        self.num_updates = 0
 
     @classmethod
     def add_args(cls, parser):
@@ -118,7 +138,7 @@ class LongMemModel(FairseqLanguageModel):
         Raises:
             ValueError: for options that contradict each other or the backbone.
         """
-        cfg = _with_defaults(cfg)
+        cfg = _with_defaults(_own_settings(cfg, task.source_dictionary))
         backbone = _find_backbone(cfg, task.source_dictionary)
         _check(cfg, backbone)
         for option in ("gpt_encoder_path", "no_token_positional_embeddings"):
@@ -143,6 +163,14 @@ class LongMemModel(FairseqLanguageModel):
         """See :meth:`LongMemDecoder.forward`."""
         return self.decoder(src_tokens, without_memory=without_memory or self.score_without_memory, **kwargs)
 
+    def reset_memory(self) -> None:
+        """Forget everything that was read."""
+        self.decoder.reset_memory()
+
+    def memory_contents(self, lane: int = 0):
+        """What the memory holds (see :meth:`LongMemDecoder.memory_contents`)."""
+        return self.decoder.memory_contents(lane)
+
     def lagging(self, segments: Segments) -> np.ndarray:
         """Rows whose memory is not where their segment starts, shape (B,), bool."""
         return self.decoder.lagging(segments)
@@ -154,7 +182,9 @@ class LongMemModel(FairseqLanguageModel):
     @property
     def memory_tokens(self) -> int:
         """Tokens of a stream's past that decide its memory: what it holds, and the start of a chunk."""
-        return self.cfg.memory_size + self.cfg.chunk_size if self.decoder.remembers else 0
+        if not self.decoder.remembers or str(self.cfg.memory_sharing) == "all":
+            return 0
+        return self.cfg.memory_size + self.cfg.chunk_size
 
     def state_dict(self, *args, **kwargs):
         """The side network's weights and the backbone's fingerprint; the backbone itself with --save-backbone."""
@@ -169,7 +199,10 @@ class LongMemModel(FairseqLanguageModel):
 
         Raises:
             BackboneError: where the checkpoint was made with another backbone.
+            ValueError: where it is of the released format, and this model has other settings.
         """
+        if released_checkpoint.is_released_side_network(state_dict):
+            self._take_released(state_dict)
         theirs, ours = state_dict.get(_FINGERPRINT), self.decoder.backbone_fingerprint.cpu()
         if theirs is not None and ours.any() and not torch.equal(theirs.cpu(), ours):
             raise BackboneError(
@@ -178,9 +211,37 @@ class LongMemModel(FairseqLanguageModel):
                 "(in evaluation: --model-overrides \"{'pretrained_model_path': '...'}\")"
             )
         if not any(key.startswith(_BACKBONE) for key in state_dict):
-            weights = self.decoder.backbone.state_dict()
+            backbone = self.decoder.backbone
+            if backbone.fingerprint is None:  # built from its description alone, for a file that does not hold it
+                backbone = _load_named(self.cfg, self.decoder.dictionary)
+            weights = backbone.state_dict()
             state_dict.update({f"{_BACKBONE}{key}": value for key, value in weights.items()})
         super().upgrade_state_dict_named(state_dict, name)
+
+    def _take_released(self, state_dict) -> None:
+        """Bring weights of the released format under the names here."""
+        settings = released_checkpoint.SIDE_NETWORK
+        if any(getattr(self.cfg, name) != settings[name] for name in ("side_layer_norm_eps", "normalize_last_hidden")):
+            raise ValueError(
+                "the checkpoint is of the released LongMem, whose side network differs in its LayerNorms and its last "
+                "residual: train on from it with --arch longmem_released"
+            )
+        released_checkpoint.rename_side_network(state_dict, f"{_BACKBONE}decoder.")
+        gate = f"decoder.layers.{self.decoder.reading_layer}.self_attn.memory_gate"
+        state_dict.setdefault(gate, torch.zeros(self.decoder.backbone.num_heads))  # one trained without a memory
+        state_dict[_FINGERPRINT] = self.decoder.backbone_fingerprint.cpu()
+        if self.decoder.backbone.fingerprint is not None:  # it was loaded, and the checkpoint has its own
+            for key, ours in self.decoder.backbone.state_dict(prefix=_BACKBONE).items():
+                if key in state_dict and not torch.equal(ours.cpu(), state_dict[key].to(ours.dtype)):
+                    raise BackboneError(
+                        f"the checkpoint's copy of its backbone differs from {self.cfg.pretrained_model_path}, first "
+                        f"in {key[len(_BACKBONE):]}: name the backbone that it was trained on, or none"
+                    )
+
+    def set_num_updates(self, num_updates):
+        """Told by fairseq before every update."""
+        self.num_updates = num_updates
+        super().set_num_updates(num_updates)
 
     def max_positions(self):
         """No limit: documents are read segment by segment."""
@@ -208,9 +269,28 @@ def _find_backbone(cfg, dictionary) -> Backbone:
     """The backbone that a self-contained checkpoint describes, else that of --pretrained-model-path."""
     if cfg.save_backbone and cfg.backbone_config:
         return build_backbone(json.loads(cfg.backbone_config), dictionary, cfg.retrieval_layer_index)
+    return _load_named(cfg, dictionary)
+
+
+def _load_named(cfg, dictionary) -> Backbone:
     if not cfg.pretrained_model_path:
         raise BackboneError("longmem_lm needs a backbone: name its checkpoint with --pretrained-model-path")
     return load_backbone(cfg.pretrained_model_path, dictionary, cfg.retrieval_layer_index)
+
+
+def _own_settings(cfg: Any, dictionary):
+    """The configuration, that of a released checkpoint as this model has it.
+
+    The released checkpoint's segment length is left out: with ALiBi any will do.
+    """
+    if not released_checkpoint.is_released_side_settings(cfg):
+        return cfg
+    backbone = argparse.Namespace(_name="parallel_lm", **released_checkpoint.copied_backbone_settings(cfg))
+    return argparse.Namespace(
+        **released_checkpoint.side_network_settings(cfg),
+        save_backbone=True,
+        backbone_config=json.dumps(backbone_config(backbone, len(dictionary))),
+    )
 
 
 def _describe_backbone(cfg, description: str) -> None:
@@ -263,13 +343,13 @@ def _architecture(cfg, retrieval_layer: int) -> None:
     """Set every option that the command line left open; fairseq takes what is missing for unset."""
     cfg.retrieval_layer_index = safe_getattr(cfg, "retrieval_layer_index", retrieval_layer)
     for name, entry in LongMemConfig.__dataclass_fields__.items():
-        if not name.startswith("_") and name != "tokens_per_sample" and not hasattr(cfg, name):
+        if not name.startswith("_") and not hasattr(cfg, name) and not str(entry.default).startswith("${"):
             setattr(cfg, name, entry.default)
 
 
 # The sizes are the backbone's; what an architecture adds is the layer to remember: an odd one, about two thirds up,
 # since side layer m // 2 starts from backbone layer 2 * (m // 2) + 1, whose queries were made for these keys.
-_RETRIEVAL_LAYERS = {"tiny": 3, "mini": 3, "small": 9, "medium": 17, "large": 25, "xl": 33}
+_RETRIEVAL_LAYERS = {"tiny": 3, "mini": 5, "small": 9, "medium": 17, "large": 25, "xl": 33}
 
 
 @register_model_architecture("longmem_lm", "longmem_gpt2_tiny")

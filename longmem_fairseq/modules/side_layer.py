@@ -1,6 +1,7 @@
-"""Layers of the side network: fairseq's decoder layer, of the backbone's shape, one of them reading the memory."""
+"""Layers of the side network: decoder layers of the backbone's kind and shape, one of them reading the memory."""
 
 import copy
+from typing import Optional
 
 from fairseq.models.transformer import TransformerConfig
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
@@ -8,26 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .joint_attention import JointAttention
+from .parallel_layer import ParallelLayer
 from .self_attention import SelfAttention
 
 
-class SideLayer(TransformerDecoderLayerBase):
-    """A pre-norm decoder layer whose self-attention may read a memory.
+class _Reading(nn.Module):
+    """What a side layer adds to a decoder layer: a reader, and recomputation of its activations."""
 
-    Args:
-        cfg: the backbone decoder's configuration, with the side network's dropout probabilities.
-        reads_memory: whether this is layer s, with joint attention.
-        alibi: whether the backbone has ALiBi.
-        recompute: recompute activations in the backward pass instead of keeping them (``--checkpoint-activations``).
-    """
-
-    def __init__(self, cfg: TransformerConfig, reads_memory: bool, alibi: bool, recompute: bool = False):
-        super().__init__(cfg, no_encoder_attn=True)
-        attention = JointAttention if reads_memory else SelfAttention
-        self.self_attn = attention(
-            self.embed_dim, cfg.decoder.attention_heads, dropout=cfg.attention_dropout, alibi=alibi
-        )
-        self.recompute = recompute
+    recompute = False
 
     def forward(self, x: Tensor, reader=None, incremental_state=None) -> Tensor:
         """x (T, B, D) -> (T, B, D), reading from ``reader`` where this layer reads at all."""
@@ -49,9 +38,49 @@ class SideLayer(TransformerDecoderLayerBase):
             raise ValueError(f"a side layer does not fit the backbone's: {missing + unexpected}")
 
 
-def side_layer_config(backbone_cfg: TransformerConfig, dropout: float, attention_dropout: float) -> TransformerConfig:
-    """The backbone's layer configuration with the side network's dropout."""
+class SideLayer(_Reading, TransformerDecoderLayerBase):
+    """fairseq's pre-norm decoder layer, whose self-attention may read a memory.
+
+    Args:
+        cfg: the backbone decoder's configuration, with the side network's dropout probabilities.
+        reads_memory: whether this is layer s, with joint attention.
+        alibi: whether the backbone has ALiBi.
+        recompute: recompute activations in the backward pass instead of keeping them (``--checkpoint-activations``).
+    """
+
+    def __init__(self, cfg: TransformerConfig, reads_memory: bool, alibi: bool, recompute: bool = False):
+        super().__init__(cfg, no_encoder_attn=True)
+        attention = JointAttention if reads_memory else SelfAttention
+        self.self_attn = attention(
+            self.embed_dim, cfg.decoder.attention_heads, dropout=cfg.attention_dropout, alibi=alibi
+        )
+        self.recompute = recompute
+
+
+class ParallelSideLayer(_Reading, ParallelLayer):
+    """A layer with attention and MLP side by side, whose self-attention may read a memory.
+
+    Arguments as for :class:`SideLayer`, but it always has ALiBi.
+    """
+
+    def __init__(self, cfg: TransformerConfig, reads_memory: bool, recompute: bool = False):
+        super().__init__(cfg, JointAttention if reads_memory else SelfAttention)
+        self.recompute = recompute
+
+
+def build_side_layer(like: nn.Module, cfg: TransformerConfig, reads_memory: bool, recompute: bool) -> _Reading:
+    """A side layer of the same kind as a backbone's layer."""
+    if isinstance(like, ParallelLayer):
+        return ParallelSideLayer(cfg, reads_memory, recompute)
+    return SideLayer(cfg, reads_memory, like.self_attn.alibi, recompute)
+
+
+def side_layer_config(
+    backbone_cfg: TransformerConfig, dropout: float, attention_dropout: float, activation_fn: Optional[str] = None
+) -> TransformerConfig:
+    """The backbone's layer configuration with the side network's dropout, and its activation if it is another."""
     cfg = copy.deepcopy(backbone_cfg)
+    cfg.activation_fn = activation_fn or cfg.activation_fn
     cfg.dropout = dropout
     cfg.attention_dropout = attention_dropout
     cfg.activation_dropout = cfg.relu_dropout = 0.0

@@ -1,0 +1,132 @@
+"""One memory for all rows of a batch, as the released LongMem keeps it (METHOD: "The released model ... differs").
+
+It knows no documents: whatever any row read is found by every row, and only :meth:`SharedMemory.reset` empties it. It
+exists so that released checkpoints give the numbers of the code they were made with; :class:`Memory` keeps streams
+apart.
+
+Legend: B rows of a batch, H heads, T tokens of a segment, d width of a head, C tokens of a chunk, n chunks read.
+"""
+
+from typing import Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.segments import Segments
+from .memory import Memory
+
+
+class SharedMemory(Memory):
+    """A memory of one lane that all rows of a batch read and write.
+
+    The rows of a batch are laid end to end and cut into chunks; tokens left over are dropped. With n new chunks, where
+    ``held + n >= capacity``, as many of the oldest chunks leave as twice the batch's tokens make, so that the memory is
+    full only where a single batch fills it.
+
+    Arguments as for :class:`Memory`; the bank has one lane.
+    """
+
+    def __init__(self, bank, search, attention, chunks_per_query: int):
+        if bank.lanes != 1:
+            raise ValueError(f"a shared memory lies in one lane, not in {bank.lanes}")
+        super().__init__(bank, search, attention, chunks_per_query)
+        self._coming: Optional[Tuple[Tensor, Tensor]] = None  # keys and values, each (H, tokens, d)
+
+    @property
+    def lanes(self) -> None:
+        return None
+
+    def open(self, segments: Segments) -> "SharedReader":
+        """Write what was held back and return what attention reads from."""
+        self.flush()
+        return SharedReader(self, segments)
+
+    def lagging(self, segments: Segments) -> np.ndarray:
+        """Never: what the memory holds is not tied to a place in a stream."""
+        return np.zeros(len(segments), dtype=bool)
+
+    def ends(self, lanes: np.ndarray) -> np.ndarray:
+        return np.zeros(len(lanes), dtype=np.int64)
+
+    def join(self, segments: Segments) -> None:
+        self.flush()
+
+    def write(self, segments: Segments, keys: Tensor, values: Tensor) -> None:
+        """Remember the rows' real tokens, keys and values (B, H, T, d), once the next batch comes.
+
+        Held back since the backward pass still needs the memory that the forward pass read.
+        """
+        self.flush()
+        self._coming = tuple(_end_to_end(x.detach(), segments.lengths) for x in (keys, values))
+
+    def flush(self) -> None:
+        if self._coming is None:
+            return
+        (keys, values), self._coming = self._coming, None
+        tokens, size = keys.size(1), self.bank.chunk_size
+        chunks = tokens // size
+        if self.bank.held[0] + chunks >= self.bank.chunks:
+            self.bank.evict(0, 2 * tokens // size)
+        self.bank.append(0, keys[:, : chunks * size], values[:, : chunks * size])
+
+    def reset(self) -> None:
+        self._coming = None
+        self.bank.reset(0)
+
+
+class SharedReader:
+    """What one batch reads of a shared memory; called as :class:`longmem_fairseq.memory.memory.MemoryReader` is.
+
+    Keys and values are read in the queries' precision, whatever they are held in.
+    """
+
+    def __init__(self, memory: SharedMemory, segments: Segments):
+        self.memory, self.segments = memory, segments
+        self.slots: Optional[Tensor] = None  # (1, H, B * T, n), the rows end to end
+        self._held = int(memory.bank.held[0])
+        self._oldest = int(memory.bank.written[0]) - self._held
+
+    def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
+        """Read for queries (B, H, T, d): (Z of the same shape, which rows have a memory (B,) or None for all)."""
+        B, H, T, d = q.shape
+        if self._held == 0:
+            return torch.zeros_like(q), q.new_zeros(B, dtype=torch.bool)
+        bank, lane = self.memory.bank, np.zeros(1, dtype=np.int64)
+        rows = q.transpose(0, 1).reshape(1, H, B * T, d)
+        if self.slots is None:
+            n = min(self.memory.chunks_per_query, self._held)
+            with torch.no_grad():
+                self.slots = self.memory.search(bank, lane, rows.detach(), n)
+        # The backward pass needs what was read, also after later batches were written.
+        copy = q.requires_grad and torch.is_grad_enabled()
+        keys, values = (table.to(q.dtype, copy=copy) for table in (bank.keys, bank.values))
+        z = self.memory.attention(rows, keys, values, self.slots.new_zeros(1), self.slots, scaling)
+        return z.view(H, B, T, d).transpose(0, 1), None
+
+    @property
+    def retrieved(self) -> Optional[Tensor]:
+        """Chunks that were read, best first, (B, H, T, K / C), int64: 0 is the oldest chunk held, -1 is none.
+
+        None where the memory was empty.
+        """
+        if self.slots is None:
+            return None
+        B, (_, H, _, n) = len(self.segments), self.slots.shape
+        age = (self.slots - self._oldest) % self.memory.bank.chunks
+        age = age.masked_fill(self.slots < 0, -1).view(H, B, -1, n).transpose(0, 1)  # (B, H, T, n)
+        return torch.nn.functional.pad(age, (0, self.memory.chunks_per_query - n), value=-1)
+
+    @property
+    def fill(self) -> float:
+        """Share of the memory in use, 0 to 1."""
+        return self._held / self.memory.bank.chunks
+
+    def distance(self) -> Tuple[Tensor, Tensor]:
+        """Sum of the distances of what was read, and their number: none, since the streams' tokens are mixed."""
+        return torch.zeros(()), torch.zeros(())
+
+
+def _end_to_end(x: Tensor, lengths: np.ndarray) -> Tensor:
+    """The rows' real tokens one row after the other, (B, H, T, d) -> (H, tokens, d)."""
+    return torch.cat([row[:, :length] for row, length in zip(x, lengths.tolist())], dim=1)
