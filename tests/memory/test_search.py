@@ -75,7 +75,7 @@ def test_finds_the_best_chunks(name, fills, N, C, T, n, seed, duplicates, data):
 @each_device
 @each_search
 def test_finds_the_best_of_many(name, device):
-    """Sizes of a real batch's shape, none a round number; a full, a wrapped, a part-full, a joined and an empty lane."""
+    """No size is a round number; one lane is full, one has wrapped, one is part-full, one joined midway, one empty."""
     fills = [(0, 997 * 3), (0, 5000), (0, 100), (997 * 3 - 30, 90), (0, 0)]
     bank = filled_bank(fills, 997, 3, device=device)
     assert [len(bank.spans(lane)) for lane in range(5)] == [1, 1, 1, 2, 0]

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.models.longmem_lm import LongMemConfig, LongMemModel
+from longmem_fairseq.tasks.options import LongMemLanguageModelingConfig
 from tests.fairseq_runs import make_dictionary
 
 VOCABULARY = make_dictionary(30)
 LAYERS, WIDTH, HEADS, POSITIONS = 4, 12, 3, 24
 
-BACKBONE = dict(
-    decoder_layers=LAYERS, decoder_embed_dim=WIDTH, decoder_input_dim=WIDTH, decoder_output_dim=WIDTH,
-    decoder_ffn_embed_dim=20, decoder_attention_heads=HEADS, decoder_normalize_before=True, activation_fn="gelu",
-    decoder_learned_pos=True, share_decoder_input_output_embed=True, max_target_positions=POSITIONS,
-    tokens_per_sample=POSITIONS,
-)  # fmt: skip
-LONGMEM = dict(memory_size=16, k=6, chunk_size=3, retrieval_layer_index=1, tokens_per_sample=7)
+BACKBONE = {
+    "decoder_layers": LAYERS, "decoder_embed_dim": WIDTH, "decoder_input_dim": WIDTH, "decoder_output_dim": WIDTH,
+    "decoder_ffn_embed_dim": 20, "decoder_attention_heads": HEADS, "decoder_normalize_before": True,
+    "activation_fn": "gelu", "decoder_learned_pos": True, "share_decoder_input_output_embed": True,
+    "max_target_positions": POSITIONS, "tokens_per_sample": POSITIONS,
+}  # fmt: skip
+LONGMEM = {"memory_size": 16, "k": 6, "chunk_size": 3, "retrieval_layer_index": 1, "tokens_per_sample": 7}
 
 
 def task_of(dictionary: Dictionary) -> SimpleNamespace:
@@ -55,8 +56,8 @@ def stock_model(model: str = "transformer_lm", seed: int = 0, dictionary: Dictio
     return built.eval()
 
 
-def write_checkpoint(path, model, config: dict, **changes) -> str:
-    """Write what fairseq-train would have written."""
+def write_checkpoint(path, model, config: dict, changes: dict = None) -> str:
+    """Write what fairseq-train would have written, with ``changes`` of its parts."""
     state = {
         "args": None, "cfg": {"_name": None, "model": config}, "model": model.state_dict(), "criterion": None,
         "optimizer_history": [
@@ -64,15 +65,14 @@ def write_checkpoint(path, model, config: dict, **changes) -> str:
         ],
         "task_state": {}, "extra_state": {"train_iterator": {"epoch": 1}},
     }  # fmt: skip
-    torch.save({**state, **changes}, path)
+    torch.save({**state, **(changes or {})}, path)
     return str(path)
 
 
 def longmem_config(path, **changes):
-    """The configuration of ``longmem_lm`` with tiny values."""
-    return OmegaConf.merge(
-        OmegaConf.structured(LongMemConfig), {**LONGMEM, "pretrained_model_path": str(path), **changes}
-    )
+    """The configuration of ``longmem_lm`` with tiny values, beside the task's as in fairseq's own."""
+    root = OmegaConf.create({"task": LongMemLanguageModelingConfig, "model": LongMemConfig})
+    return OmegaConf.merge(root, {"model": {**LONGMEM, "pretrained_model_path": str(path), **changes}}).model
 
 
 def build_longmem(path, dictionary: Dictionary = VOCABULARY, **changes) -> LongMemModel:

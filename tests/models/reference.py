@@ -1,0 +1,148 @@
+"""LongMem written down as METHOD.md says it, one lane, head and query at a time, in float64: slow, and plain to read.
+
+It shares no code with the package: it is given weights by name and tokens, and returns logits.
+"""
+
+import math
+from typing import Callable, Dict, List, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Setting(NamedTuple):
+    """What the reference needs to know besides weights and tokens."""
+
+    heads: int
+    activation: Callable[[Tensor], Tensor]
+    positions: str  # "learned", "sinusoidal", "alibi" or "none"
+    reduction: int  # R
+    memory_layer: int  # m
+    chunk: int  # C
+    k: int  # K
+    memory: int  # M
+    padding: int
+    scaled: bool = True  # embeddings times sqrt(D)
+
+
+class Reference:
+    """One document read segment by segment.
+
+    Args:
+        weights: names as in a checkpoint that holds its backbone, without the leading ``decoder.``.
+        setting: the rest.
+    """
+
+    def __init__(self, weights: Dict[str, Tensor], setting: Setting):
+        self.w = {name: value.double() for name, value in weights.items() if value.is_floating_point()}
+        self.s = setting
+        numbers = [int(name.split(".")[3]) for name in self.w if name.startswith("backbone.decoder.layers.")]
+        self.N = 1 + max(numbers)
+        self.D = self.w["backbone.decoder.layers.0.fc1.weight"].size(1)
+        self.past: List[List] = [[] for _ in range(setting.heads)]  # per head, (key, value) of every token so far
+
+    def read(self, tokens: List[int]) -> Tensor:
+        """Logits (T, V) of the next segment, which is then remembered."""
+        hidden, keys, values = self.backbone(tokens)
+        R, s = self.s.reduction, self.s.memory_layer // self.s.reduction
+        x = hidden[0]
+        for j in range(self.N // R):
+            residual = hidden[R * (j + 1)] - hidden[R * j]
+            x = self.layer(f"layers.{j}.", x, reads=j == s) + residual
+        if "layer_norm.weight" in self.w:
+            x = self.norm("layer_norm.", x)
+        if "backbone.decoder.project_out_dim.weight" in self.w:
+            x = x @ self.w["backbone.decoder.project_out_dim.weight"].T
+        for h in range(self.s.heads):
+            self.past[h] += zip(keys[h], values[h])
+        return x @ self.w["backbone.decoder.output_projection.weight"].T
+
+    def backbone(self, tokens: List[int]):
+        """h_0 to h_N, (T, D) each, and layer m's keys and values, per head (T, d)."""
+        embedding = self.w["backbone.decoder.embed_tokens.weight"]
+        x = torch.stack([embedding[token] for token in tokens]) * (math.sqrt(self.D) if self.s.scaled else 1.0)
+        if "backbone.decoder.project_in_dim.weight" in self.w:
+            x = x @ self.w["backbone.decoder.project_in_dim.weight"].T
+        x = x + torch.stack([self.position(i) for i in range(len(tokens))])
+        if "backbone.decoder.layernorm_embedding.weight" in self.w:
+            x = self.norm("backbone.decoder.layernorm_embedding.", x)
+        hidden = [x]
+        for i in range(self.N):
+            if i == self.s.memory_layer:
+                name = f"backbone.decoder.layers.{i}."
+                normed = self.norm(name + "self_attn_layer_norm.", x)
+                keys, values = (self.heads(self.linear(f"{name}self_attn.{p}_proj.", normed)) for p in "kv")
+            x = self.layer(f"backbone.decoder.layers.{i}.", x, reads=False)
+            hidden.append(x)
+        return hidden, keys, values
+
+    def position(self, i: int) -> Tensor:
+        if self.s.positions == "learned":
+            return self.w["backbone.decoder.embed_positions.weight"][self.s.padding + 1 + i]
+        if self.s.positions == "sinusoidal":
+            number, half = self.s.padding + 1 + i, self.D // 2
+            angles = [number * math.exp(-math.log(10000) * j / (half - 1)) for j in range(half)]
+            return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles], dtype=torch.float64)
+        return torch.zeros(self.D, dtype=torch.float64)
+
+    def layer(self, name: str, x: Tensor, reads: bool) -> Tensor:
+        """A pre-norm layer; where it ``reads``, its attention is joined with the memory."""
+        normed = self.norm(name + "self_attn_layer_norm.", x)
+        q, k, v = (self.heads(self.linear(f"{name}self_attn.{p}_proj.", normed)) for p in "qkv")
+        out = []
+        for h in range(self.s.heads):
+            rows = []
+            for t in range(len(x)):
+                local = self.local(h, q[h][t], k[h][: t + 1], v[h][: t + 1])
+                memory = self.remembered(h, q[h][t]) if reads else None
+                if memory is not None:
+                    gate = 1 / (1 + math.exp(-self.w[name + "self_attn.memory_gate"][h]))
+                    local = (1 - gate) * local + gate * memory
+                rows.append(local)
+            out.append(torch.stack(rows))
+        x = x + self.linear(name + "self_attn.out_proj.", torch.cat(out, dim=1))
+        normed = self.norm(name + "final_layer_norm.", x)
+        return x + self.linear(name + "fc2.", self.s.activation(self.linear(name + "fc1.", normed)))
+
+    def local(self, h: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of the last token of a window."""
+        scores = keys @ q / math.sqrt(len(q))
+        if self.s.positions == "alibi":
+            scores = scores + slopes(self.s.heads)[h] * torch.arange(len(keys))
+        return torch.softmax(scores, dim=0) @ values
+
+    def remembered(self, h: int, q: Tensor):
+        """Attention to the K/C chunks whose mean key has the largest product with q, by float32; None without any."""
+        C = self.s.chunk
+        whole = len(self.past[h]) // C
+        chunks = [self.past[h][i * C : i * C + C] for i in range(whole)][-(self.s.memory // C) :]
+        if not chunks:
+            return None
+        scores = []
+        for chunk in chunks:
+            mean = sum(key.float() for key, _ in chunk) / C
+            scores.append(float(mean @ q.float()))
+        best = sorted(range(len(chunks)), key=lambda i: -scores[i])[: self.s.k // C]
+        tokens = [token for i in best for token in chunks[i]]
+        keys, values = (torch.stack(x) for x in zip(*tokens))
+        return torch.softmax(keys @ q / math.sqrt(len(q)), dim=0) @ values
+
+    def heads(self, x: Tensor):
+        return x.split(self.D // self.s.heads, dim=1)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return x @ self.w[name + "weight"].T + self.w[name + "bias"]
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        mean, variance = x.mean(dim=1, keepdim=True), x.var(dim=1, correction=0, keepdim=True)
+        return (x - mean) / torch.sqrt(variance + 1e-5) * self.w[name + "weight"] + self.w[name + "bias"]
+
+
+def slopes(heads: int) -> List[float]:
+    """ALiBi: 2^(-8i/H), for H no power of two those of the next lower, and every other one of the next higher."""
+    power = 1
+    while 2 * power <= heads:
+        power *= 2
+    lower = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    higher = [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * power + 1)]
+    return lower + higher[::2][: heads - power]

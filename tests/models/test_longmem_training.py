@@ -1,0 +1,154 @@
+"""Training: the side network learns, the backbone never changes; precision, recomputation, where it starts."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.models.tiny import LAYERS, LONGMEM, batches, build_longmem, documents, longmem, read
+
+T = LONGMEM["tokens_per_sample"]
+
+
+def losses(model, docs):
+    """Train on documents once; the gradients of each step."""
+    model.train()
+    gradients = []
+    for tokens, segments in batches(docs, T):
+        model.zero_grad()
+        logits, _ = model(tokens, segments=segments)
+        logits.float().logsumexp(dim=-1).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return gradients
+
+
+def test_side_network_learns_and_backbone_never_changes(tmp_path):
+    model = longmem(tmp_path)
+    backbone = {name: value.clone() for name, value in model.decoder.backbone.state_dict().items()}
+    side = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert not any("backbone" in name for name in side)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model.train()
+    for tokens, segments in batches(documents([4 * T, 3 * T]), T):
+        optimizer.zero_grad()
+        model(tokens, segments=segments)[0].logsumexp(dim=-1).sum().backward()
+        optimizer.step()
+    assert all(torch.equal(value, backbone[name]) for name, value in model.decoder.backbone.state_dict().items())
+    assert not any(p.grad is not None for p in model.decoder.backbone.parameters())
+    assert not any(module.training for module in model.decoder.backbone.modules())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert not torch.equal(p, side[name]), f"{name} does not learn"
+
+
+def test_every_trained_parameter_has_a_gradient_at_every_step(tmp_path):
+    """Also the gate, while all memories are empty: distributed training waits for it."""
+    model = longmem(tmp_path)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for gradients in losses(model, documents([2 * T, 2 * T])):
+        assert set(gradients) == trained
+    for gradients in losses(longmem(tmp_path, memory_size=0), documents([T])):
+        assert set(gradients) == trained
+
+
+@pytest.mark.parametrize("kind", ["transformer_lm", "alibi_lm"])
+def test_recomputed_activations_give_the_same_gradients(tmp_path, kind):
+    docs = documents([4 * T, 2 * T + 3])
+    kept = losses(longmem(tmp_path, model=kind), docs)
+    recomputed = losses(longmem(tmp_path, model=kind, checkpoint_activations=True), docs)
+    assert len(kept) == len(recomputed) == 4
+    for a, b in zip(kept, recomputed):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+
+
+def test_gradients_equal_finite_differences(tmp_path):
+    """Of the gate and of the queries that read the memory."""
+    model = longmem(tmp_path).double()
+    docs = documents([2 * T])
+    first, second = list(batches(docs, T))
+
+    def loss():
+        model.decoder._memories.clear()
+        model.eval()(first[0], segments=first[1])
+        return model(second[0], segments=second[1])[0].logsumexp(dim=-1).sum()
+
+    attention = model.decoder.layers[0].self_attn
+    loss().backward()
+    queries = attention.q_proj
+    for parameter, index in ((attention.memory_gate, (1,)), (queries.bias, (5,)), (queries.weight, (2, 3))):
+        step = 1e-4
+        with torch.no_grad():
+            parameter[index] += step
+            above = loss()
+            parameter[index] -= 2 * step
+            below = loss()
+            parameter[index] += step
+        numeric = float(above - below) / (2 * step)
+        assert float(parameter.grad[index]) == pytest.approx(numeric, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("R", [1, 2, 4])
+def test_starts_from_backbone_layers(tmp_path, R):
+    longmem(tmp_path)  # writes the backbone
+    model = build_longmem(tmp_path / "backbone.pt", layer_reduction_factor=R)
+    decoder, backbone = model.decoder, model.decoder.backbone.decoder
+    assert len(decoder.layers) == LAYERS // R
+    for j, layer in enumerate(decoder.layers):
+        expected = backbone.layers[min(R * j + 1, LAYERS - 1)].state_dict()
+        found = layer.state_dict()
+        gate = found.pop("self_attn.memory_gate", None)
+        assert (gate is not None) == (j == 1 // R)
+        assert gate is None or not gate.any()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert torch.equal(decoder.layer_norm.weight, backbone.layer_norm.weight)
+    assert torch.equal(decoder.layer_norm.bias, backbone.layer_norm.bias)
+    parameters = {p.data_ptr() for p in backbone.parameters()}
+    assert not parameters & {p.data_ptr() for p in decoder.layers.parameters()}, "copies, not the same tensors"
+
+
+def test_starts_at_random_where_asked(tmp_path):
+    longmem(tmp_path)
+    model = build_longmem(tmp_path / "backbone.pt", reload_ptm_layer=False)
+    layer, theirs = model.decoder.layers[0], model.decoder.backbone.decoder.layers[1]
+    assert not torch.equal(layer.fc1.weight, theirs.fc1.weight)
+
+
+def test_dropout_is_the_side_networks_alone(tmp_path):
+    model = longmem(tmp_path, dropout=0.5)
+    tokens, segments = next(batches(documents([T]), T))
+    evaluated = [model.eval()(tokens, segments=segments)[0] for _ in range(2)]
+    assert torch.equal(*evaluated)
+    model.train()
+    trained = [model(tokens, segments=segments)[0] for _ in range(2)]
+    assert not torch.equal(*trained)
+    keys = [model.decoder.backbone(tokens).keys for _ in range(2)]
+    assert torch.equal(*keys), "what is remembered does not depend on dropout"
+
+
+@pytest.mark.parametrize("kind", ["transformer_lm", "alibi_lm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_agrees_coarsely(tmp_path, kind, dtype):
+    """The whole model in half precision, forward and backward; its memory is too."""
+    model = longmem(tmp_path, model=kind)
+    half = copy.deepcopy(model).to(dtype)
+    docs = documents([4 * T, 2 * T])
+    for a, b in zip(read(model, docs, T), read(half, docs, T)):
+        assert b.dtype == dtype and b.isfinite().all()
+        # Rounding may change which chunks are read, so a few rows may differ by more.
+        assert float((a - b.float()).abs().mean() / a.std()) < 0.1
+    assert next(iter(half.decoder._memories.values())).bank.keys.dtype == dtype
+    assert all(grad.isfinite().all() for step in losses(half, docs) for grad in step.values())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_memory_in_half_precision_beside_a_full_model(tmp_path, dtype):
+    full, half = longmem(tmp_path), longmem(tmp_path, memory_dtype=dtype)
+    docs = documents([4 * T])
+    (a,), (b,) = read(full, docs, T), read(half, docs, T)
+    assert b.dtype == torch.float32 and torch.equal(a[:T], b[:T])
+    assert float((a - b).abs().mean() / a.std()) < 0.05
+    bank = next(iter(half.decoder._memories.values())).bank
+    assert str(bank.keys.dtype) == f"torch.{dtype}" and bank.means.dtype == torch.float32
