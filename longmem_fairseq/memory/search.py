@@ -3,6 +3,7 @@
 Legend: B rows of a batch, H heads, T queries, d width of a head, N slots of the bank, n chunks wanted.
 """
 
+import itertools
 from typing import Callable, Dict, Tuple
 
 import numpy as np
@@ -15,6 +16,11 @@ SearchFunction = Callable[[MemoryBank, np.ndarray, Tensor, int], Tensor]
 
 # Scores of one block of queries held at a time by the torch search, in elements (256 MiB of float32).
 _BLOCK = 1 << 26
+# Heads and lanes are scored together only as far as this many queries of each fit into a block: a block of few queries
+# spends its time reading the chunks.
+_QUERIES = 256
+# Columns whose maximum stands for them in the first level of the selection.
+_COLUMNS = 64
 
 
 def torch_search(bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
@@ -34,15 +40,43 @@ def torch_search(bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -
     for spans, rows in _by_spans(bank, lanes).items():
         low, high = spans[0][0], spans[-1][1]
         means = _rows(bank.means, lanes[rows])[:, :, low:high]  # (b, H, N, d)
+        asked = _rows(queries, rows)  # (b, H, T, d)
         wanted = min(n, sum(end - begin for begin, end in spans))
-        step = max(1, _BLOCK // (len(rows) * H * (high - low)))
-        for t in range(0, T, step):
-            block = _rows(queries, rows)[:, :, t : t + step].float()
-            scores = block @ means.transpose(-1, -2)  # (b, H, t, N)
+        together = max(1, _BLOCK // ((high - low) * min(T, _QUERIES)))  # lanes and heads scored together
+        by_head, by_row = min(H, together), max(1, min(len(rows), together // H))
+        step = max(1, _BLOCK // (by_row * by_head * (high - low)))
+        for i, h, t in itertools.product(range(0, len(rows), by_row), range(0, H, by_head), range(0, T, step)):
+            block = asked[i : i + by_row, h : h + by_head, t : t + step].float()
+            scores = block @ means[i : i + by_row, h : h + by_head].transpose(-1, -2)  # (., ., t, N)
             if len(spans) == 2:
                 scores[..., spans[0][1] - low : spans[1][0] - low] = float("-inf")
-            slots[rows, :, t : t + step, :wanted] = scores.topk(wanted, dim=-1).indices + low
+            found = top_indices(scores, wanted) + low
+            for row, best in zip(rows[i : i + by_row].tolist(), found):  # by number: an index array would stall a GPU
+                slots[row, h : h + by_head, t : t + step, :wanted] = best
     return slots
+
+
+def top_indices(scores: Tensor, n: int) -> Tensor:
+    """Where the n largest of scores (..., N) stand, largest first, shape (..., n), int64; equal ones in any order.
+
+    Over many columns it is several times as fast as ``topk``, and as exact: each of the n largest lies in one of the n
+    blocks of columns with the largest maxima, so the rest is chosen among the columns of those.
+    """
+    N = scores.size(-1)
+    blocks = N // _COLUMNS
+    if blocks < 4 * n:  # the columns of n blocks are no small part of all
+        return scores.topk(n, dim=-1).indices
+    whole = blocks * _COLUMNS
+    maxima = scores[..., :whole].unflatten(-1, (blocks, _COLUMNS)).amax(dim=-1)  # (..., N / 64)
+    if whole < N:
+        maxima = torch.cat([maxima, scores[..., whole:].amax(dim=-1, keepdim=True)], dim=-1)
+    first = maxima.topk(n, dim=-1).indices * _COLUMNS
+    columns = (first[..., None] + torch.arange(_COLUMNS, device=scores.device)).flatten(-2)  # (..., 64 n)
+    if whole < N:
+        candidates = scores.gather(-1, columns.clamp(max=N - 1)).masked_fill(columns >= N, float("-inf"))
+    else:
+        candidates = scores.gather(-1, columns)
+    return columns.gather(-1, candidates.topk(n, dim=-1).indices)
 
 
 def faiss_search(bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
@@ -106,7 +140,7 @@ def _rows(x: Tensor, rows: np.ndarray) -> Tensor:
     begin = int(rows[0])
     if np.array_equal(rows, np.arange(begin, begin + len(rows))):
         return x[begin : begin + len(rows)]
-    return x[torch.from_numpy(rows).to(x.device)]
+    return x[torch.from_numpy(rows).to(x.device, non_blocking=True)]
 
 
 def has_faiss_gpu() -> bool:

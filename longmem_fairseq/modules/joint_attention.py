@@ -5,6 +5,11 @@ n chunks read per query and head.
 """
 
 import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import shutil
 from typing import Optional
 
 import torch
@@ -12,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .self_attention import SelfAttention
+
+logger = logging.getLogger(__name__)
 
 
 class MemoryAttention(torch.autograd.Function):
@@ -52,6 +59,9 @@ def _bag_sum(weights: Tensor, table: Tensor, rows: Tensor) -> Tensor:
 def _bag_products(q: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     """q[q] . table[rows[q, k]], float32: (Q, d), (R, d), (Q, K) -> (Q, K)."""
     Q, K = rows.shape
+    if table.is_cuda and table.dtype == torch.bfloat16:  # the operator below lacks this type on CUDA
+        blocks = zip(q.to(table.dtype).split(4096), rows.split(4096))
+        return torch.cat([(table[block] @ x[:, :, None]).squeeze(-1) for x, block in blocks]).float()
     bags = torch.arange(Q, device=rows.device)
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         q.to(table.dtype).contiguous(), table, rows.reshape(-1), bags * K, bags.repeat_interleave(K), 0
@@ -59,8 +69,27 @@ def _bag_products(q: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     return products.view(Q, K).float()
 
 
+@functools.lru_cache(maxsize=None)
+def has_triton() -> bool:
+    """Whether Triton kernels can be built and run here: Triton, a C compiler for its launchers, a GPU of sm_70 or up.
+
+    The answer is logged once, as what attends to the memory depends on it.
+    """
+    missing = None
+    if importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed"
+    elif not (os.environ.get("CC") or any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang"))):
+        missing = "Triton finds no C compiler"
+    elif torch.cuda.get_device_capability() < (7, 0):
+        missing = f"{torch.cuda.get_device_name()} is older than what Triton supports"
+    logger.info("memory attention on CUDA: %s", f"embedding bags ({missing})" if missing else "Triton kernel")
+    return missing is None
+
+
 def memory_attention(q: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, slots: Tensor, scaling: float) -> Tensor:
     """Attend from each query to all tokens of its retrieved chunks.
+
+    On CUDA this is one Triton kernel where there is Triton (see :func:`has_triton`), elsewhere embedding bags.
 
     Args:
         q: queries, shape (B, H, T, d), any floating dtype.
@@ -72,6 +101,15 @@ def memory_attention(q: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, slo
     Returns:
         Z, shape (B, H, T, d), dtype of q; zero where all slots are -1.
     """
+    if q.is_cuda and has_triton():
+        from .memory_attention_triton import memory_attention_triton
+
+        return memory_attention_triton(q, keys, values, lanes, slots, scaling)
+    return bag_memory_attention(q, keys, values, lanes, slots, scaling)
+
+
+def bag_memory_attention(q, keys, values, lanes, slots, scaling) -> Tensor:
+    """The same as :func:`memory_attention`, by embedding bags on any device."""
     B, H, T, d = q.shape
     L, _, N, C, _ = keys.shape
     heads = torch.arange(H, device=q.device)
