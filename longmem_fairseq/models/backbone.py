@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from types import SimpleNamespace
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
@@ -98,8 +98,13 @@ class Backbone(nn.Module):
         return getattr(positions, "max_positions", None) if isinstance(positions, nn.Embedding) else None
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, incremental_state: IncrementalState = None, start: int = 0) -> Encoded:
-        """Encode tokens (B, T), of which the first stands at position ``start`` of the window."""
+    def forward(
+        self, tokens: Tensor, incremental_state: IncrementalState = None, start: Union[int, Tensor] = 0
+    ) -> Encoded:
+        """Encode tokens (B, T), of which the first stands at position ``start`` of the window.
+
+        With ``start`` of shape (B,), int64, T is 1.
+        """
         layers = self.decoder.layers
         hidden = [self.embed(tokens, start)]
         recorded = []
@@ -126,12 +131,12 @@ class Backbone(nn.Module):
         for layer in layers[: self.memory_layer]:
             hidden.append(layer(hidden[-1])[0])
         layer = layers[self.memory_layer]
-        x = layer.self_attn_layer_norm(hidden[-1])
         attention = layer.self_attn
+        x = layer.self_attn_layer_norm(hidden[-1].transpose(0, 1) if attention.batch_first else hidden[-1])
         return Encoded(hidden, attention._heads(attention.k_proj(x)), attention._heads(attention.v_proj(x)))
 
-    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """h_0 of tokens (B, T), shape (T, B, D).
+    def embed(self, tokens: Tensor, start: Union[int, Tensor] = 0) -> Tensor:
+        """h_0 of tokens (B, T), shape (T, B, D); ``start`` as in forward.
 
         Raises:
             BackboneError: where the window is longer than the position embeddings.
@@ -141,7 +146,12 @@ class Backbone(nn.Module):
         if decoder.project_in_dim is not None:
             x = decoder.project_in_dim(x)
         if decoder.embed_positions is not None:
-            x = x + self._positions(start, start + tokens.size(1)).to(x)  # sinusoidal tables are no buffers
+            if isinstance(start, Tensor):
+                positions = self._positions(0, int(start.max()) + 1)
+                positions = positions[start.to(positions.device)][:, None]  # (B, 1, D)
+            else:
+                positions = self._positions(start, start + tokens.size(1))
+            x = x + positions.to(x)  # sinusoidal tables are no buffers
         if decoder.layernorm_embedding is not None:
             x = decoder.layernorm_embedding(x)
         return x.transpose(0, 1)  # (T, B, D)

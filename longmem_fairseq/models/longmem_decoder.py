@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from ..data.segments import Segments
 from ..memory.bank import MemoryBank
+from ..memory.branches import MemoryBranches
 from ..memory.memory import Memory, MemoryReader
 from ..memory.search import choose_search
 from ..memory.shared import SharedMemory
-from ..modules.joint_attention import memory_attention
+from ..modules.joint_attention import memory_attention, naive_memory_attention
 from ..modules.layer_norm import set_layer_norm_eps
+from ..modules.self_attention import SelfAttention
 from ..modules.side_layer import build_side_layer, side_layer_config
 from .backbone import Backbone, Encoded
+from .live_window import WINDOW, LiveWindow
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +64,20 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         fingerprint = bytearray.fromhex(backbone.fingerprint or "00" * 32)
         self.register_buffer("backbone_fingerprint", torch.frombuffer(fingerprint, dtype=torch.uint8).clone())
         self._memories: Dict[bool, Memory] = {}
+        self._attention = memory_attention
         self.goes_on = False
 
     @property
     def remembers(self) -> bool:
         """Whether there is a memory at all."""
         return self.cfg.use_external_memory and self.cfg.memory_size > 0
+
+    def write_out_attention(self) -> None:
+        """Compute all attention step by step: slower, and rounded as in the released code."""
+        self._attention = naive_memory_attention
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.fused = False
 
     def start_from_backbone(self) -> None:
         """Side layer j starts as a copy of backbone layer R * j + 1, the final LayerNorm as the backbone's."""
@@ -83,8 +94,10 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         features_only: bool = False,
         read_only: bool = False,
         without_memory: bool = False,
+        encoder_out=None,
+        incremental_state=None,
     ) -> Tuple[Tensor, Dict]:
-        """Read one segment of each lane, then remember it.
+        """Read one segment of each lane, then remember it; or, with ``incremental_state``, one more token of each row.
 
         Args:
             prev_output_tokens: shape (B, T), int64; padding only behind a row's tokens.
@@ -94,6 +107,10 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             features_only: return features (B, T, D) in place of logits.
             read_only: do not remember this segment.
             without_memory: also give what the side network says when it reads nothing.
+            encoder_out: ignored; there is no encoder.
+            incremental_state: of generation, see :func:`longmem_fairseq.models.live_window.prefill`; one that is empty
+                starts without a past. Of the tokens only the last column is read, as fairseq's generator expects, and
+                ``segments``, ``read_only`` and ``without_memory`` have no meaning.
 
         Returns:
             Logits (B, T, V), and a dictionary with ``memory`` (the :class:`MemoryReader`, None with the memory off),
@@ -104,6 +121,8 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             ValueError: without ``segments``, since then nobody knows whose past this is.
             MemoryOutOfStep: where a segment does not continue its lane's memory.
         """
+        if incremental_state is not None:
+            return self._step(prev_output_tokens[:, -1:], incremental_state, features_only)
         if segments is None:
             segments = self._next_segments(prev_output_tokens)
         encoded = self.backbone(prev_output_tokens)
@@ -118,6 +137,20 @@ class LongMemDecoder(FairseqIncrementalDecoder):
                 extra["logits_without_memory"] = self.output_layer(self.features(self.side_network(encoded, None)))
         x = self.features(states)
         return (x if features_only else self.output_layer(x)), extra
+
+    @torch.no_grad()
+    def _step(self, tokens: Tensor, state: Dict, features_only: bool) -> Tuple[Tensor, Dict]:
+        """Logits (B, 1, V) or features behind one more token of each row, tokens (B, 1)."""
+        if WINDOW not in state:
+            state[WINDOW] = {"window": LiveWindow(self, self.cfg.tokens_per_sample, tokens.size(0))}
+        states = state[WINDOW]["window"].step(tokens, state)
+        x = self.features(states)
+        return (x if features_only else self.output_layer(x)), {"attn": None, "inner_states": states}
+
+    def reorder_incremental_state(self, incremental_state: Dict, new_order: Tensor) -> None:
+        """Row i goes on as row ``new_order[i]``; the attention modules reorder their caches themselves."""
+        if WINDOW in incremental_state:
+            incremental_state[WINDOW]["window"].reorder(new_order)
 
     def _next_segments(self, tokens: Tensor) -> Segments:
         """The place of tokens (B, T) that follow those of the call before."""
@@ -140,7 +173,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         states = [encoded.hidden[0]]
         for j, layer in enumerate(self.layers):
             below, above = encoded.hidden[self.reduction * j], encoded.hidden[self.reduction * (j + 1)]
-            states.append(layer(states[-1], reader, incremental_state) + (above - below))
+            states.append(layer(states[-1], above - below, reader, incremental_state))
         return states
 
     def features(self, states: list) -> Tensor:
@@ -199,22 +232,41 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         memory.flush()
         return memory.bank.contents(lane)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.backbone_fingerprint.device
+
+    def new_bank(self, lanes: int = 1, like: Optional[Tensor] = None) -> MemoryBank:
+        """An empty memory bank, by default for keys as the backbone makes them."""
+        cfg = self.cfg
+        like = next(self.backbone.parameters()) if like is None else like
+        dtype = like.dtype if cfg.memory_dtype == "auto" else MEMORY_DTYPES[cfg.memory_dtype]
+        return MemoryBank(
+            lanes, self.backbone.num_heads, self.backbone.head_dim, cfg.memory_size, cfg.chunk_size, dtype, like.device,
+            exact_means=str(cfg.memory_sharing) == "all",
+        )  # fmt: skip
+
+    def memory_branches(self, rows: int, base: Optional[MemoryBank] = None) -> MemoryBranches:
+        """Memories for generation, one for each row whatever ``memory_sharing`` says."""
+        search = choose_search(self.cfg.memory_search, self.device)
+        return MemoryBranches(
+            rows, self.new_bank, search, self._attention, self.cfg.k // self.cfg.chunk_size, base
+        )
+
     def _allocate(self, lanes: int, like: Tensor) -> Memory:
         cfg = self.cfg
         shared = str(cfg.memory_sharing) == "all"
-        dtype = like.dtype if cfg.memory_dtype == "auto" else MEMORY_DTYPES[cfg.memory_dtype]
-        bank = MemoryBank(
-            1 if shared else lanes, self.backbone.num_heads, self.backbone.head_dim, cfg.memory_size, cfg.chunk_size,
-            dtype, like.device, exact_means=shared,
-        )  # fmt: skip
+        bank = self.new_bank(1 if shared else lanes, like)
         logger.info(
             "memory for %s: %d lanes x %d tokens (%s) on %s, %.1f MiB, search by %s",
-            "training" if self.training else "evaluation", bank.lanes, cfg.memory_size, str(dtype).split(".")[-1],
+            "training" if self.training else "evaluation", bank.lanes, cfg.memory_size,
+            str(bank.keys.dtype).split(".")[-1],
             like.device, bank.nbytes / 2**20, cfg.memory_search,
         )
         search = choose_search(cfg.memory_search, like.device)
         kind = SharedMemory if shared else Memory
-        return kind(bank, search, memory_attention, cfg.k // cfg.chunk_size)
+        return kind(bank, search, self._attention, cfg.k // cfg.chunk_size)
 
     def lagging(self, segments: Segments) -> np.ndarray:
         """Rows whose memory is not where their segment starts, shape (B,), bool; none with the memory off."""

@@ -131,7 +131,7 @@ def naive_memory_attention(q, keys, values, lanes, slots, scaling) -> Tensor:
     lanes = lanes[:, None, None, None]
     read_keys = keys[lanes, heads, slots.clamp(min=0)].float()  # (B, H, T, n, C, d)
     read_values = values[lanes, heads, slots.clamp(min=0)].float()
-    scores = torch.einsum("bhtd,bhtncd->bhtnc", q.float(), read_keys) * scaling
+    scores = torch.einsum("bhtd,bhtncd->bhtnc", q.float() * scaling, read_keys)
     scores = scores.masked_fill((slots < 0)[..., None], float("-inf")).flatten(3)  # (B, H, T, n * C)
     weights = torch.nan_to_num(torch.softmax(scores, dim=-1))
     return torch.einsum("bhtk,bhtkd->bhtd", weights, read_values.flatten(3, 4)).to(q.dtype)
@@ -160,8 +160,8 @@ class JointAttention(SelfAttention):
         finally:
             self._reader = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        local = self.local_attention(q, k, v)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None) -> Tensor:
+        local = self.local_attention(q, k, v, left)
         gate = torch.sigmoid(self.memory_gate.float()).to(local.dtype).view(1, -1, 1, 1)
         if self._reader is None:
             # The gate stays in the graph: distributed training expects a gradient for every parameter at every step.

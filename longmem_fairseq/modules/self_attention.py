@@ -13,6 +13,10 @@ from torch import Tensor
 
 IncrementalState = Optional[Dict[str, Dict[str, Optional[Tensor]]]]
 
+# Entry of an incremental state that says how many cached positions of each row, from the left, are none: {"left": (B,)
+# int64}. Rows of unequal length end at the same column, so that all grow by one column a step.
+LEFT_PADDING = "longmem.left_padding"
+
 
 def alibi_slopes(heads: int) -> Tensor:
     """Slopes of ALiBi (Press et al., 2022), one per head, shape (heads,), float32, on the CPU.
@@ -34,7 +38,8 @@ class SelfAttention(MultiheadAttention):
     only ever follows a row's tokens, causality also hides the padding, and the masks that fairseq's decoder passes
     are not needed.
 
-    Unlike the stock module it appends any number of tokens to its incremental state, not just one.
+    Unlike the stock module it appends any number of tokens to its incremental state, not just one; a single token where
+    the state says, under ``LEFT_PADDING``, that rows differ in length.
 
     Args:
         embed_dim: D.
@@ -42,11 +47,26 @@ class SelfAttention(MultiheadAttention):
         dropout: dropout probability of the attention weights in training.
         bias: whether the four projections have biases.
         alibi: add ALiBi's linear bias to the scores of the local window.
+        batch_first: take and give (B, T, D) instead of (T, B, D).
+
+    Attributes:
+        fused: compute by PyTorch's fused attention; off, scores are written out, as in the released LongMem, whose
+            rounding it then shares.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, alibi: bool = False):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        alibi: bool = False,
+        batch_first: bool = False,
+    ):
         super().__init__(embed_dim, num_heads, dropout=dropout, bias=bias, self_attention=True)
         self.alibi = alibi
+        self.batch_first = batch_first
+        self.fused = True
         # A plain attribute, not a buffer: it must stay float32 when the model is cast to half precision, where
         # multiples of small slopes would collapse.
         self._bias: Optional[Tensor] = None
@@ -69,31 +89,57 @@ class SelfAttention(MultiheadAttention):
         ``key`` and ``value`` are the query (self-attention); the masks are implied by causality. Returns the output
         (T, B, D) and, since fused attention has none, no attention weights.
         """
-        T, B, _ = query.shape
         q, k, v = (self._heads(projection(query)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        left = None
         if incremental_state is not None:
             k, v = self._append(incremental_state, k, v)
-        x = self.attend(q, k, v)  # (B, H, T, d)
-        x = x.permute(2, 0, 1, 3).reshape(T, B, self.embed_dim)  # (T, B, D)
-        return self.out_proj(x), None
+            left = incremental_state.get(LEFT_PADDING, {}).get("left")
+        x = self.attend(q, k, v, left)  # (B, H, T, d)
+        x = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
+        return self.out_proj(x.reshape(query.shape)), None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None) -> Tensor:
         """Mix what the heads read, shape (B, H, T, d); joint attention overrides this."""
-        return self.local_attention(q, k, v)
+        return self.local_attention(q, k, v, left)
 
-    def local_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of the last T of S positions; q (B, H, T, d), k and v (B, H, S, d) -> (B, H, T, d)."""
+    def local_attention(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None) -> Tensor:
+        """Causal attention of the last T of S positions; q (B, H, T, d), k and v (B, H, S, d) -> (B, H, T, d).
+
+        The first ``left`` (B,) positions of each row are not seen.
+        """
         T, S = q.size(2), k.size(2)
+        if not self.fused:
+            return self._written_out(q, k, v, left)
         dropout = self.dropout_module.p if self.dropout_module.training else 0.0
+        if left is not None:
+            absent = torch.arange(S, device=q.device) < left.view(-1, 1, 1, 1)  # (B, 1, 1, S)
+            mask = self._mask(T, S, q).masked_fill(absent, float("-inf"))  # (B, 1 or H, T, S)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         if T == 1 and not self.alibi:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         if T == S and not self.alibi:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(T, S, q), dropout_p=dropout)
 
+    def _written_out(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor]) -> Tensor:
+        T, S = q.size(2), k.size(2)
+        if self.batch_first:  # the released backbone scales the scores, its side network the queries
+            scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(self.head_dim)  # (B, H, T, S)
+        else:
+            scores = torch.matmul(q * self.scaling, k.transpose(-1, -2))
+        positions = torch.arange(S, device=q.device)
+        if self.alibi:  # by the key's position, which differs from the distance by a constant for each query
+            bias = alibi_slopes(self.num_heads).to(q.device)[:, None, None] * positions  # (H, 1, S)
+            scores = scores + bias.to(q.dtype)
+        scores = scores.masked_fill(positions > positions[S - T :, None], float("-inf"))
+        if left is not None:
+            scores = scores.masked_fill(positions < left.view(-1, 1, 1, 1), float("-inf"))
+        return torch.matmul(self.dropout_module(torch.softmax(scores, dim=-1)), v)
+
     def _heads(self, x: Tensor) -> Tensor:
-        """(T, B, D) -> (B, H, T, d)."""
-        return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).permute(1, 2, 0, 3)
+        """(T, B, D), or (B, T, D) where the batch comes first, -> (B, H, T, d)."""
+        x = x.view(x.size(0), x.size(1), self.num_heads, self.head_dim)
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def _mask(self, T: int, S: int, like: Tensor) -> Tensor:
         """Additive mask (1, 1 or H, T, S): causal, with ALiBi's bias relative to the query."""
