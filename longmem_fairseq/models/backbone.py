@@ -27,6 +27,10 @@ from . import released_checkpoint
 logger = logging.getLogger(__name__)
 
 
+# fairseq's commands other than fairseq-train have no options of models.
+NAME_IT = "with --pretrained-model-path (in evaluation: --model-overrides \"{'pretrained_model_path': '...'}\")"
+
+
 class BackboneError(ValueError):
     """A checkpoint that cannot be a backbone; the message says why."""
 
@@ -327,7 +331,7 @@ def _read_checkpoint(path: str) -> Dict[str, Any]:
     """The contents of a checkpoint, in which nothing but tensors and plain data is let in."""
     if not os.path.isfile(path):
         what = "is a directory" if os.path.isdir(path) else "does not exist"
-        raise BackboneError(f"the backbone {path} {what}: name its checkpoint with --pretrained-model-path")
+        raise BackboneError(f"the backbone {path} {what}: name its checkpoint {NAME_IT}")
     try:
         # Options lie in a Namespace in checkpoints of before fairseq 0.11.
         with torch.serialization.safe_globals([argparse.Namespace]):
