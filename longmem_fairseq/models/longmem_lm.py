@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.segments import Segments
 from ..memory.search import has_faiss_gpu
 from . import released_checkpoint
-from .backbone import Backbone, BackboneError, backbone_config, build_backbone, load_backbone
+from .backbone import NAME_IT, Backbone, BackboneError, backbone_config, build_backbone, load_backbone
 from .longmem_decoder import MEMORY_DTYPES, LongMemDecoder
 
 logger = logging.getLogger(__name__)
@@ -207,8 +207,7 @@ class LongMemModel(FairseqLanguageModel):
         if theirs is not None and ours.any() and not torch.equal(theirs.cpu(), ours):
             raise BackboneError(
                 f"the checkpoint was trained on a backbone with fingerprint {_hex(theirs)}, but "
-                f"{self.cfg.pretrained_model_path} has {_hex(ours)}: name the right one with --pretrained-model-path "
-                "(in evaluation: --model-overrides \"{'pretrained_model_path': '...'}\")"
+                f"{self.cfg.pretrained_model_path} has {_hex(ours)}: name the right one {NAME_IT}"
             )
         if not any(key.startswith(_BACKBONE) for key in state_dict):
             backbone = self.decoder.backbone
