@@ -32,7 +32,7 @@ class ParallelDecoder(TransformerDecoder):
         set_layer_norm_eps(self, args.layer_norm_eps)
 
     def build_decoder_layer(self, args, no_encoder_attn=False):
-        return ParallelLayer(args)
+        return ParallelLayer(args, batch_first=True)
 
     def build_output_projection(self, args, dictionary, embed_tokens):
         self.output_projection = nn.Linear(self.output_embed_dim, len(dictionary))

@@ -39,6 +39,7 @@ def load_released(
     side_network_path: str,
     backbone_path: Optional[str] = None,
     dictionary: Optional[Dictionary] = None,
+    exact: bool = True,
     **overrides: Any,
 ) -> LongMemModel:
     """Load a released side network with its backbone, to be called segment by segment.
@@ -48,6 +49,8 @@ def load_released(
         backbone_path: checkpoint of the backbone; by default the copy inside the side network's file is taken. Where
             there are both, they must be the same.
         dictionary: of the tokens; by default one of the right size with fairseq's special symbols.
+        exact: compute step by step as the released code does, so that results are rounded alike; off, by fused attention,
+            which is faster, needs less memory, and differs in the last digits.
         overrides: settings of :class:`LongMemConfig` in place of the checkpoint's, such as ``memory_dtype="float32"``
             (held in float16 by default, as in the released code), ``memory_size``, ``k``, ``chunk_size``,
             ``memory_search="torch"`` or ``memory_sharing="lanes"``.
@@ -92,6 +95,8 @@ def load_released(
     backbone.fingerprint = backbone_fingerprint(backbone)
     model.decoder.backbone_fingerprint.copy_(torch.tensor(list(bytes.fromhex(backbone.fingerprint))))
     model.decoder.goes_on = True
+    if exact:
+        model.decoder.write_out_attention()
     return model.eval()
 
 

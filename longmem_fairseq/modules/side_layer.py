@@ -18,18 +18,21 @@ class _Reading(nn.Module):
 
     recompute = False
 
-    def forward(self, x: Tensor, reader=None, incremental_state=None) -> Tensor:
-        """x (T, B, D) -> (T, B, D), reading from ``reader`` where this layer reads at all."""
+    def forward(self, x: Tensor, ladder: Tensor, reader=None, incremental_state=None) -> Tensor:
+        """This layer of x, plus ``ladder``: (T, B, D) all, reading from ``reader`` where this layer reads at all."""
         # The plain form of checkpointing keeps gradients of parameters whose input needs none, as x_0's does not.
         if self.recompute and self.training:
-            return checkpoint(self._forward, x, reader, incremental_state, use_reentrant=False)
-        return self._forward(x, reader, incremental_state)
+            return checkpoint(self._forward, x, ladder, reader, incremental_state, use_reentrant=False)
+        return self._forward(x, ladder, reader, incremental_state)
 
-    def _forward(self, x: Tensor, reader, incremental_state) -> Tensor:
+    def _forward(self, x: Tensor, ladder: Tensor, reader, incremental_state) -> Tensor:
         if isinstance(self.self_attn, JointAttention):
             with self.self_attn.reading(reader):
-                return super().forward(x, incremental_state=incremental_state)[0]
-        return super().forward(x, incremental_state=incremental_state)[0]
+                return self._add(x, ladder, incremental_state)
+        return self._add(x, ladder, incremental_state)
+
+    def _add(self, x: Tensor, ladder: Tensor, incremental_state) -> Tensor:
+        return super().forward(x, incremental_state=incremental_state)[0] + ladder
 
     def start_from(self, layer: nn.Module) -> None:
         """Take over the weights of a backbone layer; the gate, which has none there, stays as it is."""
@@ -66,6 +69,10 @@ class ParallelSideLayer(_Reading, ParallelLayer):
     def __init__(self, cfg: TransformerConfig, reads_memory: bool, recompute: bool = False):
         super().__init__(cfg, JointAttention if reads_memory else SelfAttention)
         self.recompute = recompute
+
+    def _add(self, x: Tensor, ladder: Tensor, incremental_state) -> Tensor:
+        # In the order of the released code, which decides the last digits.
+        return ParallelLayer.forward(self, x, incremental_state=incremental_state, residual=ladder + x)[0]
 
 
 def build_side_layer(like: nn.Module, cfg: TransformerConfig, reads_memory: bool, recompute: bool) -> _Reading:
