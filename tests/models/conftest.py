@@ -1,0 +1,79 @@
+"""What fairseq's commands parse, build, save and load, in this process."""
+
+import copy
+import functools
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq import checkpoint_utils, options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from omegaconf import OmegaConf
+
+from tests.models.tiny import LONGMEM, VOCABULARY, stock_config, stock_model, write_checkpoint
+
+TASK = "longmem_language_modeling"
+
+
+@pytest.fixture(scope="session")
+def parse(tmp_path_factory):
+    """fairseq-train's configuration from its command line: parse("--k", 8, arch="longmem_gpt2_tiny")."""
+    data = tmp_path_factory.mktemp("dictionary")
+    VOCABULARY.save(str(data / "dict.txt"))
+
+    @functools.lru_cache(maxsize=None)  # hydra takes its time
+    def parse(*arguments, arch):
+        line = [data, "--task", TASK, "--arch", arch, "--save-dir", data / "checkpoints", "--cpu", *arguments]
+        parsed = options.parse_args_and_arch(options.get_training_parser(), [str(x) for x in line])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fairseq uses hydra as of old
+            return convert_namespace_to_omegaconf(parsed)
+
+    return lambda *arguments, arch="longmem_gpt2_tiny": copy.deepcopy(parse(*arguments, arch=arch))
+
+
+@pytest.fixture
+def write_backbone(tmp_path):
+    """Write a checkpoint of a backbone with random weights: write_backbone(name, model, **configuration) -> path."""
+
+    def write_backbone(name="backbone.pt", model="transformer_lm", seed=0, **config):
+        return write_checkpoint(
+            tmp_path / name, stock_model(model, seed=seed, **config), stock_config(model, **config)
+        )
+
+    return write_backbone
+
+
+@pytest.fixture
+def train(parse):
+    """What fairseq-train builds on a backbone's path, with tiny sizes: train(path, "--k", 9).model, .cfg and .task."""
+    tiny = [x for name, value in LONGMEM.items() for x in ("--" + name.replace("_", "-"), value)]
+
+    def train(path, *arguments, **named):
+        cfg = parse(*tiny, *arguments, **named)
+        cfg.model.pretrained_model_path = path and str(path)
+        task = tasks.setup_task(cfg.task)
+        return SimpleNamespace(cfg=cfg, task=task, model=task.build_model(cfg.model))
+
+    return train
+
+
+def save(built, path, **changes):
+    """Write the checkpoint that fairseq's trainer would write of a built model; changes of ``cfg.model``."""
+    cfg = OmegaConf.to_container(built.cfg, resolve=True, enum_to_str=True)
+    cfg["model"].update(changes)
+    state = {
+        "args": None, "cfg": cfg, "model": built.model.state_dict(), "criterion": None,
+        "optimizer_history": [
+            {"optimizer_name": "FairseqAdam", "lr_scheduler_state": {"best": None}, "num_updates": 1}
+        ],
+        "task_state": built.task.state_dict(), "extra_state": {"train_iterator": {"epoch": 1}},
+    }  # fmt: skip
+    torch.save(state, path)
+    return str(path)
+
+
+def load(path, **overrides):
+    """The model of a checkpoint, as fairseq's commands and users in Python load it."""
+    return checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)[0][0].eval()

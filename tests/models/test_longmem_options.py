@@ -1,0 +1,200 @@
+"""Options of longmem_lm on fairseq's command line: what they set, what is explained, what is refused."""
+
+import logging
+import re
+
+import pytest
+import torch
+from fairseq.models import ARCH_MODEL_REGISTRY
+
+from longmem_fairseq.memory.search import has_faiss_gpu
+from longmem_fairseq.models.longmem_lm import LongMemConfig, LongMemModel
+from tests.models.tiny import LAYERS, POSITIONS
+
+ARCHITECTURES = {
+    "longmem_gpt2_tiny": (4, 3), "longmem_gpt2_mini": (6, 5), "longmem_gpt2_small": (12, 9),
+    "longmem_gpt2_medium": (24, 17), "longmem_gpt2_large": (36, 25), "longmem_gpt2_xl": (48, 33),
+}  # name: layers of its backbone, layer that is remembered  # fmt: skip
+
+RELEASED_SCRIPT = [
+    "--use-external-memory", "--memory-size", 65536, "--k", 64, "--chunk-size", 4, "--retrieval-layer-index", 17,
+    "--layer-reduction-factor", 2, "--reload-ptm-layer", "--use-gpu-to-search", "--gpt-encoder-path", "gpt2_bpe",
+    "--sample-break-mode", "none", "--tokens-per-sample", 1024, "--data-no-shuffle", "--no-token-positional-embeddings",
+    "--fp16",
+]  # fmt: skip
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("longmem_fairseq.models")]
+
+
+# --- what they set
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_architectures(parse, arch):
+    """Each sets every option, and remembers an odd layer about two thirds up: side layer m // 2 starts from it."""
+    layers, remembered = ARCHITECTURES[arch]
+    assert ARCH_MODEL_REGISTRY[arch] is LongMemModel
+    cfg = parse(arch=arch).model
+    assert cfg._name == arch and cfg.retrieval_layer_index == remembered
+    assert remembered == 2 * (remembered // 2) + 1 and 0.6 < (remembered + 1) / layers <= 1
+    for name, entry in LongMemConfig.__dataclass_fields__.items():
+        if name not in ("_name", "retrieval_layer_index") and not str(entry.default).startswith("${"):
+            assert cfg[name] == entry.default, name
+    assert cfg.tokens_per_sample == 1024, "from the task"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_architectures_fit_their_backbones(train, write_backbone, arch):
+    layers, remembered = ARCHITECTURES[arch]
+    path = write_backbone(decoder_layers=layers)
+    model = train(path, "--retrieval-layer-index", remembered, arch=arch).model
+    decoder = model.decoder
+    assert len(decoder.layers) == layers // 2 and decoder.backbone.memory_layer == remembered
+    assert decoder.reading_layer == remembered // 2
+
+
+@pytest.mark.parametrize("option", ["use-external-memory", "reload-ptm-layer"])
+def test_what_is_on_can_be_turned_off(parse, option):
+    name = option.replace("-", "_")
+    assert parse().model[name] is True
+    assert parse(f"--{option}").model[name] is True, "the released script's option does what it says"
+    assert parse(f"--no-{option}").model[name] is False
+    assert parse(f"--no-{option}", f"--{option}").model[name] is True
+
+
+def test_values(parse):
+    cfg = parse(
+        "--pretrained-model-path", "b.pt", "--memory-size", 128, "--k", 12, "--chunk-size", 6,
+        "--retrieval-layer-index", 2, "--layer-reduction-factor", 3, "--memory-search", "torch",
+        "--memory-dtype", "float16", "--dropout", 0.1, "--attention-dropout", 0.2, "--checkpoint-activations",
+        "--save-backbone",
+    ).model  # fmt: skip
+    wanted = {
+        "pretrained_model_path": "b.pt", "memory_size": 128, "k": 12, "chunk_size": 6, "retrieval_layer_index": 2,
+        "layer_reduction_factor": 3, "memory_search": "torch", "memory_dtype": "float16", "dropout": 0.1,
+        "attention_dropout": 0.2, "checkpoint_activations": True, "save_backbone": True,
+    }  # fmt: skip
+    assert {name: cfg[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("option, value", [("--memory-search", "annoy"), ("--memory-dtype", "int8"), ("--k", "many")])
+def test_values_that_do_not_exist_are_refused_by_the_parser(parse, capsys, option, value):
+    with pytest.raises(SystemExit):
+        parse(option, value)
+    assert option in capsys.readouterr().err
+
+
+def test_every_option_has_a_help_text():
+    for name, entry in LongMemConfig.__dataclass_fields__.items():
+        if name != "_name" and not str(entry.default).startswith("${"):
+            assert len(entry.metadata["help"]) > 20, name
+
+
+# --- the released script
+
+
+def test_the_released_scripts_options_mean_the_same(parse):
+    cfg = parse("--pretrained-model-path", "b.pt", *RELEASED_SCRIPT, arch="longmem_gpt2_medium")
+    wanted = {
+        "use_external_memory": True, "memory_size": 65536, "k": 64, "chunk_size": 4, "retrieval_layer_index": 17,
+        "layer_reduction_factor": 2, "reload_ptm_layer": True, "use_gpu_to_search": True,
+        "pretrained_model_path": "b.pt", "gpt_encoder_path": "gpt2_bpe", "no_token_positional_embeddings": True,
+        "tokens_per_sample": 1024,
+    }  # fmt: skip
+    assert {name: cfg.model[name] for name in wanted} == wanted
+    assert cfg.common.fp16 and cfg.task.data_no_shuffle
+
+
+def test_the_released_scripts_model_is_built(train, write_backbone, caplog):
+    """Without a GPU, but for --use-gpu-to-search; what has no meaning here is said, one line an option."""
+    path = write_backbone(decoder_layers=24, max_target_positions=1024)
+    line = [x for x in RELEASED_SCRIPT if x != "--use-gpu-to-search"]
+    with caplog.at_level(logging.INFO):
+        built = train(path, *line, arch="longmem_gpt2_medium")
+    decoder = built.model.decoder
+    assert len(decoder.layers) == 12 and decoder.reading_layer == 8 and decoder.backbone.memory_layer == 17
+    assert built.model.memory_tokens == 65536 + 4
+    explained = [line for line in messages(caplog) if "no meaning" in line]
+    assert [re.match(r"--(\S+) has no meaning here", line)[1] for line in explained] == [
+        "gpt-encoder-path", "no-token-positional-embeddings",
+    ]  # fmt: skip
+
+
+def test_nothing_is_explained_where_nothing_is_asked(train, write_backbone, caplog):
+    with caplog.at_level(logging.INFO):
+        train(write_backbone())
+    assert not [line for line in messages(caplog) if "no meaning" in line]
+
+
+@pytest.mark.skipif(has_faiss_gpu() and torch.cuda.is_available(), reason="this machine can search on a GPU")
+def test_a_gpu_search_that_cannot_be_had_is_an_error(train, write_backbone):
+    with pytest.raises(ValueError, match="--use-gpu-to-search needs a GPU and a faiss built for it: .*faiss-gpu"):
+        train(write_backbone(), "--use-gpu-to-search")
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--k", 10], "--k 10 is not a positive multiple of --chunk-size 3"),
+        (["--k", 0], "--k 0 is not a positive multiple of --chunk-size 3"),
+        (["--k", -3], "--k -3 is not a positive multiple of --chunk-size 3"),
+        (["--chunk-size", 0], "--k 6 is not a positive multiple of --chunk-size 0"),
+        (["--chunk-size", -3], "--k 6 is not a positive multiple of --chunk-size -3"),
+        (
+            ["--memory-size", 6],
+            "--memory-size 6 is smaller than one segment of --tokens-per-sample 7 tokens: raise it, or turn the memory "
+            "off with --memory-size 0",
+        ),
+        (["--memory-size", -1], "--memory-size -1 is smaller than one segment of --tokens-per-sample 7 tokens"),
+        (
+            ["--chunk-size", 32, "--k", 32],
+            "--memory-size 16 holds no chunk of --chunk-size 32 tokens: raise the one or lower the other",
+        ),
+        (
+            ["--retrieval-layer-index", LAYERS],
+            f"--retrieval-layer-index {LAYERS} is outside the backbone, whose layers are 0 to {LAYERS - 1}",
+        ),
+        (["--retrieval-layer-index", -1], f"--retrieval-layer-index -1 is outside the backbone, .* 0 to {LAYERS - 1}"),
+        (
+            ["--layer-reduction-factor", 3],
+            f"the backbone's {LAYERS} layers are not divisible by --layer-reduction-factor 3",
+        ),
+        (["--layer-reduction-factor", 0], "not divisible by --layer-reduction-factor 0"),
+        (["--layer-reduction-factor", -2], "not divisible by --layer-reduction-factor -2"),
+        (["--layer-reduction-factor", 2 * LAYERS], f"not divisible by --layer-reduction-factor {2 * LAYERS}"),
+        (
+            ["--tokens-per-sample", POSITIONS + 1, "--memory-size", 64],
+            f"--tokens-per-sample {POSITIONS + 1} is longer than the backbone's {POSITIONS} positions: lower it",
+        ),
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(train, write_backbone, options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        train(write_backbone(), *options)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_backbone(train):
+    with pytest.raises(ValueError, match="needs a backbone: name its checkpoint with --pretrained-model-path"):
+        train(None)
+    with pytest.raises(ValueError, match="the backbone none.pt does not exist: .*--pretrained-model-path"):
+        train("none.pt")
+
+
+def test_segments_may_be_of_any_length_without_learned_positions(train, write_backbone):
+    path = write_backbone(model="alibi_lm")
+    train(path, "--tokens-per-sample", 50 * POSITIONS, "--memory-size", 100 * POSITIONS)
+
+
+def test_bad_values_of_a_memory_that_is_off_do_not_matter(train, write_backbone, caplog):
+    for off in (["--memory-size", 0], ["--no-use-external-memory"]):
+        with caplog.at_level(logging.INFO):
+            model = train(write_backbone(), "--k", 10, *off).model
+        assert not model.decoder.remembers and model.memory_tokens == 0
+        assert "the memory is off" in messages(caplog)
+        caplog.clear()
