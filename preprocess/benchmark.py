@@ -8,6 +8,8 @@ the documents. Compared are fairseq's two steps, ``multiprocessing_bpe_encoder``
 newlines become spaces for all of them; the data must then be the same, token by token, or the benchmark fails.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -76,7 +78,11 @@ def same_tokens(one: Path, two: Path) -> int:
 
 
 def benchmark(args: argparse.Namespace, directory: Path) -> dict:
-    """Run everything in a scratch ``directory``; returns the report."""
+    """Run everything in a scratch ``directory``; returns the report.
+
+    Raises:
+        InputError: a tool failed, or the data differs.
+    """
     texts = [re.sub(r"[\r\n]+", " ", document.text).strip() for document in iter_documents(args.documents, "skip")]
     texts = [text for text in texts if text]
     (directory / "lines.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
@@ -89,20 +95,25 @@ def benchmark(args: argparse.Namespace, directory: Path) -> dict:
     gpt2 = ["--tokenizer", "gpt2", "--gpt2-encoder-json", encoder, "--gpt2-vocab-bpe", merges]
     gpt2 += ["--dict", Path(args.dict).resolve()] if args.dict else []
 
-    steps: dict[str, tuple[float, float]] = {}
+    made = directory / f"ours{args.workers}"
+    commands: dict[str, list[object]] = {}
     for workers in sorted({1, args.workers}):
-        name = f"binarize_documents.py --workers {workers}"
-        made = directory / f"ours{workers}"
-        ours = [sys.executable, SCRIPT, "--train", directory / "lines.jsonl", *gpt2]
-        steps[name] = timed([*ours, "--workers", workers, "--destdir", made], name)
-    encode = [sys.executable, "-m", "fairseq.examples.roberta.multiprocessing_bpe_encoder", "--keep-empty"]
-    encode += ["--encoder-json", encoder, "--vocab-bpe", merges, "--workers", args.workers]
-    name = f"multiprocessing_bpe_encoder --workers {args.workers}"
-    steps[name] = timed([*encode, "--inputs", directory / "lines.txt", "--outputs", directory / "lines.bpe"], name)
-    binarize = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--workers", args.workers]
+        ours = [SCRIPT, "--train", directory / "lines.jsonl", *gpt2, "--workers", workers, "--overwrite"]
+        commands[f"binarize_documents.py --workers {workers}"] = [*ours, "--destdir", directory / f"ours{workers}"]
+    encode = ["-m", "fairseq.examples.roberta.multiprocessing_bpe_encoder", "--keep-empty", "--workers", args.workers]
+    encode += ["--inputs", directory / "lines.txt", "--outputs", directory / "lines.bpe"]
+    encode += ["--encoder-json", encoder, "--vocab-bpe", merges]
+    commands[f"multiprocessing_bpe_encoder --workers {args.workers}"] = encode
+    binarize = ["-m", "fairseq_cli.preprocess", "--only-source", "--workers", args.workers]
     binarize += ["--srcdict", made / "dict.txt", "--trainpref", directory / "lines.bpe"]
-    name = f"fairseq-preprocess --workers {args.workers}"
-    steps[name] = timed([*binarize, "--destdir", directory / "stock"], name)
+    commands[f"fairseq-preprocess --workers {args.workers}"] = [*binarize, "--destdir", directory / "stock"]
+
+    # in turn, not one after the other, so that whatever else runs on the machine slows all of them
+    runs = [
+        {name: timed([sys.executable, *command], name) for name, command in commands.items()}
+        for _ in range(args.repeat)
+    ]
+    steps = {name: min(run[name] for run in runs) for name in commands}
     tokens = same_tokens(directory / "stock" / "train", made / "train")
     return report(steps, len(texts), tokens, (directory / "lines.txt").stat().st_size, args.workers)
 
@@ -139,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--documents", nargs="+", metavar="P", help="files, directories, JSON lines (the standard library)")
     add("--workers", type=int, default=2, metavar="N", help="processes of each tool (2)")
+    add("--repeat", type=int, default=1, metavar="N", help="run everything so often and take the fastest of each (1)")
     add("--gpt2-encoder-json", metavar="F", help="GPT-2's encoder.json")
     add("--gpt2-vocab-bpe", metavar="F", help="GPT-2's vocab.bpe")
     add("--dict", metavar="F", help="a fairseq dict.txt for these files")

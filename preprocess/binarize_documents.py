@@ -27,6 +27,8 @@ once before, to measure it; --survey keeps the result for the other shards. Vali
 where fairseq looks for them.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import logging

@@ -3,6 +3,8 @@
 Reading is sequential and cheap; parsing and encoding, which are not, are left to whoever holds the block.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 

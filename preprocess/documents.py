@@ -11,6 +11,8 @@ Each may be compressed (``.gz``, ``.zst``). Text is UTF-8 and kept exactly: newl
 A document's subset is its ``pile_set_name`` or, without one, the name of the input path without its extensions.
 """
 
+from __future__ import annotations
+
 import gzip
 import io
 import json
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from preprocess.errors import InputError
+from preprocess.errors import InputError, need
 
 COMPRESSED = (".gz", ".zst")
 JSON_LINES = (".jsonl", ".ndjson")
@@ -176,8 +178,7 @@ class _ZstdReader(io.RawIOBase):
     """Decompressed bytes of a zstd file of any number of frames; reports a cut file, as zstandard's own does not."""
 
     def __init__(self, raw: io.BufferedIOBase):
-        import zstandard  # only here: not needed for other inputs
-
+        zstandard = need("zstandard", f"the compressed file {raw.name}")
         self._raw = raw
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._error = zstandard.ZstdError

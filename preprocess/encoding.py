@@ -1,5 +1,7 @@
 """Blocks of input to token ids, in one process or several; the result does not depend on how many."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -71,7 +73,7 @@ class Encoder:
         subsets: dict[str, list[int]] = {}
         characters = left_out = 0
         eos = np.array([EOS], dtype=np.int32)
-        for key, document in zip(parsed.keys, parsed.documents, strict=True):
+        for key, document in zip(parsed.keys, parsed.documents):
             if selection is not None and not selection.keeps(key, document.subset):
                 left_out += 1
                 continue

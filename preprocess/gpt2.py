@@ -4,6 +4,8 @@ Text is cut into words by the same regular expression as in fairseq. Most words 
 a table; a new word is merged by the ``tokenizers`` library (Rust).
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocess.errors import InputError
+from preprocess.errors import InputError, need
 from preprocess.tokenization import UNK, Tokenizer, require_in_dictionary
 
 # GPT-2's definition of a word, and what becomes of it where all characters are ASCII: Python's own module knows no
@@ -37,10 +39,8 @@ class GPT2Tokenizer(Tokenizer):
     kind = "gpt2"
 
     def __init__(self, encoder_json: Path, vocab_bpe: Path, symbols: Sequence[str] | None = None):
-        import regex
-        import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
-
+        regex, tokenizers = (need(module, "--tokenizer gpt2") for module in ("regex", "tokenizers"))
+        models, pre_tokenizers, decoders = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders
         vocabulary, merges = _read_files(encoder_json, vocab_bpe)
         try:
             self._bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, cache_capacity=0))
@@ -82,7 +82,7 @@ class GPT2Tokenizer(Tokenizer):
         ids = np.asarray(list(ids), dtype=np.int64)
         text = []
         known: list[int] = []
-        for token, number in zip(ids.tolist(), self._to_gpt2[ids].tolist(), strict=True):
+        for token, number in zip(ids.tolist(), self._to_gpt2[ids].tolist()):
             if number >= 0:
                 known.append(number)
             elif token == UNK:

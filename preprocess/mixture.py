@@ -5,6 +5,8 @@ or not whatever the shard, the worker or the order it is read in. A survey of th
 text is spread over these numbers, and so below which number the documents of a subset add up to its share.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

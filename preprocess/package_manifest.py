@@ -4,6 +4,8 @@ Importing the package registers its models with fairseq, which takes seconds tha
 module itself needs numpy alone, so it is loaded from its file.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import sys
 from pathlib import Path

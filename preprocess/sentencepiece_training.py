@@ -12,6 +12,8 @@ binarize_documents.py does this by itself unless several shards are to share the
 * Small vocabularies spend at most half of the room on single characters; rarer ones are spelled in bytes.
 """
 
+from __future__ import annotations
+
 import argparse
 import heapq
 import io

@@ -1,5 +1,7 @@
 """Independent parts of a collection, for a cluster's scheduler to make in any order without coordination."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 from preprocess.documents import Source

@@ -1,5 +1,7 @@
 """The files of one split while they are written: fairseq's mmap format, appended block by block, resumable."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 from pathlib import Path

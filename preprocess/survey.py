@@ -4,6 +4,8 @@ Counted are documents and characters, and how the characters are spread over the
 mixture chooses. The tokens are estimated from a sample, or counted where the collection is small.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -61,7 +63,7 @@ class SurveyPart:
         """Measure the documents of a block, encoding about ``rate`` of them but at least one window of each subset."""
         texts: dict[str, list[str]] = {}
         bins: dict[str, dict[int, int]] = {}
-        for key, document in zip(parsed.keys, parsed.documents, strict=True):
+        for key, document in zip(parsed.keys, parsed.documents):
             texts.setdefault(document.subset, []).append(document.text)
             place = int(draw(seed, key, "keep") * BINS)
             found = bins.setdefault(document.subset, {})
@@ -80,7 +82,7 @@ def _windows(texts: list[str], rate: float, offset: float) -> list[str]:
     distance = min(WINDOW / rate, ends[-1])
     starts = (np.arange(int(ends[-1] / distance)) + offset) * distance
     windows = []
-    for start, place in zip(starts.astype(int), np.searchsorted(ends, starts, side="right"), strict=True):
+    for start, place in zip(starts.astype(int), np.searchsorted(ends, starts, side="right")):
         within = start - (ends[place] - len(texts[place]))
         windows.append(texts[place][within : within + WINDOW])
     return windows

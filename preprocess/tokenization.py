@@ -8,6 +8,8 @@ Ids are those of the fairseq dictionary (``tokenizer.dictionary``), its four spe
 module and encoding needs neither torch nor fairseq, so that worker processes start at once.
 """
 
+from __future__ import annotations
+
 import hashlib
 import io
 import os
@@ -237,7 +239,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = np.asarray(list(ids), dtype=np.int64)
         text = []
         known: list[int] = []
-        for token, piece in zip(ids.tolist(), self._to_piece[ids].tolist(), strict=True):
+        for token, piece in zip(ids.tolist(), self._to_piece[ids].tolist()):
             if piece >= 0:
                 known.append(piece)
             elif token == UNK:

@@ -3,6 +3,8 @@
 Nothing is seen in ``D`` before all of it is finished; then the files are renamed into place, the manifest last.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import json

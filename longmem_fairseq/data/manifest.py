@@ -4,6 +4,8 @@ The cheap check (sizes, counts, dictionary) reads a few kilobytes and the index;
 A directory without a manifest, as stock ``fairseq-preprocess`` makes it, is not checked.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -106,7 +108,7 @@ def verify_shards(directories: Sequence[str | os.PathLike], split: str, full: bo
         ManifestError: a directory is damaged, or two differ in tokenizer or dictionary.
     """
     manifests = [verify(directory, split, full) for directory in directories]
-    known = [(directory, manifest) for directory, manifest in zip(directories, manifests, strict=True) if manifest]
+    known = [(directory, manifest) for directory, manifest in zip(directories, manifests) if manifest]
     for directory, manifest in known[1:]:
         for part in ("tokenizer", "dictionary"):
             if manifest[part]["fingerprint"] != known[0][1][part]["fingerprint"]:

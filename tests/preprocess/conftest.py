@@ -1,14 +1,11 @@
 """Text and tokenizers that every machine can make: the standard library's sources, and small tokenizers of them."""
 
-import json
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "preprocess" / "binarize_documents.py"
 
 
 @pytest.fixture(scope="session")
@@ -27,21 +24,9 @@ def sources(source_files) -> list[str]:
 @pytest.fixture(scope="session")
 def gpt2_files(tmp_path_factory, sources) -> tuple[Path, Path]:
     """``encoder.json`` and ``vocab.bpe`` in the format of GPT-2's files, 2,000 entries, trained on the sources."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from preprocess.benchmark import train_byte_level_bpe
 
-    directory = tmp_path_factory.mktemp("gpt2")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        sources, trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
-    )
-    model = json.loads(bpe.to_str())["model"]
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    (directory / "encoder.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
-    lines = "".join(f"{first} {second}\n" for first, second in merges)
-    (directory / "vocab.bpe").write_text(f"#version: 0.2\n{lines}", encoding="utf-8")
-    return directory / "encoder.json", directory / "vocab.bpe"
+    return train_byte_level_bpe(sources, 2000, tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture(scope="session")

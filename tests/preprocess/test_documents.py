@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 import zstandard
@@ -77,6 +78,13 @@ def test_truncated_compressed_file_is_an_error(tmp_path, name):
     path.write_bytes(b"garbage" * 10)
     with pytest.raises(InputError, match=f"{name} cannot be read to its end"):
         list(iter_documents([path]))
+
+
+def test_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "d.jsonl.zst").write_bytes(zstandard.compress(b"{}"))
+    with pytest.raises(InputError, match="d.jsonl.zst needs the Python package zstandard: pip install zstandard"):
+        list(iter_documents([tmp_path]))
 
 
 BAD_LINES = {
