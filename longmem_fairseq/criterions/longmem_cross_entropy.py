@@ -38,7 +38,16 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
         self.without_memory_interval = without_memory_interval
 
     def forward(self, model, sample, reduce=True):
-        """Loss, its denominator and sums to log, as fairseq's criteria return them."""
+        """Loss, its denominator and sums to log, as fairseq's criteria return them.
+
+        Raises:
+            ValueError: for a model without a memory.
+        """
+        if not hasattr(model, "memorize"):
+            raise ValueError(
+                "--criterion longmem_cross_entropy measures what a memory does, and this model can have none: use "
+                "--criterion cross_entropy"
+            )
         interval = self.without_memory_interval
         # By the number of the update, not by a count of our own, so that a resumed training takes the same steps.
         compare = not model.training or (interval > 0 and model.num_updates % interval == 0)
