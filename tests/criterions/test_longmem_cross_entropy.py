@@ -11,7 +11,7 @@ from fairseq.logging import metrics
 from omegaconf import OmegaConf
 
 from longmem_fairseq.criterions.longmem_cross_entropy import LongMemCrossEntropyConfig, LongMemCrossEntropyCriterion
-from tests.models.tiny import LONGMEM, VOCABULARY, batches, documents, longmem, task_of
+from tests.models.tiny import LONGMEM, VOCABULARY, batches, documents, longmem, stock_model, task_of
 
 T = LONGMEM["tokens_per_sample"]
 DOCS = documents([4 * T + 3, 2 * T, 3])
@@ -295,3 +295,8 @@ def test_registered_under_its_name():
     cfg._name = "longmem_cross_entropy"
     built = build_criterion(cfg, task_of(VOCABULARY))
     assert built.without_memory_interval == 7 and built.sentence_avg is True
+
+
+def test_a_model_that_can_have_no_memory_is_refused():
+    with pytest.raises(ValueError, match="measures what a memory does.*use --criterion cross_entropy"):
+        criterion()(stock_model(), samples()[0])
