@@ -1,0 +1,74 @@
+"""What the benchmarks share: the machine in words, tables in Markdown, files that are written whole."""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Dict, List, Sequence
+
+import torch
+
+
+def machine() -> Dict[str, str]:
+    """What figures depend on: processor, accelerator, versions."""
+    found = {
+        "cpu": _processor(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = str(torch.version.cuda)
+    for name in ("faiss", "triton", "fairseq"):
+        try:
+            found[name] = __import__(name).__version__
+        except ImportError:
+            found[name] = "not installed"
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(rows: Sequence[Dict[str, object]], columns: Dict[str, str]) -> str:
+    """Rows as a Markdown table; ``columns`` gives each key's heading, absent values are left blank."""
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --: |" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(_cell(row.get(key)) for key in columns) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_json(path: str, content: Dict) -> None:
+    """Write a JSON file whole or not at all."""
+    part = f"{path}.part"
+    Path(part).write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def stop(message: str) -> None:
+    """End the program with one sentence."""
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
+
+
+def lines_of(description: Dict[str, str]) -> List[str]:
+    """A description, one Markdown list item an entry."""
+    return [f"* {key}: {value}" for key, value in description.items()]
+
+
+if __name__ == "__main__":
+    print(*lines_of(machine()), sep="\n")
