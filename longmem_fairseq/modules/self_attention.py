@@ -3,6 +3,7 @@
 Legend: B lanes, T tokens of a segment, S cached tokens, H heads, d width of a head, D = H * d.
 """
 
+import functools
 import math
 from typing import Dict, Optional, Tuple
 
@@ -28,6 +29,21 @@ def alibi_slopes(heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
     slopes += [2.0 ** (-8.0 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)][: heads - power]
     return torch.tensor(slopes)
+
+
+def _causal_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask (1, 1 or alibi_heads, T, S) of the last T of S positions; without ALiBi for 0 heads."""
+    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
+    slopes = alibi_slopes(alibi_heads) if alibi_heads else torch.zeros(1)
+    bias = -slopes.to(device)[:, None, None] * distance  # in float32: multiples of small slopes collapse in half precision
+    return bias.masked_fill_(distance < 0, float("-inf")).to(dtype)[None]
+
+
+@functools.lru_cache(maxsize=2)
+def _square_mask(alibi_heads: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The mask of a whole window, kept, since it has as many numbers as the layer has scores of a row."""
+    with torch.inference_mode(False):  # else it could not serve a training that follows
+        return _causal_mask(alibi_heads, S, S, dtype, device)
 
 
 class SelfAttention(MultiheadAttention):
@@ -67,9 +83,6 @@ class SelfAttention(MultiheadAttention):
         self.alibi = alibi
         self.batch_first = batch_first
         self.fused = True
-        # A plain attribute, not a buffer: it must stay float32 when the model is cast to half precision, where
-        # multiples of small slopes would collapse.
-        self._bias: Optional[Tensor] = None
 
     def forward(
         self,
@@ -143,13 +156,10 @@ class SelfAttention(MultiheadAttention):
 
     def _mask(self, T: int, S: int, like: Tensor) -> Tensor:
         """Additive mask (1, 1 or H, T, S): causal, with ALiBi's bias relative to the query."""
-        if self._bias is None or self._bias.size(-1) < S or self._bias.device != like.device:
-            distance = torch.arange(S, device=like.device)[:, None] - torch.arange(S, device=like.device)  # (S, S)
-            slopes = alibi_slopes(self.num_heads) if self.alibi else torch.zeros(1)
-            bias = -slopes.to(like.device)[:, None, None] * distance  # (H, S, S)
-            self._bias = bias.masked_fill(distance < 0, float("-inf"))
-        # Row i of the square is the query at position i; the T queries are the last of S positions.
-        return self._bias[None, :, S - T : S, :S].to(like.dtype)
+        heads = self.num_heads if self.alibi else 0
+        if T == S:  # every segment of a training: all layers share it
+            return _square_mask(heads, S, like.dtype, like.device)
+        return _causal_mask(heads, T, S, like.dtype, like.device)
 
     def _append(self, incremental_state: IncrementalState, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
         """Keys and values with the cached ones before them, (B, H, S + T, d), which become the cached ones."""
