@@ -3,12 +3,10 @@
 Legend: B lanes, T tokens of a segment, D width, H heads, d = D / H, N layers, V symbols.
 """
 
-import argparse
 import hashlib
 import json
 import logging
 import os
-import re
 from types import SimpleNamespace
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from ..data.manifest import dictionary_fingerprint
 from ..modules.self_attention import IncrementalState, SelfAttention
 from . import released_checkpoint
+from .safe_load import load_safely, settings
 
 logger = logging.getLogger(__name__)
 
@@ -333,13 +332,9 @@ def _read_checkpoint(path: str) -> Dict[str, Any]:
         what = "is a directory" if os.path.isdir(path) else "does not exist"
         raise BackboneError(f"the backbone {path} {what}: name its checkpoint {NAME_IT}")
     try:
-        # Options lie in a Namespace in checkpoints of before fairseq 0.11.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of its reader; torch's own advice is to trust the file
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {code[1]}, which may run code" if code else "it is damaged, or of another format"
-        raise BackboneError(f"the backbone {path} is no readable fairseq checkpoint: {reason}") from error
+        state = load_safely(path)
+    except ValueError as error:
+        raise BackboneError(f"the backbone {path} is no readable fairseq checkpoint: {error}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not (
         state.get("cfg") or state.get("args")
     ):
@@ -351,8 +346,7 @@ def _read_checkpoint(path: str) -> Dict[str, Any]:
 
 def _describe(state: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Tensor]]:
     """Configuration (see :func:`backbone_config`) and decoder weights of a checkpoint."""
-    cfg = state["cfg"]["model"] if state.get("cfg") else state["args"]
-    cfg = SimpleNamespace(**cfg) if isinstance(cfg, dict) else cfg
+    cfg = settings(state)
     released = released_checkpoint.own_backbone(cfg, state["model"])
     cfg, model = released or (cfg, state["model"])
     description, prefix = safe_getattr(cfg, "backbone_config", None), "decoder."

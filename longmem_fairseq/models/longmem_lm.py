@@ -229,7 +229,11 @@ class LongMemModel(FairseqLanguageModel):
         gate = f"decoder.layers.{self.decoder.reading_layer}.self_attn.memory_gate"
         state_dict.setdefault(gate, torch.zeros(self.decoder.backbone.num_heads))  # one trained without a memory
         state_dict[_FINGERPRINT] = self.decoder.backbone_fingerprint.cpu()
-        if self.decoder.backbone.fingerprint is not None:  # it was loaded, and the checkpoint has its own
+        if not any(key.startswith(_BACKBONE) for key in state_dict):
+            return
+        if self.decoder.backbone.fingerprint is None:
+            self.cfg.pretrained_model_path = None  # where its authors had it
+        else:  # the backbone was loaded, and the checkpoint has its own
             for key, ours in self.decoder.backbone.state_dict(prefix=_BACKBONE).items():
                 if key in state_dict and not torch.equal(ours.cpu(), state_dict[key].to(ours.dtype)):
                     raise BackboneError(

@@ -27,9 +27,10 @@ from fairseq.utils import safe_getattr
 from . import released_checkpoint
 from .backbone import backbone_config, backbone_fingerprint
 from .longmem_lm import LongMemConfig, LongMemModel, longmem_gpt2_medium
+from .safe_load import ALLOWED
 
 # fairseq reads the files of --path itself; settings of released backbones lie there in a Namespace.
-torch.serialization.add_safe_globals(released_checkpoint.ALLOWED)
+torch.serialization.add_safe_globals(ALLOWED)
 
 # Of a model that is to give the released code's numbers.
 _AS_RELEASED = {"memory_sharing": "all", "memory_dtype": "float16"}
@@ -49,8 +50,8 @@ def load_released(
         backbone_path: checkpoint of the backbone; by default the copy inside the side network's file is taken. Where
             there are both, they must be the same.
         dictionary: of the tokens; by default one of the right size with fairseq's special symbols.
-        exact: compute step by step as the released code does, so that results are rounded alike; off, by fused attention,
-            which is faster, needs less memory, and differs in the last digits.
+        exact: compute step by step as the released code does, so that results are rounded alike; off, by fused
+            attention, which is faster, needs less memory, and differs in the last digits.
         overrides: settings of :class:`LongMemConfig` in place of the checkpoint's, such as ``memory_dtype="float32"``
             (held in float16 by default, as in the released code), ``memory_size``, ``k``, ``chunk_size``,
             ``memory_search="torch"`` or ``memory_sharing="lanes"``.
@@ -67,16 +68,14 @@ def load_released(
     unknown = sorted(set(overrides) - _settings())
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no such setting; there are {', '.join(sorted(_settings()))}")
-    state = released_checkpoint.read_checkpoint(side_network_path)
-    weights = dict(state["model"])
+    theirs, weights = released_checkpoint.read_checkpoint(side_network_path)
     if not released_checkpoint.is_released_side_network(weights):
         raise ValueError(f"{side_network_path} holds no side network of the released LongMem")
-    theirs = released_checkpoint.model_settings(state)
     cfg = argparse.Namespace(**{**released_checkpoint.side_network_settings(theirs), **_AS_RELEASED, **overrides})
     copied = released_checkpoint.own_backbone(theirs, weights)
     if backbone_path is not None:
         cfg.pretrained_model_path = backbone_path
-        symbols = released_checkpoint.vocabulary(released_checkpoint.read_checkpoint(backbone_path)["model"])
+        symbols = released_checkpoint.vocabulary(released_checkpoint.read_checkpoint(backbone_path)[1])
     elif copied is None:
         raise ValueError(f"{side_network_path} does not hold its backbone: name the backbone's file with backbone_path")
     else:

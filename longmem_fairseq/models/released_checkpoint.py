@@ -5,7 +5,6 @@ The format is described by what its files hold. A backbone has ``decoder.model.t
 ``decoder.layers.<s>.self_attn.memory_bias`` and, below ``decoder.pretrained_model.``, a copy of its whole backbone.
 """
 
-import pickle
 import re
 from argparse import Namespace
 from typing import Any, Dict, MutableMapping, Optional, Tuple
@@ -14,9 +13,7 @@ import torch
 from fairseq.utils import safe_getattr
 from torch import Tensor
 
-# What plain data and tensors do not cover: configurations of fairseq's older checkpoints are argparse.Namespace, which
-# only holds attributes.
-ALLOWED = [Namespace]
+from .safe_load import load_safely, settings
 
 COPY = "decoder.pretrained_model."  # the backbone inside a side network's checkpoint
 # Of the released side network, what differs from its backbone (see LongMemConfig for their meaning).
@@ -28,34 +25,20 @@ _KEPT = (
 )  # fmt: skip
 
 
-def read_checkpoint(path: str) -> Dict[str, Any]:
-    """Read a checkpoint without running code from it.
-
-    Returns:
-        The file's own dictionary, tensors on the CPU.
+def read_checkpoint(path: str) -> Tuple[Namespace, Dict[str, Tensor]]:
+    """Settings and weights of a checkpoint, by the names that they have in the file.
 
     Raises:
-        ValueError: where the file is no checkpoint, or holds anything but tensors and plain data.
+        FileNotFoundError: where the file does not exist.
+        ValueError: where it is no checkpoint, or holds anything but tensors and plain data.
     """
     try:
-        with torch.serialization.safe_globals(ALLOWED):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is no checkpoint that can be read without running code from it: {reason}") from error
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise ValueError(f"{path} is no checkpoint: it holds no model")
-    return state
-
-
-def model_settings(state: Dict[str, Any]) -> Namespace:
-    """The model's settings of a checkpoint, whichever way they are kept."""
-    cfg = state["cfg"]["model"] if state.get("cfg") else state.get("args")
-    if cfg is None:
-        raise ValueError("the checkpoint has no settings (neither cfg nor args)")
-    return Namespace(**(vars(cfg) if isinstance(cfg, Namespace) else dict(cfg)))
+        state = load_safely(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not state.get("cfg"):
+        raise ValueError(f"{path} is no checkpoint of the released LongMem: it lacks model or cfg")
+    return settings(state), dict(state["model"])
 
 
 def is_released_side_network(weights: MutableMapping[str, Tensor]) -> bool:
@@ -69,14 +52,14 @@ def own_backbone(cfg: Any, weights: Dict[str, Tensor]) -> Optional[Tuple[Namespa
     """
     if any(key.startswith(COPY) for key in weights):
         weights = {key[len(COPY) :]: x for key, x in weights.items() if key.startswith(COPY)}
-        settings = copied_backbone_settings(cfg)
+        sizes = copied_backbone_settings(cfg)
     elif "decoder.model.transformer.wte.weight" in weights:
         weights = dict(weights)
-        settings = backbone_settings(cfg)
+        sizes = backbone_settings(cfg)
     else:
         return None
     rename_backbone(weights, "decoder.")
-    return Namespace(_name="parallel_lm", **settings), weights
+    return Namespace(_name="parallel_lm", **sizes), weights
 
 
 def vocabulary(weights: Dict[str, Tensor]) -> int:
@@ -126,9 +109,9 @@ def side_network_settings(cfg: Any) -> Dict[str, Any]:
     """
     if not safe_getattr(cfg, "decoder_normalize_before", True) or safe_getattr(cfg, "no_decoder_final_norm", False):
         raise ValueError("a released side network without pre-norm layers and final LayerNorm is not supported")
-    settings = {name: safe_getattr(cfg, name, None) for name in _KEPT}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    return {**settings, **SIDE_NETWORK, "side_activation_fn": cfg.activation_fn, "reload_ptm_layer": False}
+    kept = {name: safe_getattr(cfg, name, None) for name in _KEPT}
+    kept = {name: value for name, value in kept.items() if value is not None}
+    return {**kept, **SIDE_NETWORK, "side_activation_fn": cfg.activation_fn, "reload_ptm_layer": False}
 
 
 def copied_backbone_settings(cfg: Any) -> Dict[str, Any]:

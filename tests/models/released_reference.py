@@ -1,7 +1,7 @@
 """The released LongMem written down slowly in NumPy, and random checkpoints in its files' format.
 
-Independent of the package: plain loops over rows, heads and queries, after the published description. Where fewer chunks
-are held than a query may read, only those are read.
+Independent of the package: plain loops over rows, heads and queries, after the published description. Where fewer
+chunks are held than a query may read, only those are read.
 """
 
 import math
@@ -142,6 +142,7 @@ class Reference:
                 del self.memory[: 2 * len(keys) // s.chunk_size]
             for i in range(n):
                 self.memory.append(self._chunk(*(x[i * s.chunk_size : (i + 1) * s.chunk_size] for x in (keys, values))))
+            del self.memory[:-capacity]  # of a batch larger than the memory, at which the released code fails
         return logits
 
     def _chunk(self, keys: np.ndarray, values: np.ndarray) -> Chunk:
