@@ -35,7 +35,7 @@ def _causal_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: t
     """Additive mask (1, 1 or alibi_heads, T, S) of the last T of S positions; without ALiBi for 0 heads."""
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
     slopes = alibi_slopes(alibi_heads) if alibi_heads else torch.zeros(1)
-    bias = -slopes.to(device)[:, None, None] * distance  # in float32: multiples of small slopes collapse in half precision
+    bias = -slopes.to(device)[:, None, None] * distance  # float32: in half, multiples of small slopes collapse
     return bias.masked_fill_(distance < 0, float("-inf")).to(dtype)[None]
 
 
