@@ -116,6 +116,21 @@ def test_alibi_serves_segments_of_any_order_of_lengths():
         torch.testing.assert_close(module(x[:T])[0], whole[:T], rtol=1e-5, atol=1e-5)
 
 
+def test_an_evaluation_in_inference_mode_leaves_nothing_that_training_cannot_use():
+    module = attention(3, alibi=True)
+    with torch.inference_mode():
+        module(segment(13, 1, 12))
+    module(segment(13, 1, 12).requires_grad_())[0].sum().backward()
+
+
+def test_a_step_of_decoding_makes_no_square_mask():
+    module = attention(2, alibi=True)
+    like = torch.zeros(1)
+    assert module._mask(1, 4000, like).untyped_storage().nbytes() == 2 * 4000 * 4
+    assert torch.equal(module._mask(3, 40, like), module._mask(40, 40, like)[:, :, 37:])
+    assert module._mask(40, 40, like) is attention(2, alibi=True)._mask(40, 40, like), "layers share it"
+
+
 blocks = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
