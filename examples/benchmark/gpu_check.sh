@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU side of everything in one command: tests, search, throughput at the published shape, a short real training.
 #
-#   bash examples/benchmark/gpu_check.sh OUT           # on a machine with a GPU, under 9 minutes
+#   bash examples/benchmark/gpu_check.sh OUT           # on a machine with a GPU, under 9 minutes (PYTHON=... names the Python)
 #   bash examples/benchmark/gpu_check.sh OUT --tiny    # tiny shapes, on any machine: checks the commands themselves
 #
 # Writes OUT/report.json and OUT/report.md, also when a part fails: each part has its own time limit, its failure is
@@ -18,7 +18,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 deadline=$(($(date +%s) + ${BUDGET:-520}))
-python=$(command -v python || command -v python3)
+python=${PYTHON:-$(command -v python3 || command -v python)}
 
 if [ -z "$tiny" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   echo "gpu_check.sh: PyTorch finds no GPU here; --tiny checks the commands without one" >&2

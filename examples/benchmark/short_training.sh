@@ -7,7 +7,7 @@ set -euo pipefail
 dir=${1:?usage: short_training.sh DIR [--tiny]}
 cd "$(dirname "$0")/../.."
 shipped=examples/pretrained/mini
-python=$(command -v python || command -v python3)
+python=${PYTHON:-$(command -v python3 || command -v python)}
 first=40 last=60 tokens=256 lanes=16 precision=(--fp16)
 [ "${2:-}" = --tiny ] && first=2 last=3 tokens=64 lanes=2 precision=(--cpu)
 
@@ -17,8 +17,8 @@ import json, sys, sysconfig
 from pathlib import Path
 
 files = [path for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")) if path.stat().st_size > 20000]
-for split, chosen in (("train", files[4:52]), ("test", files[:4])):
-    lines = [json.dumps({"text": path.read_text(errors="replace")[:60000]}) for path in chosen]
+for split, chosen, size in (("train", files[2:50], 60000), ("test", files[:2], 20000)):
+    lines = [json.dumps({"text": path.read_text(errors="replace")[:size]}) for path in chosen]
     Path(sys.argv[1], f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 PY
 "$python" preprocess/binarize_documents.py --train "$dir/train.jsonl" --valid "$dir/test.jsonl" \
