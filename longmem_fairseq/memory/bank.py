@@ -120,6 +120,17 @@ class MemoryBank:
         slots = torch.arange(oldest, newest, device=self.keys.device) % self.chunks
         return self.keys[lane][:, slots], self.values[lane][:, slots], self.means[lane][:, slots]
 
+    def tokens(self, lane: int) -> Tuple[Tensor, Tensor]:
+        """A copy of all that a lane was given and still has, oldest token first: keys and values (H, tokens, d).
+
+        It ends with the tokens that do not fill a chunk yet, and so with the lane's last one.
+        """
+        waiting = max(0, int(self.position[lane]) - int(self.written[lane]) * self.chunk_size)
+        return tuple(
+            torch.cat([chunks.flatten(1, 2), tail[lane, :, :waiting].to(chunks.dtype)], dim=1)
+            for chunks, tail in zip(self.contents(lane)[:2], self._tail)
+        )
+
     def spans(self, lane: int) -> Tuple[Tuple[int, int], ...]:
         """Slots that hold chunks, as one or two (begin, end) ranges; none where the lane is empty."""
         held = int(self.held[lane])

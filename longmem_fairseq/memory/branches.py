@@ -40,8 +40,8 @@ class MemoryBranches:
         chunks_per_query: int,
         base: Optional[MemoryBank] = None,
     ):
-        self.new_bank, self.search, self.attention, self.chunks_per_query = new_bank, search, attention, chunks_per_query
-        self.base = base
+        self.new_bank, self.base = new_bank, base
+        self.search, self.attention, self.chunks_per_query = search, attention, chunks_per_query
         self.banks: List[Optional[MemoryBank]] = [base] * rows
 
     def reorder(self, order: Sequence[int]) -> None:

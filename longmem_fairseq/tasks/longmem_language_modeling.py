@@ -1,10 +1,12 @@
 """The task ``longmem_language_modeling``: whole documents on lanes, so that a memory follows each document."""
 
+import functools
 import json
 import logging
 import os
 from typing import Any, Dict, Optional
 
+import torch
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.optim.amp_optimizer import AMPOptimizer
@@ -19,7 +21,9 @@ from ..data.manifest import dictionary_fingerprint, verify
 from .catch_up import catch_up
 from .checkpoints import check_dictionary, check_space, prepare_restore, read_checkpoint
 from .evaluation import Evaluation
+from .generation import Conversation, LongMemGenerator, check_generation
 from .options import LongMemLanguageModelingConfig, check_options
+from .prompts import PromptDataset, encode_text
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,15 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         self._model = self._model_cfg = None
         self._lanes: Dict[str, LaneDataset] = {}  # of each split, those that are being read
         self._last_batch = None
+        self._conversation: Optional[Conversation] = None
+        self._tokenizer = self._bpe = None
+
+    @classmethod
+    def add_args(cls, parser):
+        """Add the options; ``--memory-text`` can be given several times, which fairseq's own way does not allow."""
+        field = LongMemLanguageModelingConfig.__dataclass_fields__["memory_text"]
+        parser.add_argument("--memory-text", action="append", metavar="FILE", help=field.metadata["help"])
+        super().add_args(parser)  # leaves out what the parser has already
 
     @classmethod
     def setup_task(cls, args, **kwargs):
@@ -119,8 +132,97 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
                 "join them with --memory-scope stream, or keep documents whole with preprocess/binarize_documents.py",
                 split, mean,
             )  # fmt: skip
+        if self.args.prompt_tokens is not None:
+            return self._prompts_of(split, dataset)
         self.datasets[split] = dataset
         return dataset
+
+    def _prompts_of(self, split: str, documents: DocumentDataset) -> PromptDataset:
+        """The beginnings of documents as prompts, and the rest as what should follow.
+
+        Raises:
+            ValueError: all documents are too short.
+        """
+        n, eos, whole = self.args.prompt_tokens, self.dictionary.eos(), {}
+        for i in range(len(documents)):
+            document = torch.from_numpy(documents.read(i, 0, documents.size(i)))
+            document = document[:-1] if document[-1] == eos else document
+            if len(document) > n:
+                whole[i] = document
+        if len(whole) < len(documents):
+            logger.info("%s: %d documents have no more than %d tokens", split, len(documents) - len(whole), n)
+        if not whole:
+            raise ValueError(f"no document of {split} has more than --prompt-tokens {n} tokens: lower it")
+        self.datasets[split] = PromptDataset(
+            [document[:n] for document in whole.values()], self.dictionary, self.args.tokens_per_sample,
+            in_order=self.args.memorize_turns, targets=[document[n:] for document in whole.values()], ids=list(whole),
+        )  # fmt: skip
+        return self.datasets[split]
+
+    def build_dataset_for_inference(self, src_tokens, src_lengths, constraints=None, **kwargs) -> PromptDataset:
+        """Prompts to continue, or texts to score: tokens (length,) each, int64.
+
+        Raises:
+            ValueError: constraints are given.
+        """
+        if constraints is not None:
+            raise ValueError("--constraints cannot be had of a language model: prompts are continued freely")
+        return PromptDataset(
+            src_tokens, self.dictionary, self.args.tokens_per_sample, in_order=self.args.memorize_turns
+        )
+
+    def build_generator(
+        self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None
+    ):
+        """fairseq's generator; for models with a memory one that reads prompts into it (:class:`LongMemGenerator`).
+
+        Raises:
+            ValueError: an option cannot be honoured.
+        """
+        own = any(hasattr(model, "memorize") for model in models)
+        if not own or seq_gen_cls is not None or getattr(args, "score_reference", False):
+            return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
+        check_generation(args, models)
+        others = {key: value for key, value in (extra_gen_cls_kwargs or {}).items() if value is not None}
+        if "lm_model" not in others:
+            others.pop("lm_weight", None)
+        generator = super().build_generator(
+            models, args, functools.partial(LongMemGenerator, segment=self.args.tokens_per_sample), others,
+            prefix_allowed_tokens_fn,
+        )  # fmt: skip
+        self._conversation = Conversation(generator, self.args, self._encode_text)
+        return generator
+
+    def build_tokenizer(self, args):
+        self._tokenizer = super().build_tokenizer(args)
+        return self._tokenizer
+
+    def build_bpe(self, args):
+        """The last thing that fairseq's commands build before the first prompt: now documents can be memorised."""
+        self._bpe = super().build_bpe(args)
+        if self._conversation is not None:
+            self._conversation.begin()
+        return self._bpe
+
+    def _encode_text(self, text: str):
+        return encode_text(text, self.dictionary, self._bpe, self._tokenizer)
+
+    def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):
+        """Continue the prompts of a batch.
+
+        Raises:
+            ValueError: the batch is of segments, not of prompts.
+        """
+        if not isinstance(generator, LongMemGenerator):
+            return super().inference_step(generator, models, sample, prefix_tokens, constraints)
+        if "segments" in sample["net_input"]:
+            raise ValueError(
+                "fairseq-generate continues the beginnings of documents: say with --prompt-tokens N how much of each"
+            )
+        hypotheses = generator.generate(models, sample, prefix_tokens=prefix_tokens, constraints=constraints)
+        if self._conversation is not None and self._conversation.generator is generator:
+            self._conversation.remember(sample, hypotheses)
+        return hypotheses
 
     def _lanes_per_rank(self, documents: int, ranks: int, max_sentences, max_tokens) -> int:
         """Rows of a batch: ``--batch-size``, or what fits ``--max-tokens``; no more than there are documents."""

@@ -1,14 +1,16 @@
 """Options of the task: the stock language modelling ones as far as they mean something here, and the memory's scope."""
 
 import logging
+import os
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import List, Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import II
 
 from ..data.lane_dataset import SCOPES
+from ..memory.snapshot import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,29 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
             "help": "what one memory may hold: a document; a stream of all documents of a lane (as in the published "
             "training); or one memory shared by the streams of all lanes (as in the released code)"
         },
+    )
+
+    memory_text: Optional[List[str]] = field(
+        default=None,
+        metadata={"help": "generation: memorise a document before the first prompt (repeatable; - is standard input)"},
+    )
+    memory_load: Optional[str] = field(
+        default=None, metadata={"help": "generation: begin with a memory written by --memory-save"}
+    )
+    memory_save: Optional[str] = field(
+        default=None,
+        metadata={"help": "generation: write what was memorised to a file, after each turn with --memorize-turns"},
+    )
+    memory_save_dtype: ChoiceEnum(list(DTYPES)) = field(
+        default="float16", metadata={"help": "precision of keys and values in the file of --memory-save"}
+    )
+    memorize_turns: bool = field(
+        default=False,
+        metadata={"help": "generation: memorise each prompt and its best answer, so that later prompts can read them"},
+    )
+    prompt_tokens: Optional[int] = field(
+        default=None,
+        metadata={"help": "fairseq-generate: continue the first tokens, this many, of each document of --gen-subset"},
     )
 
     # set elsewhere, needed here
@@ -71,6 +96,14 @@ def check_options(cfg: LongMemLanguageModelingConfig) -> None:
         raise ValueError(
             f"--dataset-impl {cfg.dataset_impl} cannot be read by slices: write the data with --dataset-impl mmap"
         )
+    for path in [*(cfg.memory_text or []), *filter(None, [cfg.memory_load])]:
+        if path != "-" and not os.path.isfile(path):
+            option = "--memory-load" if path == cfg.memory_load else "--memory-text"
+            raise FileNotFoundError(f"{option} {path} is no file that exists")
+    if cfg.memory_save and not os.path.isdir(os.path.dirname(os.path.abspath(cfg.memory_save))):
+        raise FileNotFoundError(f"--memory-save {cfg.memory_save} cannot be written: its directory does not exist")
+    if cfg.prompt_tokens is not None and cfg.prompt_tokens < 0:
+        raise ValueError(f"--prompt-tokens {cfg.prompt_tokens} is less than none")
 
     no_effect = {
         f"--sample-break-mode {cfg.sample_break_mode}": str(cfg.sample_break_mode) != "none",

@@ -1,0 +1,106 @@
+"""Prompts of generation as a dataset, and text as tokens."""
+
+from typing import Any, Dict, List, Optional, Sequence
+
+import numpy as np
+import torch
+from fairseq.data import Dictionary, FairseqDataset, data_utils
+from torch import Tensor
+
+
+class PromptDataset(FairseqDataset):
+    """Prompts behind an end-of-sentence, as in training; batches are padded behind the tokens.
+
+    Args:
+        prompts: tokens of each, shape (length,), int64; an end-of-sentence at the end is left out.
+        dictionary: of the tokens.
+        segment: tokens of a segment: a prompt is read in such pieces, so a longer one takes no more room in a batch.
+        in_order: keep the prompts' order; otherwise those of one length come together.
+        targets: what follows each prompt, if that is known.
+        ids: numbers of the prompts in what is printed, by default from 0.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Tensor],
+        dictionary: Dictionary,
+        segment: int,
+        in_order: bool = False,
+        targets: Optional[Sequence[Tensor]] = None,
+        ids: Optional[Sequence[int]] = None,
+    ):
+        eos = torch.tensor([dictionary.eos()])
+        self.prompts = [
+            torch.cat([eos, prompt[:-1] if len(prompt) and prompt[-1] == eos else prompt]) for prompt in prompts
+        ]
+        self.dictionary, self.segment, self.in_order, self.targets = dictionary, segment, in_order, targets
+        self.ids = range(len(self.prompts)) if ids is None else ids
+        self.sizes = np.array([len(prompt) for prompt in self.prompts], dtype=np.int64)
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        prompt = self.prompts[index]
+        # Without a known continuation it is what predicts the prompt itself, for scoring it.
+        target = torch.cat([prompt[1:], prompt.new_tensor([self.dictionary.pad()])])
+        if self.targets is not None:
+            target = self.targets[index]
+        return {"id": self.ids[index], "source": prompt, "target": target}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def num_tokens(self, index: int) -> int:
+        """Tokens that are read at a time."""
+        return min(int(self.sizes[index]), self.segment)
+
+    def size(self, index: int) -> int:
+        return int(self.sizes[index])
+
+    def ordered_indices(self) -> np.ndarray:
+        return np.arange(len(self)) if self.in_order else np.argsort(self.sizes, kind="stable")
+
+    def collater(self, samples: List[Dict[str, Any]]) -> Dict[str, Any]:
+        """``src_tokens`` (B, longest), ``src_lengths`` (B,), ``target`` (B, longest) and ``id`` (B,), all int64."""
+        if not samples:
+            return {}
+        pad = self.dictionary.pad()
+        return {
+            "id": torch.tensor([sample["id"] for sample in samples]),
+            "nsentences": len(samples),
+            "ntokens": sum(len(sample["source"]) for sample in samples),
+            "net_input": {
+                "src_tokens": data_utils.collate_tokens([sample["source"] for sample in samples], pad),
+                "src_lengths": torch.tensor([len(sample["source"]) for sample in samples]),
+            },
+            "target": data_utils.collate_tokens([sample["target"] for sample in samples], pad),
+        }
+
+
+def encode_text(text: str, dictionary: Dictionary, bpe=None, tokenizer=None) -> Tensor:
+    """Tokens of a text, shape (length,), int64, without an end-of-sentence.
+
+    Args:
+        text: of any number of lines.
+        dictionary: of the tokens.
+        bpe, tokenizer: fairseq's, as its commands build them.
+
+    Raises:
+        ValueError: there is nothing in it.
+    """
+    if tokenizer is not None:
+        text = tokenizer.encode(text)
+    if hasattr(bpe, "sp"):  # fairseq joins the pieces by spaces, in which those with a newline in them would be lost
+        ids = [dictionary.index(_visible(piece)) for piece in bpe.sp.encode(text, out_type=str)]
+        tokens = torch.tensor(ids, dtype=torch.int64)
+    else:
+        line = text if bpe is None else bpe.encode(text)
+        tokens = dictionary.encode_line(line, append_eos=False, add_if_not_exist=False).long()
+    if not len(tokens):
+        raise ValueError("the text is empty")
+    return tokens
+
+
+def _visible(piece: str) -> str:
+    """A piece as the dictionary has it: whitespace, which dict.txt cannot hold, as bytes (``<0x0A>``)."""
+    return "".join(
+        "".join(f"<0x{byte:02X}>" for byte in char.encode()) if char.isspace() else char for char in piece
+    )
