@@ -55,7 +55,7 @@ common=("$data" --user-dir longmem_fairseq --task longmem_language_modeling)
 if [ ! -e "$demo/logs/train.log" ]; then
   say "3. Memory-augmented adaptation: $updates updates (log: $demo/logs/train.log.part)"
   logged "$demo/logs/train.log" fairseq-train "${common[@]}" --arch longmem_gpt2_mini \
-    --pretrained-model-path "$demo/backbone.pt" --memory-size 16384 --k 64 --chunk-size 4 \
+    --pretrained-model-path "$demo/backbone.pt" --memory-size 16384 --k 32 --chunk-size 2 \
     --criterion longmem_cross_entropy --tokens-per-sample 256 --batch-size 16 --max-update "$updates" \
     --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 1e-3 --lr-scheduler cosine \
     --warmup-updates 20 --save-dir "$demo/checkpoints" --save-interval-updates 50 --keep-interval-updates 1 \
