@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from preprocess.blocks import START, Position, read_blocks
+from preprocess.blocks import BLOCK_BYTES, START, Position, read_blocks
 from preprocess.documents import Source
 from preprocess.errors import InputError
 from preprocess.mixture import Selection
@@ -126,7 +126,7 @@ def _work(method: str, block, argument):
 
 
 class EncoderPool:
-    """``workers`` processes that work on blocks; with one worker, this process does.
+    """``workers`` processes that work on blocks, this one among them.
 
     Args:
         settings: for all of them.
@@ -137,14 +137,13 @@ class EncoderPool:
     def __init__(self, settings: Settings, workers: int, tokenizer: Tokenizer):
         self.fingerprint = tokenizer.fingerprint()
         self.settings, self.workers = settings, workers
-        self._local = self._pool = None
-        if workers == 1:
-            self._local = Encoder(settings, tokenizer)
-        else:
+        self._local = Encoder(settings, tokenizer)
+        self._pool = None
+        if workers > 1:
             # spawned, not forked: this process may run threads (progress bar, torch), and a fork would copy their locks
-            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (settings,))
+            self._pool = ProcessPoolExecutor(workers - 1, get_context("spawn"), _start_worker, (settings,))
 
-    def __enter__(self) -> "EncoderPool":
+    def __enter__(self) -> EncoderPool:
         return self
 
     def __exit__(self, *_) -> None:
@@ -175,22 +174,28 @@ class EncoderPool:
             InputError: from a block, or a worker process was killed.
         """
         total = sum(source.size for source in sources)
+        blocks = read_blocks(sources, start, stripe)
+        if total <= 2 * BLOCK_BYTES:  # done before another process has started
+            results = ((getattr(self._local, method)(block, argument), position) for block, position in blocks)
+        else:
+            results = self._map(method, blocks, argument)
         with tqdm(total=total, initial=start.consumed, unit="B", unit_scale=True, desc=title, mininterval=0.5) as bar:
-            for result, position in self._map(method, read_blocks(sources, start, stripe), argument):
+            for result, position in results:
                 yield result, position
                 bar.update(position.consumed - bar.n)
 
     def _map(self, method: str, blocks: Iterable[tuple[Any, Position]], argument) -> Iterator[tuple[Any, Position]]:
-        """The work itself; a bounded number of blocks is under way at any time."""
-        if self._pool is None:
-            for block, position in blocks:
-                yield getattr(self._local, method)(block, argument), position
-            return
-        waiting = deque()
+        """The work itself, in order; a bounded number of blocks is under way at any time."""
+        waiting: deque[tuple[Future, Position]] = deque()
         try:
             for block, position in blocks:
-                waiting.append((self._pool.submit(_work, method, block, argument), position))
-                if len(waiting) > 3 * self.workers:
+                busy = sum(not future.done() for future, _ in waiting)
+                if busy < 2 * (self.workers - 1):
+                    future = self._pool.submit(_work, method, block, argument)
+                else:  # the others have enough to do until this process has done a block itself
+                    future = _run(getattr(self._local, method), block, argument)
+                waiting.append((future, position))
+                while waiting and (waiting[0][0].done() or len(waiting) > 4 * self.workers):
                     future, position = waiting.popleft()
                     yield future.result(), position
             for future, position in waiting:
@@ -199,3 +204,13 @@ class EncoderPool:
             raise InputError(
                 "a worker process was killed, probably for want of memory: run the command again with fewer --workers"
             ) from None
+
+
+def _run(function, *arguments) -> Future:
+    """Call a function now; what it raises comes up in its turn, as from another process."""
+    future = Future()
+    try:
+        future.set_result(function(*arguments))
+    except InputError as error:
+        future.set_exception(error)
+    return future

@@ -137,6 +137,12 @@ def test_workers_do_not_change_a_byte(data, inputs, tmp_path):
     same_files(data, tmp_path / "made")
 
 
+def test_processes_do_not_change_a_byte(large, tmp_path):
+    given, expected = large
+    main([*given, "--workers", "3", "--destdir", str(tmp_path / "made")])
+    same_data(expected, tmp_path / "made")
+
+
 def test_a_finished_run_is_not_repeated(data, inputs, caplog):
     before = {path: path.stat().st_mtime_ns for path in data.iterdir()}
     main(arguments(inputs, data, "--vocab-size", 600))
@@ -284,6 +290,23 @@ def test_killed_run_is_continued_and_its_workers_end(large, tmp_path):
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0 and "train: continuing after" in process.stderr, process.stderr
     same_data(expected, tmp_path / "made")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+def test_killed_worker_is_one_sentence(large, tmp_path):
+    command = [sys.executable, str(SCRIPT), *large[0], "--workers", "2", "--destdir", str(tmp_path / "made")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    workers = []
+    while process.poll() is None and not workers:
+        time.sleep(0.005)
+        # the other child is multiprocessing's own resource tracker
+        found = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        workers = [pid for pid in found if (tmp_path / "made" / ".partial" / "train.bin").exists()]
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    errors = process.communicate()[1]
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "error: a worker process was killed, probably for want of memory" in errors
 
 
 def same_data(one, two):
