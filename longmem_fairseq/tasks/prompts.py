@@ -58,6 +58,26 @@ class PromptDataset(FairseqDataset):
     def ordered_indices(self) -> np.ndarray:
         return np.arange(len(self)) if self.in_order else np.argsort(self.sizes, kind="stable")
 
+    def batch_by_size(
+        self, indices, max_tokens=None, max_sentences=None, required_batch_size_multiple=1
+    ) -> List[List[int]]:
+        """Batches of prompts in the order of ``indices``, padded to no more than ``max_tokens`` read at a time.
+
+        A prompt that is longer is a batch by itself. Batches need not be multiples of anything; fairseq's own function
+        leaves out the last prompts where they are not (0.12.3).
+        """
+        batches: List[List[int]] = []
+        longest = 0
+        for index in indices:
+            wider = max(longest, self.num_tokens(index))
+            full = not batches or len(batches[-1]) == max_sentences
+            if full or (max_tokens is not None and wider * (len(batches[-1]) + 1) > max_tokens):
+                batches.append([])
+                wider = self.num_tokens(index)
+            batches[-1].append(int(index))
+            longest = wider
+        return batches
+
     def collater(self, samples: List[Dict[str, Any]]) -> Dict[str, Any]:
         """``src_tokens`` (B, longest), ``src_lengths`` (B,), ``target`` (B, longest) and ``id`` (B,), all int64."""
         if not samples:
