@@ -17,7 +17,7 @@ from fairseq.data import Dictionary, data_utils
 
 from longmem_fairseq.data.manifest import read_manifest, verify
 from preprocess.binarize_documents import main
-from preprocess.split_writer import smallest_dtype
+from preprocess.split_writer import smallest_dtype, write_index
 from preprocess.tokenization import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "preprocess" / "binarize_documents.py"
@@ -123,6 +123,17 @@ def test_the_index_is_fairseqs_own(data, tmp_path):
     builder.finalize(str(tmp_path / "train.idx"))
     for name in ("train.bin", "train.idx"):
         assert (tmp_path / name).read_bytes() == (data / name).read_bytes()
+
+
+def test_the_index_of_more_than_two_gigabytes(tmp_path):
+    from fairseq.data.indexed_dataset import MMapIndexedDataset
+
+    sizes = [1_500_000_000, 7, 1_900_000_000, 1]
+    np.array(sizes, dtype=np.int32).tofile(tmp_path / "sizes")
+    write_index(tmp_path / "ours.idx", tmp_path / "sizes", np.uint32)
+    with MMapIndexedDataset.Index.writer(str(tmp_path / "stock.idx"), np.uint32) as index:
+        index.write(sizes)
+    assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "stock.idx").read_bytes()
 
 
 @pytest.mark.parametrize("symbols", [4, 65499, 65500, 200_000])
