@@ -326,6 +326,19 @@ def load_backbone(path: str, dictionary, memory_layer: int) -> Backbone:
     return backbone
 
 
+def read_backbone(path: str) -> Tuple[Dict[str, Any], Dict[str, Tensor]]:
+    """Configuration (see :func:`backbone_config`) and decoder weights of a backbone's checkpoint, as they are there.
+
+    Raises:
+        BackboneError: where the file is missing, unreadable or no possible backbone.
+    """
+    state = _read_checkpoint(path)
+    try:
+        return _describe(state)
+    except ValueError as error:
+        raise BackboneError(f"{path} cannot be a backbone: {error}") from error
+
+
 def _read_checkpoint(path: str) -> Dict[str, Any]:
     """The contents of a checkpoint, in which nothing but tensors and plain data is let in."""
     if not os.path.isfile(path):
