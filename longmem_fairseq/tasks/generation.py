@@ -75,19 +75,26 @@ class LongMemGenerator(SequenceGenerator):
         models: ``longmem_lm`` models.
         dictionary: of the tokens.
         segment: tokens of a segment.
+        libraries: what each model remembers besides the prompts; by default nothing yet.
         options: those of :class:`SequenceGenerator`.
 
     Attributes:
         libraries: what each model remembers besides the prompts; None with the memory off.
     """
 
-    def __init__(self, models: Sequence[nn.Module], dictionary, segment: int, **options):
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        dictionary,
+        segment: int,
+        libraries: Optional[List[Optional[Library]]] = None,
+        **options,
+    ):
         super().__init__(LongMemEnsemble(models), dictionary, **options)
         if self.repeat_ngram_blocker is not None:
             self.repeat_ngram_blocker = NoRepeatedNgrams(self.repeat_ngram_blocker.no_repeat_ngram_size)
         self.segment = segment
-        decoders = [model.decoder for model in models]
-        self.libraries = [Library(decoder.new_bank()) if decoder.remembers else None for decoder in decoders]
+        self.libraries = [new_library(model.decoder) for model in models] if libraries is None else libraries
 
     @torch.no_grad()
     def generate(self, models, sample, prefix_tokens=None, constraints=None, bos_token=None):
@@ -240,6 +247,11 @@ class Conversation:
             "saved %s tokens in %s (%.1f MiB) in %.1f s",
             f"{library.tokens:,}", self.cfg.memory_save, size, time.time() - began,
         )  # fmt: skip
+
+
+def new_library(decoder) -> Optional[Library]:
+    """An empty library for a model; None where its memory is off."""
+    return Library(decoder.new_bank()) if decoder.remembers else None
 
 
 def backbone_identity(decoder) -> tuple:

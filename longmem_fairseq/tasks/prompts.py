@@ -119,6 +119,18 @@ def encode_text(text: str, dictionary: Dictionary, bpe=None, tokenizer=None) -> 
     return tokens
 
 
+def decode_text(tokens: Tensor, dictionary: Dictionary, bpe=None, tokenizer=None) -> str:
+    """The text of tokens (length,), without end-of-sentence; the inverse of :func:`encode_text`."""
+    symbols = [dictionary[token] for token in tokens.tolist() if token not in (dictionary.eos(), dictionary.pad())]
+    if hasattr(bpe, "sp"):
+        pieces = {_visible(piece): piece for piece in map(bpe.sp.id_to_piece, range(bpe.sp.get_piece_size()))}
+        text = bpe.sp.decode([pieces.get(symbol, symbol) for symbol in symbols])
+    else:
+        line = " ".join(symbols)
+        text = line if bpe is None else bpe.decode(line)
+    return text if tokenizer is None else tokenizer.decode(text)
+
+
 def _visible(piece: str) -> str:
     """A piece as the dictionary has it: whitespace, which dict.txt cannot hold, as bytes (``<0x0A>``)."""
     return "".join(
