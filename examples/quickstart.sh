@@ -58,8 +58,8 @@ if [ ! -e "$demo/logs/train.log" ]; then
     --pretrained-model-path "$demo/backbone.pt" --memory-size 16384 --k 32 --chunk-size 2 \
     --criterion longmem_cross_entropy --tokens-per-sample 256 --batch-size 16 --max-update "$updates" \
     --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 1e-3 --lr-scheduler cosine \
-    --warmup-updates 20 --save-dir "$demo/checkpoints" --save-interval-updates 50 --keep-interval-updates 1 \
-    --no-epoch-checkpoints --disable-validation --log-interval 10 --log-format simple --seed 1 \
+    --warmup-updates 20 --without-memory-interval 10 --save-dir "$demo/checkpoints" --save-interval-updates 50 \
+    --keep-interval-updates 1 --no-epoch-checkpoints --disable-validation --log-interval 10 --log-format simple --seed 1 \
     --tensorboard-logdir "$demo/tensorboard" "${device[@]}"
 fi
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from fairseq.models import FairseqIncrementalDecoder
 from fairseq.modules import LayerNorm
+from fairseq.utils import safe_getattr
 from torch import Tensor, nn
 
 from ..data.segments import Segments
@@ -71,6 +72,11 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     def remembers(self) -> bool:
         """Whether there is a memory at all."""
         return self.cfg.use_external_memory and self.cfg.memory_size > 0
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether all lanes read and write one memory, as the released code's do."""
+        return str(safe_getattr(self.cfg, "memory_scope", "document")) == "shared"
 
     def write_out_attention(self) -> None:
         """Compute all attention step by step: slower, and rounded as in the released code."""
@@ -244,11 +250,11 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         dtype = like.dtype if cfg.memory_dtype == "auto" else MEMORY_DTYPES[cfg.memory_dtype]
         return MemoryBank(
             lanes, self.backbone.num_heads, self.backbone.head_dim, cfg.memory_size, cfg.chunk_size, dtype, like.device,
-            exact_means=str(cfg.memory_sharing) == "all",
+            exact_means=self.shares_memory,
         )  # fmt: skip
 
     def memory_branches(self, rows: int, base: Optional[MemoryBank] = None) -> MemoryBranches:
-        """Memories for generation, one for each row whatever ``memory_sharing`` says."""
+        """Memories for generation, one for each row whatever the memory's scope."""
         search = choose_search(self.cfg.memory_search, self.device)
         return MemoryBranches(
             rows, self.new_bank, search, self._attention, self.cfg.k // self.cfg.chunk_size, base
@@ -256,7 +262,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
 
     def _allocate(self, lanes: int, like: Tensor) -> Memory:
         cfg = self.cfg
-        shared = str(cfg.memory_sharing) == "all"
+        shared = self.shares_memory
         bank = self.new_bank(1 if shared else lanes, like)
         logger.info(
             "memory for %s: %d lanes x %d tokens (%s) on %s, %.1f MiB, search by %s",

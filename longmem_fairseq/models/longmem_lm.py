@@ -62,13 +62,6 @@ class LongMemConfig(FairseqDataclass):
     memory_dtype: ChoiceEnum(["auto", *MEMORY_DTYPES]) = field(
         default="auto", metadata={"help": "precision of remembered keys and values; auto: the model's"}
     )
-    memory_sharing: ChoiceEnum(["lanes", "all"]) = field(
-        default="lanes",
-        metadata={
-            "help": "a memory for each lane, emptied where a document starts; or, as in the released LongMem, one that "
-            "all lanes read and write across documents, with that code's eviction"
-        },
-    )
     use_gpu_to_search: bool = field(
         default=False, metadata={"help": "insist on a GPU build of faiss: search runs where the memory lies anyway"}
     )
@@ -182,7 +175,7 @@ class LongMemModel(FairseqLanguageModel):
     @property
     def memory_tokens(self) -> int:
         """Tokens of a stream's past that decide its memory: what it holds, and the start of a chunk."""
-        if not self.decoder.remembers or str(self.cfg.memory_sharing) == "all":
+        if not self.decoder.remembers or self.decoder.shares_memory:
             return 0
         return self.cfg.memory_size + self.cfg.chunk_size
 

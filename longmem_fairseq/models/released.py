@@ -12,7 +12,7 @@
     model.reset_memory()
 
 Such a model computes what the released code does, with one memory for all rows (see
-:mod:`longmem_fairseq.memory.shared`); ``memory_sharing="lanes"`` gives each row its own.
+:mod:`longmem_fairseq.memory.shared`); ``memory_scope="document"`` gives each row its own.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from .safe_load import ALLOWED
 torch.serialization.add_safe_globals(ALLOWED)
 
 # Of a model that is to give the released code's numbers.
-_AS_RELEASED = {"memory_sharing": "all", "memory_dtype": "float16"}
+_AS_RELEASED = {"memory_scope": "shared", "memory_dtype": "float16"}
 
 
 def load_released(
@@ -54,7 +54,7 @@ def load_released(
             attention, which is faster, needs less memory, and differs in the last digits.
         overrides: settings of :class:`LongMemConfig` in place of the checkpoint's, such as ``memory_dtype="float32"``
             (held in float16 by default, as in the released code), ``memory_size``, ``k``, ``chunk_size``,
-            ``memory_search="torch"`` or ``memory_sharing="lanes"``.
+            ``memory_search="torch"`` or ``memory_scope="document"``.
 
     Returns:
         The model in evaluation mode, on the CPU. ``model(tokens)`` of tokens (B, T), int64, returns logits (B, T, V)

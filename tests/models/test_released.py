@@ -215,10 +215,10 @@ def test_backbone_from_its_own_file(files):
 
 @torch.no_grad()
 def test_lanes_of_their_own(files):
-    """With memory_sharing="lanes" no row hears of another."""
+    """With memory_scope="document" no row hears of another."""
     segments = torch.randint(4, 30, (5, 3, 10), generator=torch.Generator().manual_seed(0))
-    together = load_released(files["side network"], memory_sharing="lanes", memory_dtype="float32")
-    alone = load_released(files["side network"], memory_sharing="lanes", memory_dtype="float32")
+    together = load_released(files["side network"], memory_scope="document", memory_dtype="float32")
+    alone = load_released(files["side network"], memory_scope="document", memory_dtype="float32")
     shared = load_released(files["side network"], memory_dtype="float32")
     for tokens in segments:
         logits = together(tokens)[0]
@@ -232,9 +232,9 @@ def test_lanes_of_their_own(files):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sharing", ["lanes", "all"])
-def test_padding_is_not_remembered(files, sharing):
-    model = load_released(files["side network"], memory_sharing=sharing)
+@pytest.mark.parametrize("scope", ["document", "shared"])
+def test_padding_is_not_remembered(files, scope):
+    model = load_released(files["side network"], memory_scope=scope)
     tokens = torch.randint(4, 30, (1, 12))
     padded = F.pad(tokens, (0, 5), value=model.decoder.dictionary.pad())
     logits = model(padded)[0]

@@ -1,0 +1,80 @@
+"""Documents that state facts and ask for them later, as fairseq data of the shipped backbone's symbols.
+
+    python examples/recall/facts.py --destdir DIR [--quick]
+
+A fact is two symbols, a *name* and its *value*, amid random filler. Later the name comes again, a *question*, and its
+value is the answer. Names are unique in their document and values are drawn anew for every document, so weights cannot
+know an answer: it has to be read from the document's past, at the one place that states it. The three kinds of symbols
+(1,500 names, 200 values, 2,000 fillers) are disjoint.
+
+Training documents of 4,096 tokens state 400 facts and then ask for them. Test documents state one fact in 64 tokens
+over 60,000 tokens and then ask for 512 of them, at all distances.
+"""
+
+import argparse
+import os
+
+import numpy as np
+import torch
+from fairseq.data import Dictionary
+from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+
+SHIPPED = os.path.join(os.path.dirname(__file__), "..", "pretrained", "mini", "dict.txt")
+N_NAMES, N_VALUES, N_FILLERS = 1500, 200, 2000
+
+
+def symbols(dictionary: Dictionary):
+    """Names, values and fillers: three disjoint arrays of symbols, int64."""
+    shuffled = np.random.default_rng(0).permutation(np.arange(dictionary.nspecial, len(dictionary)))
+    return np.split(shuffled[: N_NAMES + N_VALUES + N_FILLERS], [N_NAMES, N_NAMES + N_VALUES])
+
+
+def spread(rng, pairs: np.ndarray, length: int, fillers: np.ndarray) -> np.ndarray:
+    """Pairs (n, 2) at random places, in order, amid fillers: ``length`` tokens."""
+    places = np.sort(rng.choice(length // 2, len(pairs), replace=False)) * 2
+    tokens = rng.choice(fillers, length)
+    tokens[places], tokens[places + 1] = pairs[:, 0], pairs[:, 1]
+    return tokens
+
+
+def document(rng, kinds, facts: int, stated_in: int, questions: int, asked_in: int, eos: int) -> np.ndarray:
+    """One document: ``facts`` stated in so many tokens, ``questions`` of them asked in so many more."""
+    names, values, fillers = kinds
+    pairs = np.stack([rng.choice(names, facts, replace=False), rng.choice(values, facts)], axis=1)
+    asked = pairs[rng.choice(facts, questions, replace=False)]
+    return np.concatenate([spread(rng, pairs, stated_in, fillers), spread(rng, asked, asked_in, fillers), [eos]])
+
+
+def questions_of(tokens: np.ndarray, names: np.ndarray):
+    """Positions of the answers in a document, and tokens from each back to where the fact stands."""
+    first, answers, distances = {}, [], []
+    for position in np.flatnonzero(np.isin(tokens, names)):
+        fact = first.setdefault(int(tokens[position]), int(position))
+        if fact != position:
+            answers.append(int(position) + 1)
+            distances.append(int(position) - fact)
+    return np.array(answers, dtype=np.int64), np.array(distances, dtype=np.int64)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--destdir", required=True)
+    parser.add_argument("--quick", action="store_true", help="test documents of 8,192 tokens instead of 64,096")
+    args = parser.parse_args()
+    os.makedirs(args.destdir, exist_ok=True)
+    dictionary = Dictionary.load(SHIPPED)
+    dictionary.save(os.path.join(args.destdir, "dict.txt"))
+    kinds, eos = symbols(dictionary), dictionary.eos()
+    long = (100, 6_144, 100, 2_048) if args.quick else (940, 60_000, 512, 4_096)
+    splits = {"train": (160, (400, 2_048, 400, 2_048)), "valid": (4, (400, 2_048, 400, 2_048)), "test": (4, long)}
+    for seed, (split, (count, shape)) in enumerate(splits.items()):
+        rng = np.random.default_rng(seed + 1)
+        prefix = os.path.join(args.destdir, split)
+        builder = MMapIndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+        for _ in range(count):
+            builder.add_item(torch.from_numpy(document(rng, kinds, *shape, eos)))
+        builder.finalize(prefix + ".idx")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Does the memory recall? Facts stated up to 60,000 tokens back, asked for at the end (see facts.py, evaluate.py).
+#
+#   bash examples/recall/run.sh [DIR] [--quick]        DIR: recall by default; --quick: up to 8,000 tokens, one minute
+#
+# The shipped backbone, which copies in its window, is adapted by fairseq-train on documents of 4,096 tokens and then
+# asked about documents of 64,000. A finished training is not repeated.
+set -euo pipefail
+dir=recall quick=()
+for argument; do
+  if [ "$argument" = --quick ]; then quick=(--quick); else dir=$argument; fi
+done
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+cd "$(dirname "$0")/../.."
+updates=150 lanes=16
+[ ${#quick[@]} -eq 0 ] || { updates=25 lanes=8; }
+device=(--cpu)
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
+
+python examples/recall/facts.py --destdir "$dir/data" "${quick[@]}" 2>/dev/null
+python preprocess/convert_safetensors.py examples/pretrained/mini/backbone.safetensors "$dir/backbone.pt" 2>/dev/null
+if [ ! -e "$dir/checkpoints/checkpoint_last.pt" ]; then
+  echo "adapting: $updates updates (log: $dir/train.log)"
+  fairseq-train "$dir/data" --user-dir longmem_fairseq --task longmem_language_modeling --arch longmem_gpt2_mini \
+    --pretrained-model-path "$dir/backbone.pt" --memory-size 8192 --k 32 --chunk-size 2 \
+    --criterion longmem_cross_entropy --tokens-per-sample 256 --batch-size $lanes --max-update $updates \
+    --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 2e-3 --lr-scheduler cosine --warmup-updates 10 \
+    --save-dir "$dir/checkpoints" --no-epoch-checkpoints --disable-validation --num-workers 0 \
+    --log-interval 5 --log-format simple --without-memory-interval 5 --seed 1 "${device[@]}" >"$dir/train.log" 2>&1 ||
+    { tail -n 20 "$dir/train.log" >&2; exit 1; }
+fi
+python examples/recall/evaluate.py --path "$dir/checkpoints/checkpoint_last.pt" --data "$dir/data" \
+  --results-path "$dir" "${device[@]}" 2>"$dir/evaluate.log" || { tail -n 20 "$dir/evaluate.log" >&2; exit 1; }
