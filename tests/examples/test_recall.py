@@ -1,0 +1,44 @@
+"""The recall example in its quick form: facts up to 8,000 tokens back are recalled, and not without the memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.repository import ROOT
+
+sys.path.insert(0, str(ROOT / "examples" / "recall"))
+from facts import document, questions_of  # noqa: E402
+
+
+def test_questions():
+    """Each question is found with the distance to the one place that states its answer."""
+    kinds = [np.arange(10, 40), np.arange(40, 50), np.arange(50, 99)]
+    tokens = document(np.random.default_rng(0), kinds, 20, 100, 12, 60, eos=2)
+    answers, distances = questions_of(tokens, kinds[0])
+    assert len(tokens) == 161 and len(answers) == 12
+    for answer, distance in zip(answers, distances):
+        assert tokens[answer] == tokens[answer - distance] and tokens[answer - 1] == tokens[answer - 1 - distance]
+        assert 0 < answer - distance <= 100 < answer
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict:
+    directory: Path = tmp_path_factory.mktemp("recall")
+    run = subprocess.run(
+        ["bash", "examples/recall/run.sh", str(directory), "--quick"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (directory / "report.png").stat().st_size > 1000
+    return json.loads((directory / "report.json").read_text())
+
+
+def test_recall(report):
+    far = [row for row in report["accuracy"] if row["from"] >= 1024]
+    assert sum(row["questions"] for row in far) >= 300
+    for row in far:
+        assert row["memory_on"] >= 90, report
+        assert row["memory_off"] <= 10, report
