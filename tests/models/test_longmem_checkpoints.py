@@ -19,8 +19,8 @@ DOCS = documents([3 * T, 2 * T])
 def built(train, write_backbone):
     """A model as fairseq-train builds it, its side network random, on a backbone that was just written."""
 
-    def built(*options, **config):
-        made = train(write_backbone(**config), *options)
+    def built(*options, arch="longmem_gpt2_tiny", **config):
+        made = train(write_backbone(**config), *options, arch=arch)
         randomize(made.model.decoder.layers, 3)
         made.model.eval()
         return made
@@ -105,6 +105,14 @@ def test_stands_alone_with_the_backbone(built, tmp_path, monkeypatch):
     assert same_logits(loaded, made.model)
     assert torch.equal(loaded.decoder.backbone_fingerprint, made.model.decoder.backbone_fingerprint)
     assert not any(p.requires_grad for p in loaded.decoder.backbone.parameters())
+
+
+def test_stands_alone_under_the_models_plain_name_too(built, tmp_path):
+    """--arch longmem_lm, which fairseq builds from a copy of the configuration, and saves the original."""
+    made = built("--save-backbone", arch="longmem_lm")
+    path = save(made, tmp_path / "c.pt")
+    os.remove(tmp_path / "backbone.pt")
+    assert same_logits(load(path), made.model)
 
 
 def test_training_goes_on_from_it(built, train, tmp_path):
