@@ -44,6 +44,11 @@ class ListBank:
                     del self.chunks[min(self.chunks)]
 
 
+    def evict(self, n: int):
+        for _ in range(min(n, len(self.chunks))):
+            del self.chunks[min(self.chunks)]
+
+
 def held(bank: MemoryBank, lane: int) -> Dict[int, int]:
     """Number of each chunk that a lane holds -> its slot, by the bank's own spans."""
     slots = [slot for begin, end in bank.spans(lane) for slot in range(begin, end)]
@@ -64,18 +69,27 @@ def check(bank: MemoryBank, lane: int, expected: ListBank):
         assert torch.equal(bank.keys[lane, :, slot], keys)
         assert torch.equal(bank.values[lane, :, slot], values)
         torch.testing.assert_close(bank.means[lane, :, slot], keys.mean(dim=1))
+    # the same again in the order of the stream, for those who save or continue it
+    slots = [found[number] for number in sorted(found)]
+    for copied, of_slots in zip(bank.contents(lane), (bank.keys, bank.values, bank.means)):
+        assert torch.equal(copied, of_slots[lane][:, slots])
+    tokens = [token for number in sorted(expected.chunks) for token in expected.chunks[number]] + expected.waiting
+    for copied, of_stream in zip(bank.tokens(lane), tokens_of(expected.stream, 0, expected.position)):
+        assert torch.equal(copied, of_stream[:, tokens])
 
 
 events = st.lists(
     st.one_of(
         st.tuples(st.just("append"), st.integers(0, 2), st.integers(0, 50)),
+        st.tuples(st.just("append"), st.integers(0, 2), st.integers(0, 50)),
+        st.tuples(st.just("evict"), st.integers(0, 2), st.integers(0, 9)),
         st.tuples(st.just("reset"), st.integers(0, 2), st.sampled_from([0, 0, 0, 1, 2, 5, 7, 30, 31])),
     ),
     max_size=12,
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(C=st.integers(1, 5), size=st.integers(0, 40), events=events)
 def test_holds_what_lists_hold(C, size, events):
     bank = MemoryBank(3, H, D, C + size, C)
@@ -85,6 +99,9 @@ def test_holds_what_lists_hold(C, size, events):
             begin = lists[lane].position
             bank.append(lane, *tokens_of(lists[lane].stream, begin, begin + n))
             lists[lane].append(n)
+        elif event == "evict":
+            bank.evict(lane, n)
+            lists[lane].evict(n)
         else:
             bank.reset(lane, n)
             lists[lane].restart(stream, n)
@@ -116,6 +133,16 @@ def test_keys_and_values_in_half_precision_have_float32_means():
     assert bank.keys.dtype == bank.values.dtype == torch.float16 and bank.means.dtype == torch.float32
     assert bank.keys[0, 0, 0, :, 0].tolist() == [2048.0, 1.0]
     assert bank.means[0, 0, 0].tolist() == [1024.5]
+
+
+def test_means_before_rounding_where_asked():
+    """As the released LongMem takes them: also of a chunk that two segments share."""
+    bank = MemoryBank(1, 1, 1, 8, 2, torch.float16, exact_means=True)
+    keys = torch.tensor([[[2049.0], [1.0], [2049.0]]])
+    bank.append(0, keys, keys)
+    bank.append(0, keys[:, 1:2], keys[:, 1:2])
+    assert bank.keys[0, 0, :2, :, 0].tolist() == [[2048.0, 1.0], [2048.0, 1.0]]
+    assert bank.means[0, 0, :2, 0].tolist() == [1025.0, 1025.0]
 
 
 @given(
