@@ -3,7 +3,7 @@
 #
 #   bash examples/recall/run.sh [DIR] [--quick]        DIR: recall by default; --quick: up to 8,000 tokens, one minute
 #
-# The shipped backbone, which copies in its window, is adapted by fairseq-train on documents of 4,096 tokens and then
+# The shipped backbone, which copies in its window, is adapted by fairseq-train on documents of 2,048 tokens and then
 # asked about documents of 64,000. A finished training is not repeated.
 set -euo pipefail
 dir=recall quick=()
@@ -13,8 +13,8 @@ done
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 cd "$(dirname "$0")/../.."
-updates=150 lanes=16
-[ ${#quick[@]} -eq 0 ] || { updates=25 lanes=8; }
+updates=200 lanes=16
+[ ${#quick[@]} -eq 0 ] || { updates=80 lanes=8; }
 device=(--cpu)
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
 
@@ -23,7 +23,7 @@ python preprocess/convert_safetensors.py examples/pretrained/mini/backbone.safet
 if [ ! -e "$dir/checkpoints/checkpoint_last.pt" ]; then
   echo "adapting: $updates updates (log: $dir/train.log)"
   fairseq-train "$dir/data" --user-dir longmem_fairseq --task longmem_language_modeling --arch longmem_gpt2_mini \
-    --pretrained-model-path "$dir/backbone.pt" --memory-size 8192 --k 32 --chunk-size 2 \
+    --pretrained-model-path "$dir/backbone.pt" --memory-size 4096 --k 32 --chunk-size 2 \
     --criterion longmem_cross_entropy --tokens-per-sample 256 --batch-size $lanes --max-update $updates \
     --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 2e-3 --lr-scheduler cosine --warmup-updates 10 \
     --save-dir "$dir/checkpoints" --no-epoch-checkpoints --disable-validation --num-workers 0 \
