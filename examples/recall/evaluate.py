@@ -64,9 +64,8 @@ def by_distance(results: np.ndarray) -> list:
         here = results[(results[:, 0] > low) & (results[:, 0] <= high)]
         if len(here):
             on, off = 100 * here[:, 1:].mean(axis=0)
-            table.append(
-                {"from": low, "to": high, "questions": len(here), "memory_on": round(on, 1), "memory_off": round(off, 1)}
-            )
+            row = {"from": low, "to": high, "questions": len(here)}
+            table.append({**row, "memory_on": round(on, 1), "memory_off": round(off, 1)})
     return table
 
 
@@ -103,16 +102,17 @@ def main():
     report = {"chance": 100 / N_VALUES, "memory_size": args.memory_size, "accuracy": table}
     report["seconds"] = round(time.time() - began)
     os.makedirs(args.results_path, exist_ok=True)
-    plot(table, os.path.join(args.results_path, "report.part.png"))
-    with open(os.path.join(args.results_path, "report.part.json"), "w") as file:
+    base = os.path.join(args.results_path, "report")
+    plot(table, base + ".part.png")
+    with open(base + ".part.json", "w") as file:
         json.dump(report, file, indent=2)
     for kind in ("png", "json"):
-        os.replace(os.path.join(args.results_path, f"report.part.{kind}"), os.path.join(args.results_path, f"report.{kind}"))
+        os.replace(f"{base}.part.{kind}", f"{base}.{kind}")
     print("| tokens back | questions | memory on | memory off |\n| --- | ---: | ---: | ---: |")
     for row in table:
         tokens = f"{row['from']:,} to {row['to']:,}"
         print(f"| {tokens} | {row['questions']} | {row['memory_on']} % | {row['memory_off']} % |")
-    print(f"\nchance among the {N_VALUES} values: {100 / N_VALUES:.1f} %; report: {args.results_path}/report.json, report.png")
+    print(f"\nchance among the {N_VALUES} values: {100 / N_VALUES:.1f} %; report: {base}.json, {base}.png")
 
 
 if __name__ == "__main__":

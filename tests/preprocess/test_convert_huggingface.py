@@ -242,8 +242,9 @@ def converted(tmp_path_factory):
 def test_stock_evaluation(converted, tmp_path):
     """fairseq-eval-lm without this package reads the checkpoint, and scores what the model itself says."""
     output = run(
-        "eval_lm", converted.data, "--path", converted.checkpoint, "--task", "language_modeling", "--gen-subset", "valid",
-        "--sample-break-mode", "none", "--tokens-per-sample", POSITIONS, "--max-sentences", 1, "--cpu", cwd=tmp_path,
+        "eval_lm", converted.data, "--path", converted.checkpoint, "--task", "language_modeling", "--gen-subset",
+        "valid", "--sample-break-mode", "none", "--tokens-per-sample", POSITIONS, "--max-sentences", 1, "--cpu",
+        cwd=tmp_path,
     )  # fmt: skip
     stream = torch.from_numpy(np.concatenate(converted.documents))
     model, _ = load_stock(converted.data)
