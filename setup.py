@@ -39,7 +39,7 @@ setup(
         "safetensors>=0.4",
         "sentencepiece>=0.1.97",
         "tensorboard>=2.8",
-        "torch>=2.0",  # torch.nn.functional.scaled_dot_product_attention
+        "torch>=2.5",  # torch.serialization.safe_globals
         "tqdm>=4.60",
     ],
     extras_require={
