@@ -120,5 +120,7 @@ def test_files_name_no_place_of_one_machine():
     """Binary files too: a checkpoint may hold the paths of the machine that wrote it."""
     assert MACHINE_PATH.search(b'x = "' + b"/ho" + b'me/someone/data"')
     assert not MACHINE_PATH.search(b"https://example.org/" + b"work/x ~/" + b"tmp/x a/" + b"home/b")
-    found = {str(path): MACHINE_PATH.findall((ROOT / path).read_bytes()) for path in repository_files()}
+    # Checkpoints like the released ones hold foreign places, which are what the tests with them are about.
+    files = [path for path in repository_files() if not str(path).startswith("tests/models/released")]
+    found = {str(path): MACHINE_PATH.findall((ROOT / path).read_bytes()) for path in files}
     assert {path: named[:3] for path, named in found.items() if named} == {}
