@@ -7,8 +7,9 @@ A fact is four symbols, a *name* of two and a *value* of two, amid random filler
 document, so weights cannot know an answer: it has to be read from the document's past, at the one place that states
 it. The kinds of symbols (1,500 first names, 400 family names, 200 for values, 1,500 fillers) are disjoint.
 
-Training documents of 2,048 tokens are dense: 256 facts, then all of them again in another order. Test documents state
-one fact in 64 tokens over 60,000 tokens and then ask for 512 of them, at all distances.
+Training documents of 2,048 tokens are dense: 256 facts, then all of them again in another order, or 128 of them amid as
+many fillers. Test documents state one fact in 64 tokens over 60,000 tokens and then ask for 512 of them, at all
+distances.
 """
 
 import argparse
@@ -69,12 +70,13 @@ def main():
     dictionary.save(os.path.join(args.destdir, "dict.txt"))
     kinds, eos = symbols(dictionary), dictionary.eos()
     long = (100, 6_144, 100, 2_048) if args.quick else (940, 60_000, 512, 4_096)
-    splits = {"train": (320, (256, 1_024, 256, 1_024)), "valid": (4, (256, 1_024, 256, 1_024)), "test": (4, long)}
-    for seed, (split, (count, shape)) in enumerate(splits.items()):
+    dense, half = (256, 1_024, 256, 1_024), (128, 1_024, 128, 1_024)
+    splits = {"train": [dense, half] * 320, "valid": [dense, half] * 2, "test": [long] * 4}
+    for seed, (split, shapes) in enumerate(splits.items()):
         rng = np.random.default_rng(seed + 1)
         prefix = os.path.join(args.destdir, split)
         builder = MMapIndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
-        for _ in range(count):
+        for shape in shapes:
             builder.add_item(torch.from_numpy(document(rng, kinds, *shape, eos)))
         builder.finalize(prefix + ".idx")
 

@@ -13,8 +13,8 @@ done
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 cd "$(dirname "$0")/../.."
-updates=350 lanes=8
-[ ${#quick[@]} -eq 0 ] || { updates=80 lanes=8; }
+updates=600 lanes=8
+[ ${#quick[@]} -eq 0 ] || { updates=120 lanes=8; }
 device=(--cpu)
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
 
