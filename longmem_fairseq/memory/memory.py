@@ -58,6 +58,10 @@ class Memory:
         Raises:
             MemoryOutOfStep: where a segment starts elsewhere than its lane's memory ends.
         """
+        self._advance(segments)
+        return MemoryReader(self, segments)
+
+    def _advance(self, segments: Segments) -> None:
         lagging = self.lagging(segments)
         if lagging.any():
             row = int(np.flatnonzero(lagging)[0])
@@ -69,7 +73,6 @@ class Memory:
         self._settle(segments)
         for row in np.flatnonzero(segments.starts == 0):
             self._reset(int(segments.lanes[row]), int(segments.streams[row]), 0)
-        return MemoryReader(self, segments)
 
     def lagging(self, segments: Segments) -> np.ndarray:
         """Rows whose lane is not at the segment's start, shape (B,), bool; never those that start a stream."""

@@ -1,8 +1,7 @@
 """One memory for all rows of a batch, as the released LongMem keeps it (METHOD: "The released model ... differs").
 
-It knows no documents: whatever any row read is found by every row, and only :meth:`SharedMemory.reset` empties it. It
-exists so that released checkpoints give the numbers of the code they were made with; :class:`Memory` keeps streams
-apart.
+It knows no documents: whatever any row read is found by every row, until all of them start anew. It exists so that
+released checkpoints give the numbers of the code they were made with; :class:`Memory` keeps streams apart.
 
 Legend: B rows of a batch, H heads, T tokens of a segment, d width of a head, C tokens of a chunk, n chunks read.
 """
@@ -22,7 +21,10 @@ class SharedMemory(Memory):
 
     The rows of a batch are laid end to end and cut into chunks; tokens left over are dropped. With n new chunks, where
     ``held + n >= capacity``, as many of the oldest chunks leave as twice the batch's tokens make, so that the memory is
-    full only where a single batch fills it.
+    full only where a single batch fills it. A batch in which every row starts a stream empties it.
+
+    What is held depends on how full the memory was when its first batch came: rebuilt from the last batches of a
+    stream, it may hold one batch more or less than if it had read them all.
 
     Arguments as for :class:`Memory`; the bank has one lane.
     """
@@ -31,48 +33,61 @@ class SharedMemory(Memory):
         if bank.lanes != 1:
             raise ValueError(f"a shared memory lies in one lane, not in {bank.lanes}")
         super().__init__(bank, search, attention, chunks_per_query)
-        self._coming: Optional[Tuple[Tensor, Tensor]] = None  # keys and values, each (H, tokens, d)
 
     @property
     def lanes(self) -> None:
         return None
 
     def open(self, segments: Segments) -> "SharedReader":
-        """Write what was held back and return what attention reads from."""
-        self.flush()
+        """As :meth:`Memory.open`."""
+        self._advance(segments)
+        if (segments.starts == 0).all():
+            self.bank.reset(0)
         return SharedReader(self, segments)
 
     def lagging(self, segments: Segments) -> np.ndarray:
-        """Never: what the memory holds is not tied to a place in a stream."""
-        return np.zeros(len(segments), dtype=bool)
+        self._make_room(segments.lanes)
+        return super().lagging(segments)
 
     def ends(self, lanes: np.ndarray) -> np.ndarray:
-        return np.zeros(len(lanes), dtype=np.int64)
+        self._make_room(lanes)
+        return super().ends(lanes)
 
     def join(self, segments: Segments) -> None:
-        self.flush()
+        self._make_room(segments.lanes)
+        super().join(segments)
+        self.bank.reset(0)
 
-    def write(self, segments: Segments, keys: Tensor, values: Tensor) -> None:
-        """Remember the rows' real tokens, keys and values (B, H, T, d), once the next batch comes.
+    def reset(self) -> None:
+        super().reset()
+        self._stream, self._end = self._stream[:0], self._end[:0]
+        self.bank.reset(0)
 
-        Held back since the backward pass still needs the memory that the forward pass read.
-        """
-        self.flush()
-        self._coming = tuple(_end_to_end(x.detach(), segments.lengths) for x in (keys, values))
+    def _make_room(self, lanes: np.ndarray) -> None:
+        """Let the places of streams be known for these lanes."""
+        more = max(0, int(lanes.max(initial=-1)) + 1 - len(self._stream))
+        self._stream, self._end = np.pad(self._stream, (0, more), constant_values=-1), np.pad(self._end, (0, more))
 
-    def flush(self) -> None:
-        if self._coming is None:
+    def _reset(self, lane: int, stream: int, position: int) -> None:
+        self._stream[lane], self._end[lane] = stream, position
+
+    def _settle(self, coming: Optional[Segments]) -> None:
+        """Write the batch that is held back, unless it comes again."""
+        if self._pending is None:
             return
-        (keys, values), self._coming = self._coming, None
+        pending, self._pending = self._pending, None
+        held = pending.segments
+        if coming is not None:
+            places = set(zip(coming.lanes.tolist(), coming.streams.tolist(), coming.starts.tolist()))
+            if places.intersection(zip(held.lanes.tolist(), held.streams.tolist(), held.starts.tolist())):
+                return
+        keys, values = (_end_to_end(x, held.lengths) for x in (pending.keys, pending.values))
         tokens, size = keys.size(1), self.bank.chunk_size
         chunks = tokens // size
         if self.bank.held[0] + chunks >= self.bank.chunks:
             self.bank.evict(0, 2 * tokens // size)
         self.bank.append(0, keys[:, : chunks * size], values[:, : chunks * size])
-
-    def reset(self) -> None:
-        self._coming = None
-        self.bank.reset(0)
+        self._end[held.lanes] = held.ends
 
 
 class SharedReader:

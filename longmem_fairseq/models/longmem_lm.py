@@ -131,7 +131,7 @@ class LongMemModel(FairseqLanguageModel):
         Raises:
             ValueError: for options that contradict each other or the backbone.
         """
-        cfg = _with_defaults(_own_settings(cfg, task.source_dictionary))
+        cfg = _with_defaults(_own_settings(cfg, task))
         backbone = _find_backbone(cfg, task.source_dictionary)
         _check(cfg, backbone)
         for option in ("gpt_encoder_path", "no_token_positional_embeddings"):
@@ -175,9 +175,7 @@ class LongMemModel(FairseqLanguageModel):
     @property
     def memory_tokens(self) -> int:
         """Tokens of a stream's past that decide its memory: what it holds, and the start of a chunk."""
-        if not self.decoder.remembers or self.decoder.shares_memory:
-            return 0
-        return self.cfg.memory_size + self.cfg.chunk_size
+        return self.cfg.memory_size + self.cfg.chunk_size if self.decoder.remembers else 0
 
     def state_dict(self, *args, **kwargs):
         """The side network's weights and the backbone's fingerprint; the backbone itself with --save-backbone."""
@@ -274,18 +272,22 @@ def _load_named(cfg, dictionary) -> Backbone:
     return load_backbone(cfg.pretrained_model_path, dictionary, cfg.retrieval_layer_index)
 
 
-def _own_settings(cfg: Any, dictionary):
+def _own_settings(cfg: Any, task):
     """The configuration, that of a released checkpoint as this model has it.
 
-    The released checkpoint's segment length is left out: with ALiBi any will do.
+    The released checkpoint's segment length is left out: with ALiBi any will do. The memory's scope is the task's; a
+    shared memory is held as in the released code.
     """
     if not released_checkpoint.is_released_side_settings(cfg):
         return cfg
     backbone = argparse.Namespace(_name="parallel_lm", **released_checkpoint.copied_backbone_settings(cfg))
+    scope = str(safe_getattr(safe_getattr(task, "args", None), "memory_scope", "document"))
     return argparse.Namespace(
         **released_checkpoint.side_network_settings(cfg),
         save_backbone=True,
-        backbone_config=json.dumps(backbone_config(backbone, len(dictionary))),
+        backbone_config=json.dumps(backbone_config(backbone, len(task.source_dictionary))),
+        memory_scope=scope,
+        memory_dtype="float16" if scope == "shared" else "auto",
     )
 
 
