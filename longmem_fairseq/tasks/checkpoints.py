@@ -122,12 +122,12 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     """
     try:
         if not zipfile.is_zipfile(path):  # a file of torch before 1.6, or one that is cut short
-            return torch.load(path, map_location="cpu")
+            return torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
         if wrong is not None:
             raise zipfile.BadZipFile(f"checksum of {wrong} is wrong")
-        return torch.load(path, map_location="cpu", mmap=True)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # whatever a damaged file makes of its reader
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({reason})") from error
