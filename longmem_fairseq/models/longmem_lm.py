@@ -12,6 +12,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import FairseqLanguageModel, register_model, register_model_architecture
 from fairseq.utils import safe_getattr
 from omegaconf import II, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 from torch import Tensor
 
 from ..data.segments import Segments
@@ -131,6 +132,7 @@ class LongMemModel(FairseqLanguageModel):
         Raises:
             ValueError: for options that contradict each other or the backbone.
         """
+        _check_task(cfg)
         cfg = _with_defaults(_own_settings(cfg, task))
         backbone = _find_backbone(cfg, task.source_dictionary)
         _check(cfg, backbone)
@@ -244,6 +246,17 @@ class LongMemModel(FairseqLanguageModel):
 
 def _hex(fingerprint: Tensor) -> str:
     return bytes(fingerprint.cpu().tolist()).hex()[:12]
+
+
+def _check_task(cfg: Any) -> None:
+    """Refuse a task that lays no documents on lanes: it has no option to say whose past a memory holds."""
+    try:
+        safe_getattr(cfg, "memory_scope", None)
+    except InterpolationKeyError:
+        raise ValueError(
+            "longmem_lm must be told which document each row of a batch continues, and this task does not know: name "
+            "--task longmem_language_modeling"
+        ) from None
 
 
 def _with_defaults(cfg: Any):
