@@ -248,15 +248,18 @@ def _hex(fingerprint: Tensor) -> str:
     return bytes(fingerprint.cpu().tolist()).hex()[:12]
 
 
+_OTHER_TASK = (
+    "longmem_lm must be told which document each row of a batch continues, and this task does not know: name --task "
+    "longmem_language_modeling"
+)
+
+
 def _check_task(cfg: Any) -> None:
     """Refuse a task that lays no documents on lanes: it has no option to say whose past a memory holds."""
     try:
         safe_getattr(cfg, "memory_scope", None)
     except InterpolationKeyError:
-        raise ValueError(
-            "longmem_lm must be told which document each row of a batch continues, and this task does not know: name "
-            "--task longmem_language_modeling"
-        ) from None
+        raise ValueError(_OTHER_TASK) from None
 
 
 def _with_defaults(cfg: Any):
@@ -352,6 +355,8 @@ def _check(cfg, backbone: Backbone) -> None:
 
 def _architecture(cfg, retrieval_layer: int) -> None:
     """Set every option that the command line left open; fairseq takes what is missing for unset."""
+    if isinstance(cfg, argparse.Namespace) and not hasattr(cfg, "memory_scope"):
+        raise ValueError(_OTHER_TASK)  # before fairseq looks for the task's option in vain
     cfg.retrieval_layer_index = safe_getattr(cfg, "retrieval_layer_index", retrieval_layer)
     for name, entry in LongMemConfig.__dataclass_fields__.items():
         if not name.startswith("_") and not hasattr(cfg, name) and not str(entry.default).startswith("${"):
