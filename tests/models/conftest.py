@@ -1,4 +1,4 @@
-"""What fairseq's commands parse, build, save and load, in this process."""
+"""What fairseq's commands parse and build, in this process."""
 
 import copy
 import functools
@@ -6,10 +6,8 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-import torch
-from fairseq import checkpoint_utils, options, tasks
+from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from omegaconf import OmegaConf
 
 from tests.models.tiny import LONGMEM, VOCABULARY, stock_config, stock_model, write_checkpoint
 
@@ -23,14 +21,17 @@ def parse(tmp_path_factory):
     VOCABULARY.save(str(data / "dict.txt"))
 
     @functools.lru_cache(maxsize=None)  # hydra takes its time
-    def parse(*arguments, arch):
-        line = [data, "--task", TASK, "--arch", arch, "--save-dir", data / "checkpoints", "--cpu", *arguments]
+    def parse(*arguments, arch, task):
+        line = [data, "--task", task, "--arch", arch, "--save-dir", data / "checkpoints", "--cpu", *arguments]
         parsed = options.parse_args_and_arch(options.get_training_parser(), [str(x) for x in line])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fairseq uses hydra as of old
             return convert_namespace_to_omegaconf(parsed)
 
-    return lambda *arguments, arch="longmem_gpt2_tiny": copy.deepcopy(parse(*arguments, arch=arch))
+    def copied(*arguments, arch="longmem_gpt2_tiny", task=TASK):
+        return copy.deepcopy(parse(*arguments, arch=arch, task=task))
+
+    return copied
 
 
 @pytest.fixture
@@ -57,23 +58,3 @@ def train(parse):
         return SimpleNamespace(cfg=cfg, task=task, model=task.build_model(cfg.model))
 
     return train
-
-
-def save(built, path, **changes):
-    """Write the checkpoint that fairseq's trainer would write of a built model; changes of ``cfg.model``."""
-    cfg = OmegaConf.to_container(built.cfg, resolve=True, enum_to_str=True)
-    cfg["model"].update(changes)
-    state = {
-        "args": None, "cfg": cfg, "model": built.model.state_dict(), "criterion": None,
-        "optimizer_history": [
-            {"optimizer_name": "FairseqAdam", "lr_scheduler_state": {"best": None}, "num_updates": 1}
-        ],
-        "task_state": built.task.state_dict(), "extra_state": {"train_iterator": {"epoch": 1}},
-    }  # fmt: skip
-    torch.save(state, path)
-    return str(path)
-
-
-def load(path, **overrides):
-    """The model of a checkpoint, as fairseq's commands and users in Python load it."""
-    return checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)[0][0].eval()

@@ -8,7 +8,7 @@ import torch
 
 from longmem_fairseq.models.backbone import BackboneError
 from tests.fairseq_runs import make_dictionary, run
-from tests.models.conftest import load, save
+from tests.models.checkpoints import load, save
 from tests.models.tiny import batches, documents, randomize, read
 
 T = 7

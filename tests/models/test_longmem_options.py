@@ -186,6 +186,12 @@ def test_without_a_backbone(train):
         train("none.pt")
 
 
+def test_another_task_is_refused(train, write_backbone):
+    """As the released script names: with it, nobody would know whose past is remembered."""
+    with pytest.raises(ValueError, match="this task does not know: name --task longmem_language_modeling"):
+        train(write_backbone(), task="language_modeling")
+
+
 def test_segments_may_be_of_any_length_without_learned_positions(train, write_backbone):
     path = write_backbone(model="alibi_lm")
     train(path, "--tokens-per-sample", 50 * POSITIONS, "--memory-size", 100 * POSITIONS)

@@ -1,0 +1,25 @@
+"""Checkpoints of models that were built in this process, saved and loaded as fairseq's commands do."""
+
+import torch
+from fairseq import checkpoint_utils
+from omegaconf import OmegaConf
+
+
+def save(built, path, **changes):
+    """Write the checkpoint that fairseq's trainer would write of a built model; changes of ``cfg.model``."""
+    cfg = OmegaConf.to_container(built.cfg, resolve=True, enum_to_str=True)
+    cfg["model"].update(changes)
+    state = {
+        "args": None, "cfg": cfg, "model": built.model.state_dict(), "criterion": None,
+        "optimizer_history": [
+            {"optimizer_name": "FairseqAdam", "lr_scheduler_state": {"best": None}, "num_updates": 1}
+        ],
+        "task_state": built.task.state_dict(), "extra_state": {"train_iterator": {"epoch": 1}},
+    }  # fmt: skip
+    torch.save(state, path)
+    return str(path)
+
+
+def load(path, **overrides):
+    """The model of a checkpoint, as fairseq's commands and users in Python load it."""
+    return checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)[0][0].eval()
