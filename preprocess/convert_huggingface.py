@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from preprocess.checkpoint_file import write_checkpoint, write_whole
 from preprocess.errors import InputError
 from preprocess.huggingface_models import (
     SPECIALS,
@@ -89,16 +89,22 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
     convert = convert_opt if config["model_type"] == "opt" else convert_gpt2
     weights = convert(_read_weights(source), settings, rows, vocabulary)
     destination.mkdir(parents=True, exist_ok=True)
-    _write(destination / DICTIONARY, lambda path: path.write_text("".join(f"{symbol} 1\n" for symbol in symbols)))
+    write_whole(destination / DICTIONARY, lambda path: path.write_text("".join(f"{symbol} 1\n" for symbol in symbols)))
     if tokenizer is None:
         logger.warning("%s holds no tokenizer (vocab.json and merges.txt, or tokenizer.json): text needs one", source)
     else:
-        _write(destination / ENCODER, lambda path: path.write_text(json.dumps(tokenizer[0])))
+        write_whole(destination / ENCODER, lambda path: path.write_text(json.dumps(tokenizer[0])))
         lines = "".join(f"{first} {second}\n" for first, second in tokenizer[1])
-        _write(destination / MERGES, lambda path: path.write_text("#version: 0.2\n" + lines, encoding="utf-8"))
-    checkpoint = _checkpoint(settings, weights, [*SPECIALS, *symbols])
-    _write(destination / CHECKPOINT, lambda path: torch.save(checkpoint, path))
-    logger.info("wrote %s", destination / CHECKPOINT)
+        write_whole(destination / MERGES, lambda path: path.write_text("#version: 0.2\n" + lines, encoding="utf-8"))
+    logger.info("writing %s", destination / CHECKPOINT)
+    symbols = [*SPECIALS, *symbols]
+    write_checkpoint(
+        destination / CHECKPOINT,
+        _complete(settings),
+        {"_name": "language_modeling", "data": None, "tokens_per_sample": settings["tokens_per_sample"]},
+        weights,
+        {"dictionary_sha256": manifest.dictionary_fingerprint(symbols), "dictionary_size": len(symbols)},
+    )
 
 
 def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None = None) -> None:
@@ -139,10 +145,10 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
     config, exported = export_gpt2(weights, settings, rows)
     destination.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
-        _write(destination / "vocab.json", lambda path: shutil.copyfile(checkpoint.parent / ENCODER, path))
-        _write(destination / "merges.txt", lambda path: shutil.copyfile(checkpoint.parent / MERGES, path))
-    _write(destination / "config.json", lambda path: path.write_text(json.dumps({**config, **special}, indent=2)))
-    _write(destination / "model.safetensors", lambda path: save_file(exported, path, metadata={"format": "pt"}))
+        write_whole(destination / "vocab.json", lambda path: shutil.copyfile(checkpoint.parent / ENCODER, path))
+        write_whole(destination / "merges.txt", lambda path: shutil.copyfile(checkpoint.parent / MERGES, path))
+    write_whole(destination / "config.json", lambda path: path.write_text(json.dumps({**config, **special}, indent=2)))
+    write_whole(destination / "model.safetensors", lambda path: save_file(exported, path, metadata={"format": "pt"}))
     logger.info("wrote %s", destination / "model.safetensors")
 
 
@@ -176,27 +182,14 @@ def _same_row(table: Tensor, rows: Sequence[int], special: int) -> int | None:
     return int(same[-1]) if len(same) else None
 
 
-def _checkpoint(settings: dict, weights: dict[str, Tensor], symbols: list[str]) -> dict[str, Any]:
-    """What fairseq-train would have written."""
+def _complete(settings: dict) -> dict[str, Any]:
+    """All settings of a ``transformer_lm``, as fairseq-train would have written them."""
     from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 
     defaults = OmegaConf.structured(TransformerLanguageModelConfig())
     model = {name: None if OmegaConf.is_interpolation(defaults, name) else defaults[name] for name in defaults}
     model = {name: getattr(value, "value", value) for name, value in model.items()}  # enumerations
-    model.update({"_name": "transformer_lm", "add_bos_token": False, "tpu": False, **settings})
-    task = {"_name": "language_modeling", "data": None, "tokens_per_sample": settings["tokens_per_sample"]}
-    return {
-        "args": None,
-        "cfg": {"_name": None, "model": model, "task": task},
-        "model": weights,
-        "criterion": None,
-        "optimizer_history": [
-            {"criterion_name": "CrossEntropyCriterion", "optimizer_name": "none", "lr_scheduler_state": {},
-             "num_updates": 0}
-        ],
-        "task_state": {"dictionary_sha256": manifest.dictionary_fingerprint(symbols), "dictionary_size": len(symbols)},
-        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}, "val_loss": None},
-    }  # fmt: skip
+    return {**model, "_name": "transformer_lm", "add_bos_token": False, "tpu": False, **settings}
 
 
 def _read_weights(source: Path) -> dict[str, Tensor]:
@@ -260,16 +253,6 @@ def _read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"{path} is no JSON object")
     return content
-
-
-def _write(path: Path, write) -> None:
-    """Let ``write`` fill a file under a temporary name, and put it in place when it is whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,16 +17,19 @@ Such a model computes what the released code does, with one memory for all rows 
 
 import argparse
 import json
-from typing import Any, Optional
+import os
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import register_model_architecture
 from fairseq.utils import safe_getattr
+from torch import Tensor
 
 from . import released_checkpoint
-from .backbone import backbone_config, backbone_fingerprint
+from .backbone import backbone_config, backbone_fingerprint, read_backbone
 from .longmem_lm import LongMemConfig, LongMemModel, longmem_gpt2_medium
+from .released_directory import read_directory
 from .safe_load import ALLOWED
 
 # fairseq reads the files of --path itself; settings of released backbones lie there in a Namespace.
@@ -46,7 +49,7 @@ def load_released(
     """Load a released side network with its backbone, to be called segment by segment.
 
     Args:
-        side_network_path: checkpoint of the side network.
+        side_network_path: checkpoint of the side network, or the directory it was converted to.
         backbone_path: checkpoint of the backbone; by default the copy inside the side network's file is taken. Where
             there are both, they must be the same.
         dictionary: of the tokens; by default one of the right size with fairseq's special symbols.
@@ -68,20 +71,16 @@ def load_released(
     unknown = sorted(set(overrides) - _settings())
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no such setting; there are {', '.join(sorted(_settings()))}")
-    theirs, weights = released_checkpoint.read_checkpoint(side_network_path)
-    if not released_checkpoint.is_released_side_network(weights):
-        raise ValueError(f"{side_network_path} holds no side network of the released LongMem")
-    cfg = argparse.Namespace(**{**released_checkpoint.side_network_settings(theirs), **_AS_RELEASED, **overrides})
-    copied = released_checkpoint.own_backbone(theirs, weights)
+    settings, backbone, weights = _read(side_network_path)
+    cfg = argparse.Namespace(**{**settings, **_AS_RELEASED, **overrides})
     if backbone_path is not None:
         cfg.pretrained_model_path = backbone_path
-        symbols = released_checkpoint.vocabulary(released_checkpoint.read_checkpoint(backbone_path)[1])
-    elif copied is None:
+        backbone = read_backbone(backbone_path)[0]
+    elif backbone is None:
         raise ValueError(f"{side_network_path} does not hold its backbone: name the backbone's file with backbone_path")
     else:
-        symbols = released_checkpoint.vocabulary(weights)
-        cfg.save_backbone, cfg.backbone_config = True, json.dumps(backbone_config(copied[0], symbols))
-    dictionary = dictionary or _dictionary(symbols)
+        cfg.save_backbone, cfg.backbone_config = True, json.dumps(backbone)
+    dictionary = dictionary or _dictionary(backbone["vocabulary"])
     model = LongMemModel.build_model(
         cfg, argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
     )
@@ -97,6 +96,19 @@ def load_released(
     if exact:
         model.decoder.write_out_attention()
     return model.eval()
+
+
+def _read(path: str) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]], Dict[str, Tensor]]:
+    """Settings of a side network, description of its backbone (None if it is not there), and weights."""
+    if os.path.isdir(path):
+        return read_directory(path)
+    theirs, weights = released_checkpoint.read_checkpoint(path)
+    if not released_checkpoint.is_released_side_network(weights):
+        raise ValueError(f"{path} holds no side network of the released LongMem")
+    copied = released_checkpoint.own_backbone(theirs, weights)
+    if copied is not None:
+        copied = backbone_config(copied[0], copied[1]["decoder.embed_tokens.weight"].size(0))
+    return released_checkpoint.side_network_settings(theirs), copied, weights
 
 
 def _settings() -> set:

@@ -62,14 +62,6 @@ def own_backbone(cfg: Any, weights: Dict[str, Tensor]) -> Optional[Tuple[Namespa
     return Namespace(_name="parallel_lm", **sizes), weights
 
 
-def vocabulary(weights: Dict[str, Tensor]) -> int:
-    """Symbols that a released model knows, by the embedding in its backbone's or side network's weights."""
-    for key, value in weights.items():
-        if key.endswith("decoder.model.transformer.wte.weight"):
-            return value.size(0)
-    raise ValueError("the checkpoint holds no backbone of the released LongMem")
-
-
 def backbone_settings(cfg: Any) -> Dict[str, Any]:
     """Settings of a released backbone as ``parallel_lm`` has them; empty where ``cfg`` is not of one.
 
