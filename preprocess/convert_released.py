@@ -3,9 +3,9 @@
     python preprocess/convert_released.py sidenet.pt longmem-558m/ [--backbone newgpt.pt]
     python preprocess/convert_released.py longmem-558m/ longmem.pt
 
-The first line writes ``config.json``, ``side_network.safetensors`` and ``backbone.safetensors``: no code, no optimizer,
-none of its authors' paths. In Python, ``load_released("longmem-558m/")`` reads them. The second line writes a checkpoint
-that holds the backbone too: for --path, and for --pretrained-model-path, which takes the backbone out of it.
+The first writes ``config.json``, ``side_network.safetensors`` and ``backbone.safetensors``: no code, no optimizer, none
+of its authors' paths. In Python, ``load_released("longmem-558m/")`` reads them. The second writes a checkpoint that
+holds the backbone too: for --path, and for --pretrained-model-path, which takes the backbone out of it.
 
     fairseq-eval-lm data --user-dir longmem_fairseq --task longmem_language_modeling --path longmem.pt
     fairseq-train data ... --arch longmem_released --pretrained-model-path longmem.pt --finetune-from-model longmem.pt
