@@ -23,8 +23,10 @@ import longmem_fairseq  # noqa: F401  (registers task and model)
 from .memory.library import Library
 from .memory.snapshot import load_memory, save_memory
 from .tasks.generation import LongMemGenerator, backbone_identity, new_library
+from .tasks.options import LongMemLanguageModelingConfig
 from .tasks.prompts import decode_text, encode_text
 
+TASK = "longmem_language_modeling"
 CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt", "model.pt")
 
 
@@ -86,8 +88,10 @@ class LongMem:
         if unknown:
             raise ValueError(f"{checkpoint} has no setting {unknown[0]}: leave it out")
         data = _find_data(data, checkpoint, cfg["task"].get("data"))
-        # Each setting goes wherever the configuration has it, as with --model-overrides.
         with open_dict(cfg):
+            if cfg["task"]["_name"] != TASK:  # as in a checkpoint of the released LongMem
+                cfg["task"] = _own_task(cfg["task"])
+            # Each setting goes wherever the configuration has it, as with --model-overrides.
             overwrite_args_by_name(cfg, {"data": data, **settings})
         models, _, task = checkpoint_utils.load_model_ensemble_and_task([checkpoint], state=state)
         if not hasattr(models[0], "memorize"):
@@ -240,6 +244,13 @@ class LongMem:
         # Decoded by itself, an answer would lose the space that it begins with.
         before, whole = self._decode(prompt), self._decode(torch.cat([prompt, answer]))
         return whole[len(before) :] if whole.startswith(before) else self._decode(answer)
+
+
+def _own_task(settings):
+    """The settings of another language modelling task as those of ours."""
+    ours = OmegaConf.to_container(OmegaConf.structured(LongMemLanguageModelingConfig()), enum_to_str=True)
+    shared = {name: value for name, value in settings.items() if name in ours and name != "data_no_shuffle"}
+    return {**ours, **shared, "_name": TASK}
 
 
 def _find_checkpoint(path: str) -> str:

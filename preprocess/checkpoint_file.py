@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 
@@ -28,13 +29,18 @@ def write_checkpoint(
 
     Args:
         path: of the file.
-        model, task: their settings, plain data; ``_name`` says which.
+        model, task: their settings, plain data; ``_name`` says which. What the task leaves open gets its default.
         weights: the model's state dict.
         task_state: what the task keeps, such as the dictionary's fingerprint.
     """
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.tasks import TASK_DATACLASS_REGISTRY
+
+    cfg = _plain(FairseqConfig())  # the task's settings refer to other sections
+    cfg.update(model=model, task={**_plain(TASK_DATACLASS_REGISTRY[task["_name"]]()), **task})
     state = {
         "args": None,
-        "cfg": {"_name": None, "model": model, "task": task},
+        "cfg": cfg,
         "model": weights,
         "criterion": None,
         # What fairseq expects to find in any checkpoint.
@@ -45,3 +51,8 @@ def write_checkpoint(
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}, "val_loss": None},
     }
     write_whole(path, lambda part: torch.save(state, part))
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as a dictionary."""
+    return OmegaConf.to_container(OmegaConf.structured(settings), resolve=False, enum_to_str=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from longmem_fairseq.hub import LongMem
 from longmem_fairseq.models.released import load_released
 from preprocess.convert_released import main as convert
 from tests.fairseq_runs import TASK, make_dictionary, run, weights, write_split
@@ -178,6 +179,16 @@ def test_plain_files(released, tmp_path):
     (tmp_path / "config.json").write_text('{"format": "other"}')
     with pytest.raises(ValueError, match='config.json is not of this format: it must say "format": "longmem"'):
         load_released(tmp_path)
+
+
+def test_from_python_with_text(released):
+    """The hub takes released files too."""
+    one, other = (
+        LongMem.from_pretrained(str(path), data=str(released.data)) for path in (released.side, released.converted)
+    )
+    for model in (one, other):
+        model.memorize(" ".join(f"w{i % 36}" for i in range(60)), name="text")
+    assert one.score("w1 w2 w3").perplexity == pytest.approx(other.score("w1 w2 w3").perplexity)
 
 
 def test_refusals_of_the_converter(released, tmp_path):
