@@ -11,6 +11,8 @@ from typing import Dict, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
+from fairseq.dataclass.configs import FairseqConfig
+from omegaconf import OmegaConf
 
 SIDE, COPY = "decoder.layers.", "decoder.pretrained_model."
 
@@ -93,9 +95,11 @@ def backbone_settings(shape: Shape) -> Namespace:
 
 def save(path: Path, weights: dict, settings) -> Path:
     """Write a checkpoint in the released files' format."""
+    cfg = OmegaConf.to_container(OmegaConf.structured(FairseqConfig()), enum_to_str=True)
+    cfg.update(model=settings, task={"_name": "language_modeling", "data": "/home/author/data"})
     state = {
         "args": None,
-        "cfg": {"_name": None, "model": settings, "task": {"_name": "language_modeling", "data": "/home/author/data"}},
+        "cfg": cfg,
         "model": weights,
         "criterion": None,
         "optimizer_history": [
