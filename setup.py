@@ -21,8 +21,9 @@ FAIRSEQ = "fairseq-fixed==0.12.3.1"
 FAISS_CPU = "faiss-cpu==1.15.1"
 FAISS_GPU = "faiss-gpu==1.15.1"
 
-# What preprocess/ and examples/ need beside the package: plots, and .zst documents.
-EXAMPLES = ["matplotlib>=3.5", "zstandard>=0.18"]
+# What preprocess/ and examples/ need beside the package: GPT-2's BPE, .zst documents, and plots.
+PREPROCESS = ["regex>=2022.1.18", "tokenizers>=0.15", "zstandard>=0.18"]
+EXAMPLES = PREPROCESS + ["matplotlib>=3.5"]
 
 setup(
     name="longmem_fairseq",
@@ -43,8 +44,9 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        "cpu": [TORCH, FAIRSEQ, FAISS_CPU],
-        "gpu": [TORCH, FAIRSEQ, FAISS_GPU],
+        "cpu": [TORCH, FAIRSEQ, FAISS_CPU] + PREPROCESS,
+        "gpu": [TORCH, FAIRSEQ, FAISS_GPU] + PREPROCESS,
+        "preprocess": PREPROCESS,
         "examples": EXAMPLES,
         "convert": ["transformers>=4.30", "safetensors>=0.4"],
         "dev": EXAMPLES
@@ -53,7 +55,6 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "ruff==0.17.6",  # another release has other rules
-            "tokenizers>=0.15",
         ],
     },
 )

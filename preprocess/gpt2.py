@@ -39,7 +39,8 @@ class GPT2Tokenizer(Tokenizer):
     kind = "gpt2"
 
     def __init__(self, encoder_json: Path, vocab_bpe: Path, symbols: Sequence[str] | None = None):
-        regex, tokenizers = (need(module, "--tokenizer gpt2") for module in ("regex", "tokenizers"))
+        regex = need("regex", "--tokenizer gpt2")
+        tokenizers = need("tokenizers", "--tokenizer gpt2")
         models, pre_tokenizers, decoders = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders
         vocabulary, merges = _read_files(encoder_json, vocab_bpe)
         try:

@@ -74,6 +74,17 @@ def test_leaves_an_existing_fairseq_environment_alone(site):
         assert not any(f"faiss-{other}" in line for line in extras[extra]), "both install the module faiss"
 
 
+@pytest.mark.parametrize("extra", ["cpu", "gpu", "preprocess", "examples", "dev"])
+def test_extras_hold_what_preprocessing_asks_for(site, extra):
+    scripts = [path for path in repository_files() if path.parts[0] == "preprocess" and path.suffix == ".py"]
+    text = "".join((ROOT / path).read_text() for path in scripts)
+    asked = set(re.findall(r'\bneed\("(\w+)"', text))
+    assert {"regex", "tokenizers", "zstandard"} <= asked
+    requirements = next(importlib.metadata.distributions(path=[str(site)])).requires
+    held = {re.match(r"[\w-]+", line)[0] for line in requirements if re.search(rf"extra == .{extra}.", line)}
+    assert asked <= held
+
+
 def make(*arguments: str) -> "subprocess.CompletedProcess[str]":
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -113,6 +114,13 @@ def test_bad_files_are_named(gpt2_files, tmp_path):
     (tmp_path / "dict.txt").write_text("0 1\n")
     with pytest.raises(InputError, match="are not in the dictionary of 1 symbols"):
         load_tokenizer("gpt2", *gpt2_files, tmp_path / "dict.txt")
+
+
+@pytest.mark.parametrize("package", ["regex", "tokenizers"])
+def test_missing_package_is_named(gpt2_files, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=f"--tokenizer gpt2 needs the Python package {package}: pip install {package}"):
+        load_tokenizer("gpt2", *gpt2_files)
 
 
 def test_loads_again_from_a_data_directory(gpt2_files, tmp_path):
