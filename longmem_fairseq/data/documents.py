@@ -77,10 +77,12 @@ class DocumentDataset(FairseqDataset):
             ValueError: the notes are damaged or of other data.
         """
         names = []
+        common = os.path.commonpath([os.path.dirname(os.path.abspath(file.prefix)) for file in self.files])
         for file in self.files:
             notes = file.prefix + ".documents.jsonl"
             if not os.path.isfile(notes):
-                names += [f"{os.path.basename(file.prefix)}:{item}" for item in range(len(file))]
+                place = os.path.relpath(os.path.abspath(file.prefix), common)
+                names += [f"{place}:{item}" for item in range(len(file))]
                 continue
             try:
                 with open(notes, encoding="utf-8") as f:

@@ -8,16 +8,16 @@ from typing import Any, Dict, Optional
 
 import torch
 from fairseq import utils
-from fairseq.data import Dictionary
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import OmegaConf
 
-from ..data.documents import DocumentDataset, find_split
+from ..data.directories import has_split, open_split
+from ..data.documents import DocumentDataset
 from ..data.lane_dataset import LaneDataset
 from ..data.lane_iterator import LaneIterator
-from ..data.manifest import dictionary_fingerprint, verify
+from ..data.manifest import dictionary_fingerprint
 from .catch_up import catch_up
 from .checkpoints import check_dictionary, check_space, prepare_restore, read_checkpoint
 from .evaluation import Evaluation
@@ -61,6 +61,9 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             for path in filter(os.path.isfile, utils.split_paths(args.path)):
                 read_checkpoint(path)
         elif not kwargs.get("from_checkpoint"):  # training
+            paths = utils.split_paths(args.data)
+            if len(paths) > 1:  # what an epoch days from now will read is looked at today
+                open_split(paths, args.train_subset, task.dictionary, combine=True)
             prepare_restore(args.restore_file, args.save_dir, args.finetune_from_model, task.dictionary)
         return task
 
@@ -109,19 +112,23 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         return self._model is None or hasattr(self._model, "memorize")
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> DocumentDataset:
-        """Open a split; of several data directories (``a:b:c``), each epoch reads the next."""
+        """Open a split of the data directories.
+
+        Of several (``a:b:c``) each epoch of training reads the next, validation the first, and commands that evaluate
+        or generate read all that have the split.
+        """
         paths = utils.split_paths(self.args.data)
-        path = paths[(epoch - 1) % len(paths)]
-        own = os.path.join(path, "dict.txt")
-        if path != paths[0] and os.path.isfile(own):
-            if Dictionary.load(own).symbols != self.dictionary.symbols:
-                raise ValueError(
-                    f"{own} differs from the dictionary of {paths[0]}: all data directories must share one"
-                )
-        prefixes = find_split(path, split, combine)
-        for prefix in prefixes:
-            verify(path, os.path.basename(prefix))
-        dataset = DocumentDataset(prefixes, self.dictionary, split)
+        having = [path for path in paths if has_split(path, split)]
+        if self.args.path is not None:
+            paths = having or paths[:1]
+        else:
+            if split != self.args.train_subset and len(having) > 1:
+                logger.warning(
+                    "%s is read from %s alone, as fairseq does it; there is also one in %s",
+                    split, paths[0], ", ".join(path for path in having if path != paths[0]),
+                )  # fmt: skip
+            paths = [paths[(epoch - 1) % len(paths)]]
+        dataset = DocumentDataset(open_split(paths, split, self.dictionary, combine), self.dictionary, split)
         mean = dataset.tokens / len(dataset)
         logger.info(
             "%s: %s documents, %s tokens (%.0f on average)", split, f"{len(dataset):,}", f"{dataset.tokens:,}", mean

@@ -16,8 +16,10 @@ from longmem_fairseq.data.manifest import (
     verify_shards,
     write_manifest,
 )
+from longmem_fairseq.tasks.longmem_language_modeling import LongMemLanguageModelingTask
 from preprocess.binarize_documents import main
 from preprocess.tokenization import load_tokenizer
+from tests.tasks.test_options import config
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +131,20 @@ def test_a_manifest_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write_manifest(tmp_path / MANIFEST, {**contents, "splits": object()})
     assert read_manifest(tmp_path)["splits"] == {}
+
+
+def test_training_on_shards_looks_at_all_of_them_first(data, pristine):
+    """Not when their epoch comes, which may be days later."""
+    shards = f"{pristine / 'one'}:{data}"
+    task = LongMemLanguageModelingTask.setup_task(config(data=shards))
+    assert [len(task.load_dataset("train", epoch=epoch)) for epoch in (1, 2)] == [1, 2]
+    content = (data / "train.bin").read_bytes()
+    (data / "train.bin").write_bytes(content[:-2])
+    with pytest.raises(ManifestError, match="two/train.bin has .* bytes, its manifest says"):
+        LongMemLanguageModelingTask.setup_task(config(data=shards))
+    (data / "train.bin").write_bytes(content)
+    manifest = json.loads((data / MANIFEST).read_text())
+    manifest["tokenizer"]["fingerprint"] = "0" * 64
+    write_manifest(data / MANIFEST, manifest)
+    with pytest.raises(ManifestError, match="two was made with another tokenizer than .*one"):
+        LongMemLanguageModelingTask.setup_task(config(data=shards))

@@ -68,8 +68,35 @@ def test_directories_read_in_turn_share_a_dictionary(data, tmp_path):
     assert [len(task.load_dataset("train", epoch=epoch)) for epoch in (1, 2, 3)] == [3, 1, 3]
     assert task.has_sharded_data("train")
     make_dictionary(59).save(str(second / "dict.txt"))
-    with pytest.raises(ValueError, match="second/dict.txt differs from the dictionary of .*data"):
+    message = "second/dict.txt differs from the dictionary of the first data directory"
+    with pytest.raises(ValueError, match=message):
         task.load_dataset("train", epoch=2)
+    with pytest.raises(ValueError, match=message):  # training does not begin, though it would read the first for long
+        make_task(f"{data}:{second}")
+
+
+def test_directories_that_later_epochs_read_are_looked_at_first(data, tmp_path):
+    second = write_data(tmp_path / "second", valid=random_documents([9]))
+    with pytest.raises(FileNotFoundError, match=r"no data for the split 'train'.*second: valid\)"):
+        make_task(f"{data}:{second}")
+    make_task(f"{data}:{second}", path="checkpoint.pt")
+
+
+def test_evaluation_reads_all_directories(data, tmp_path, caplog):
+    """Training validates on the first, as fairseq does, and says so where others have the split too."""
+    second = write_data(tmp_path / "second", train=random_documents([9]), valid=random_documents([5]))
+    third = write_data(tmp_path / "third", train=random_documents([2]), valid=random_documents([6, 7], seed=1))
+    task = make_task(f"{data}:{second}:{third}", path="checkpoint.pt")
+    dataset = task.load_dataset("valid")
+    assert dataset.sizes.tolist() == [5, 6, 7]
+    assert dataset.names() == ["second/valid:0", "third/valid:0", "third/valid:1"]
+    assert task.load_dataset("train").tokens == sum(LENGTHS) + 11
+    training = make_task(f"{second}:{third}:{data}")
+    with caplog.at_level(logging.WARNING):
+        assert training.load_dataset("valid").sizes.tolist() == [5]
+        training.load_dataset("train")
+    (warning,) = [record.getMessage() for record in caplog.records if "as fairseq does" in record.getMessage()]
+    assert warning == f"valid is read from {second} alone, as fairseq does it; there is also one in {third}"
 
 
 def test_numbered_files_are_read_together(data):
