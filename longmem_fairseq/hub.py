@@ -22,9 +22,10 @@ import longmem_fairseq  # noqa: F401  (registers task and model)
 
 from .memory.library import Library
 from .memory.snapshot import load_memory, save_memory
+from .models.trace import Trace, trace_reads
 from .tasks.generation import LongMemGenerator, backbone_identity, new_library
 from .tasks.options import LongMemLanguageModelingConfig
-from .tasks.prompts import decode_text, encode_text
+from .tasks.prompts import decode_text, encode_text, token_texts
 
 TASK = "longmem_language_modeling"
 CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt", "model.pt")
@@ -118,7 +119,7 @@ class LongMem:
         if name is None:
             name = next(f"text {i}" for i in range(1, len(self.documents) + 2) if f"text {i}" not in self.documents)
         self._library()
-        self._generator().memorize(name, self._encode(text))
+        self._generator().memorize(name, self.encode(text))
 
     def forget(self, name: Optional[str] = None) -> None:
         """Forget a text by its name; without one, everything.
@@ -178,7 +179,7 @@ class LongMem:
             sampling_topp=top_p, temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size,
             lenpen=length_penalty,
         )  # fmt: skip
-        texts = [self._encode(text) if text else torch.zeros(0, dtype=torch.int64) for text in prompt]
+        texts = [self.encode(text) if text else torch.zeros(0, dtype=torch.int64) for text in prompt]
         dataset = self.task.build_dataset_for_inference(texts, [len(text) for text in texts])
         sample = dataset.collater([dataset[i] for i in range(len(dataset))])
         sample["net_input"] = {key: x.to(self.model.decoder.device) for key, x in sample["net_input"].items()}
@@ -193,7 +194,7 @@ class LongMem:
             ValueError: the text is empty.
         """
         decoder, size = self.model.decoder, self.task.args.tokens_per_sample
-        tokens = self._encode(text).to(decoder.device)
+        tokens = self.encode(text).to(decoder.device)
         inputs = torch.cat([tokens.new_tensor([self.task.dictionary.eos()]), tokens[:-1]])
         base = self.library and self.library.bank
         branches = decoder.memory_branches(1, base) if decoder.remembers else None
@@ -206,6 +207,20 @@ class LongMem:
             if branches is not None:
                 branches.write([0], piece, encoded.keys, encoded.values)
         return Score(tokens.cpu(), torch.cat(parts).cpu())
+
+    def trace(self, text: str, begin: int = 0, tokens: Optional[int] = None, reads: int = 8) -> Trace:
+        """See what the memory gave to a text, token by token; the text is read as :meth:`score` reads it.
+
+        Args:
+            text: of any length.
+            begin, tokens: which of its tokens are looked at, by default all.
+            reads: how many are kept of each token, those that weigh most.
+
+        Raises:
+            ValueError: the text is empty or has no such part, or the memory is off.
+        """
+        size, library = self.task.args.tokens_per_sample, self._library()
+        return trace_reads(self.model.decoder, self.encode(text), size, library, begin, tokens, reads)
 
     def save_memory(self, path: str, dtype: str = "float16") -> None:
         """Write what was memorised to a file, in ``float16``, ``bfloat16`` or ``float32``.
@@ -224,6 +239,22 @@ class LongMem:
         """
         load_memory(path, self._library(), *backbone_identity(self.model.decoder))
 
+    def encode(self, text: str) -> Tensor:
+        """The tokens of a text, shape (length,), int64, without an end-of-sentence.
+
+        Raises:
+            ValueError: the text is empty.
+        """
+        return encode_text(text, self.task.dictionary, self.bpe, self.tokenizer)
+
+    def decode(self, tokens: Tensor) -> str:
+        """The text of tokens, shape (length,)."""
+        return decode_text(tokens, self.task.dictionary, self.bpe, self.tokenizer)
+
+    def token_texts(self, tokens: Tensor) -> List[str]:
+        """What each token, shape (length,), adds to the text."""
+        return token_texts(tokens, self.task.dictionary, self.bpe)
+
     def _library(self) -> Library:
         if self.library is None:
             raise ValueError("the model's memory is off: load it with use_external_memory=True and memory_size above 0")
@@ -234,16 +265,11 @@ class LongMem:
             [self.model], SimpleNamespace(**options), extra_gen_cls_kwargs={"libraries": [self.library]}
         )
 
-    def _encode(self, text: str) -> Tensor:
-        return encode_text(text, self.task.dictionary, self.bpe, self.tokenizer)
-
-    def _decode(self, tokens: Tensor) -> str:
-        return decode_text(tokens, self.task.dictionary, self.bpe, self.tokenizer)
 
     def _continuation(self, prompt: Tensor, answer: Tensor) -> str:
         # Decoded by itself, an answer would lose the space that it begins with.
-        before, whole = self._decode(prompt), self._decode(torch.cat([prompt, answer]))
-        return whole[len(before) :] if whole.startswith(before) else self._decode(answer)
+        before, whole = self.decode(prompt), self.decode(torch.cat([prompt, answer]))
+        return whole[len(before) :] if whole.startswith(before) else self.decode(answer)
 
 
 def _own_task(settings):

@@ -58,9 +58,9 @@ def test_a_score_is_that_of_evaluation(model, tiny_data, tiny_longmem, tmp_path)
     )
     total = 0.0
     for document in random_documents(VALID_LENGTHS, seed=1):
-        model._encode = lambda text, tokens=document: torch.from_numpy(tokens).long()  # with its end-of-sentence
+        model.encode = lambda text, tokens=document: torch.from_numpy(tokens).long()  # with its end-of-sentence
         total -= float(model.score("").log_probabilities.sum()) / math.log(2)
-    del model._encode
+    del model.encode
     (loss,) = re.findall(r"Loss \(base 2\): ([\d.]+)", output)
     assert total / sum(VALID_LENGTHS) == pytest.approx(float(loss), abs=1e-4)
 

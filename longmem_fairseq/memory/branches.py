@@ -29,6 +29,8 @@ class MemoryBranches:
 
     Attributes:
         banks: the bank of each row; None where it has nothing to read yet.
+        watch: called with (rows, bank, queries (1, H, R * T, d), slots (1, H, R * T, n), scaling) after each reading,
+            for those who want to see what is read; the queries of the rows stand end to end.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class MemoryBranches:
         self.new_bank, self.base = new_bank, base
         self.search, self.attention, self.chunks_per_query = search, attention, chunks_per_query
         self.banks: List[Optional[MemoryBank]] = [base] * rows
+        self.watch: Optional[Callable] = None
 
     def reorder(self, order: Sequence[int]) -> None:
         """Row i becomes what row ``order[i]`` was; rows may be left out or repeated."""
@@ -102,4 +105,6 @@ class BranchReader:
             found = self.branches.attention(own, bank.keys, bank.values, slots.new_zeros(1), slots, scaling)
             z[rows] = found.view(H, R, T, d).transpose(0, 1)
             present[rows] = True
+            if self.branches.watch is not None:
+                self.branches.watch(rows, bank, own.detach(), slots, scaling)
         return z, None if present.all() else present.to(q.device)

@@ -1,0 +1,198 @@
+"use strict";
+// What the model read for each token; see page.py for what the data holds.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const byId = (id) => document.getElementById(id);
+  const numbers = (name, kind) => {
+    const bytes = Uint8Array.from(atob(data[name]), (char) => char.charCodeAt(0));
+    return new kind(bytes.buffer);
+  };
+  const H = data.gates.length;
+  const S = data.reads;
+  const first = data.position + data.begin + 1; // place in the stream of the first token shown
+  const logp = numbers("logp", Float32Array);
+  const without = numbers("without", Float32Array);
+  const strongest = numbers("strongest", Uint16Array);
+  const byHead = numbers("byHead", Uint8Array);
+  const heads = numbers("heads", Int8Array);
+  const chunks = numbers("chunks", Uint32Array);
+  const scores = numbers("scores", Float32Array);
+  const masses = numbers("masses", Uint16Array);
+  const stored = numbers("text", Uint32Array);
+  const gain = logp.map((x, i) => x - without[i]);
+
+  // ---- texts: runs of the stream, of which only those are here that are shown
+  const offsets = [];
+  data.runs.reduce((sum, [, length]) => (offsets.push(sum), sum + length), 0);
+  function textAt(place) {
+    let low = 0;
+    let high = data.runs.length;
+    while (low < high) { // the first run that begins after the place
+      const middle = (low + high) >> 1;
+      if (data.runs[middle][0] <= place) low = middle + 1;
+      else high = middle;
+    }
+    const run = low - 1;
+    if (run < 0 || place >= data.runs[run][0] + data.runs[run][1]) return "";
+    return data.texts[stored[offsets[run] + place - data.runs[run][0]]];
+  }
+  const documentOf = (place) => data.documents.find(([, begin, end]) => begin <= place && place < end);
+  const visible = (text) => text.replace(/\n/g, "↵\n").replace(/\t/g, "→\t") || "·";
+
+  function element(tag, text, className) {
+    const made = document.createElement(tag);
+    if (text !== undefined) made.textContent = text;
+    if (className) made.className = className;
+    return made;
+  }
+  const figure = (x, digits) => x.toFixed(digits);
+  const whole = (x) => x.toLocaleString("en");
+
+  // ---- the text
+  const text = byId("text");
+  const spans = [];
+  const all = document.createDocumentFragment();
+  for (let i = 0; i < data.length; i++) {
+    const own = textAt(first + i);
+    const span = element("span", visible(own), own === "" ? "mark" : "");
+    span.number = i;
+    spans.push(span);
+    all.append(span);
+  }
+  text.append(all);
+
+  // ---- colours
+  const SCALES = { strongest: "gate × mass of the chunk read most, all heads", gain: "gain: log p with − without memory" };
+  const select = byId("colour");
+  for (const [value, label] of Object.entries(SCALES)) select.add(new Option(label, value));
+  data.gates.forEach((gate, h) => select.add(new Option(`gate × mass, head ${h} (gate ${figure(gate, 2)})`, String(h))));
+  function valuesOf(name) {
+    if (name === "gain") return gain;
+    if (name === "strongest") return Float32Array.from(strongest, (x) => x / 65535);
+    return Float32Array.from({ length: data.length }, (_, i) => byHead[i * H + Number(name)] / 255);
+  }
+  function paint() {
+    const name = select.value;
+    const values = valuesOf(name);
+    const sorted = Float32Array.from(values, Math.abs).sort();
+    const top = Math.max(sorted[Math.floor(0.995 * (sorted.length - 1))], 1e-6); // a few may be darker than the scale
+    for (let i = 0; i < spans.length; i++) {
+      const share = Math.min(1, Math.abs(values[i]) / top);
+      const rgb = name !== "gain" ? "232,89,12" : values[i] > 0 ? "24,140,60" : "150,60,180";
+      spans[i].style.backgroundColor = share < 0.02 ? "" : `rgba(${rgb},${figure(0.85 * share, 3)})`;
+    }
+    const legend = byId("legend");
+    legend.textContent = name === "gain" ? `−${figure(top, 2)}` : "0";
+    const bar = element("i");
+    const from = name === "gain" ? "rgba(150,60,180,.85),#fff,rgba(24,140,60,.85)" : "#fff,rgba(232,89,12,.85)";
+    bar.style.backgroundImage = `linear-gradient(90deg,${from})`;
+    legend.append(bar, name === "gain" ? `+${figure(top, 2)} nats` : figure(top, 2));
+  }
+
+  // ---- the panel: what one token read
+  const panel = byId("panel");
+  let outlined = [];
+  function outline(indices, className) {
+    for (const i of indices) {
+      if (i < 0 || i >= spans.length) continue;
+      spans[i].classList.add(className);
+      outlined.push([spans[i], className]);
+    }
+  }
+  function excerpt(place) {
+    const code = element("code");
+    const run = (from, to) => {
+      let found = "";
+      for (let p = from; p < to; p++) found += textAt(p);
+      return found;
+    };
+    const end = place + data.chunk;
+    const inside = documentOf(place);
+    // What lies before a document's start, or after its end, is not its text.
+    const low = Math.max(place - data.around, inside ? inside[1] : place < data.position ? 0 : data.position);
+    const high = inside ? Math.min(end + data.around, inside[2]) : end + data.around;
+    const starts = inside ? inside[1] === place : place === data.position;
+    code.append(run(low, place), element("mark", (starts ? "⟨start⟩" : "") + visible(run(place, end))), run(end, high));
+    return code;
+  }
+  function show(i) {
+    for (const [span, className] of outlined) span.classList.remove(className);
+    outlined = [];
+    outline([i], "chosen");
+    panel.replaceChildren();
+    panel.append(element("h2", `“${visible(textAt(first + i)).replace(/\n/g, "")}” — token ${whole(data.begin + i)}`));
+    const p = (x) => `${figure(100 * Math.exp(x), 2)} %`;
+    panel.append(element("p", `probability ${p(logp[i])}, without memory ${p(without[i])}; gain ${figure(gain[i], 2)} nats`));
+    const list = element("ol");
+    for (let r = 0; r < S; r++) {
+      const at = i * S + r;
+      const head = heads[at];
+      if (head < 0) continue;
+      const place = chunks[at];
+      const mass = masses[at] / 65535;
+      const share = data.gates[head] * mass;
+      const item = element("li");
+      const inside = documentOf(place);
+      item.append(
+        element("div", `${whole(first + i - place)} tokens back${inside ? `, in ${inside[0]}` : ""}`),
+        element("div", `head ${head} · gate × mass ${figure(share, 3)} (${figure(data.gates[head], 2)} × ${figure(mass, 3)}) · score ${figure(scores[at], 2)}`, "figures"),
+      );
+      const bar = element("span", undefined, "bar");
+      bar.style.width = `${figure(100 * share, 1)}%`;
+      item.append(bar, excerpt(place));
+      const own = Array.from({ length: data.chunk }, (_, c) => place + c - first);
+      if (own[0] >= 0 && own[0] < spans.length) {
+        outline(own, "read");
+        item.classList.add("here");
+        item.title = "go there";
+        item.addEventListener("click", () => spans[own[0]].scrollIntoView({ block: "center" }));
+      }
+      list.append(item);
+    }
+    if (!list.children.length) panel.append(element("p", "There was nothing in the memory to read yet."));
+    panel.append(list);
+  }
+
+  // ---- hover previews, a click keeps, Escape lets go
+  let kept = -1;
+  const target = (event) => (event.target.number === undefined ? -1 : event.target.number);
+  function keep(i, scroll) {
+    kept = i;
+    show(i);
+    if (scroll) spans[i].scrollIntoView({ block: "center" });
+  }
+  text.addEventListener("mouseover", (event) => { if (kept < 0 && target(event) >= 0) show(target(event)); });
+  text.addEventListener("click", (event) => { if (target(event) >= 0) keep(target(event), false); });
+  document.addEventListener("keydown", (event) => {
+    if (event.target === select) return;
+    if (event.key === "Escape") kept = -1;
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (step && kept >= 0 && kept + step >= 0 && kept + step < spans.length) {
+      keep(kept + step, false);
+      spans[kept].scrollIntoView({ block: "nearest" });
+      event.preventDefault();
+    }
+  });
+  const ranked = Array.from(gain.keys()).sort((a, b) => gain[b] - gain[a]);
+  let rank = -1;
+  function jump(step) {
+    rank = Math.min(Math.max(rank + step, 0), ranked.length - 1);
+    keep(ranked[rank], true);
+  }
+  byId("next").addEventListener("click", () => jump(1));
+  byId("previous").addEventListener("click", () => jump(-1));
+  select.addEventListener("change", paint);
+
+  // ---- the head
+  const s = data.settings;
+  const facts = byId("facts");
+  facts.append(
+    element("b", document.title), ` · tokens ${whole(data.begin)} to ${whole(data.begin + data.length - 1)} · perplexity `,
+    element("b", figure(s.perplexity, 2)), ", without memory ", element("b", figure(s.without, 2)),
+    ` · read ${whole(s.distance)} tokens back on average · window ${whole(s.window)}, memory ${whole(s.memory)}, ` +
+    `${whole(s.k)} tokens a query and head in chunks of ${data.chunk}, layer ${s.layer}, ${H} heads`,
+  );
+  panel.append(element("p", "Point at a token to see what was read when it was to be predicted; click to keep it, arrows to go on."),
+    element("p", "A head gives (1 − gate) × window + gate × memory, and its masses over all chunks it reads sum to 1: so gate × mass is the share of what a head says that is from one chunk. Dark tokens read one place sharply; pale ones read many a little."));
+  paint();
+})();

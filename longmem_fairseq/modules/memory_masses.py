@@ -1,0 +1,54 @@
+"""What memory attention gives to each chunk it reads: for looking into the model, not for running it.
+
+Legend: B rows of a batch, H heads, T tokens of a segment, d width of a head, L lanes of the bank, N slots of a lane, C
+tokens of a chunk, n chunks read per query and head.
+"""
+
+import torch
+from torch import Tensor
+
+from .joint_attention import _bag_products
+
+
+def chunk_scores(q: Tensor, means: Tensor, lanes: Tensor, slots: Tensor) -> Tensor:
+    """The inner products by which search ranked chunks, float32.
+
+    Args:
+        q: queries, shape (B, H, T, d), any floating dtype.
+        means: mean keys of the bank's chunks, shape (L, H, N, d), float32.
+        lanes: row of the bank for each row of the batch, shape (B,), int64.
+        slots: chunks that were found, shape (B, H, T, n), int64; -1 is none.
+
+    Returns:
+        Shape (B, H, T, n); zero where there is no chunk.
+    """
+    rows = _first_rows(means, lanes, slots)
+    products = _bag_products(q.float().reshape(-1, q.size(-1)), means.view(-1, means.size(-1)), rows.flatten(0, 2))
+    return products.view(slots.shape).masked_fill(slots < 0, 0.0)
+
+
+def chunk_masses(q: Tensor, keys: Tensor, lanes: Tensor, slots: Tensor, scaling: float) -> Tensor:
+    """How the attention of each query to the memory divides among the chunks that it reads, float32.
+
+    Args:
+        q, lanes, slots: as for :func:`chunk_scores`.
+        keys: of the bank, shape (L, H, N, C, d).
+        scaling: of the scores, 1 / sqrt(d).
+
+    Returns:
+        Shape (B, H, T, n): the softmax over all tokens read, summed over each chunk's. So a query's sum to 1, or to 0
+        where it reads nothing.
+    """
+    C, d = keys.shape[-2:]
+    tokens = torch.arange(C, device=slots.device)
+    rows = _first_rows(keys, lanes, slots)[..., None] * C + tokens  # (B, H, T, n, C)
+    products = _bag_products(q.reshape(-1, d), keys.view(-1, d), rows.flatten(3).flatten(0, 2)).view(rows.shape)
+    scores = (products * scaling).masked_fill((slots < 0)[..., None], float("-inf"))
+    return torch.nan_to_num(torch.softmax(scores.flatten(3), dim=-1)).view(rows.shape).sum(dim=-1)
+
+
+def _first_rows(table: Tensor, lanes: Tensor, slots: Tensor) -> Tensor:
+    """Where slots lie in a table (L, H, N, ...) whose first three dimensions are one, shape (B, H, T, n)."""
+    H, N = table.shape[1:3]
+    heads = torch.arange(H, device=slots.device)
+    return (lanes[:, None] * H + heads)[:, :, None, None] * N + slots.clamp(min=0)

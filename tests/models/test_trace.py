@@ -1,0 +1,121 @@
+"""What a trace says was read is what the model read."""
+
+import pytest
+import torch
+
+from longmem_fairseq.data.segments import Segments
+from longmem_fairseq.memory.library import Library
+from longmem_fairseq.models.trace import trace_reads
+from tests.models.tiny import VOCABULARY, documents, longmem, read
+
+T = 7  # tokens of a segment; the tiny memory holds 5 chunks of 3, of which a query reads 2
+EOS = torch.tensor([VOCABULARY.eos()])
+(TEXT,) = documents([6 * T + 3], seed=3)
+EARLIER = documents([9, 5], seed=4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    model = longmem(tmp_path_factory.mktemp("trace"), memory_size=60)
+    model.decoder.layers[0].self_attn.memory_gate.data = torch.tensor([0.5, -1.0, 2.0])
+    return model
+
+
+def library_of(model, *texts):
+    library = Library(model.decoder.new_bank())
+    for i, text in enumerate(texts):
+        library.memorize(f"document {i}", torch.cat([EOS, text]), model.decoder.backbone.remember, T)
+    return library
+
+
+def test_scores_are_those_of_the_forward_pass(model):
+    found = trace_reads(model.decoder, TEXT, T, library_of(model))
+    (logits,) = read(model, [torch.cat([EOS, TEXT[:-1]])], T)
+    expected = logits.log_softmax(-1).gather(1, TEXT[:, None])[:, 0]
+    torch.testing.assert_close(found.log_probabilities, expected, atol=1e-5, rtol=1e-5)
+    assert (found.log_probabilities - found.without_memory).abs()[T:].min() > 0
+    torch.testing.assert_close(found.log_probabilities[:T], found.without_memory[:T])
+    assert found.position == 0 and found.documents == []
+
+
+def test_reads_make_up_what_the_memory_gave(model):
+    """All reads of a query, weighted with their masses and with the values that lie at their places, give Z."""
+    found = trace_reads(model.decoder, TEXT, T, library_of(model), kept=6)  # 3 heads x 2 chunks: all
+    inputs = torch.cat([EOS, TEXT[:-1]])
+    keys, values = [], []
+    with torch.no_grad():
+        for piece in inputs.split(T):
+            encoded = model.decoder.backbone(piece[None])
+            keys.append(encoded.keys[0])
+            values.append(encoded.values[0])
+    keys, values = torch.cat(keys, dim=1), torch.cat(values, dim=1)  # (H, length, d)
+    queries, answers = [], []
+    for i, piece in enumerate(inputs.split(T)):
+        segments = Segments([0], [0], [i * T], [len(piece)], 1)
+        attention = model.decoder.layers[0].self_attn
+        hold = attention.reading
+
+        def reading(reader, hold=hold):
+            def watched(q, scaling):
+                z, present = reader(q, scaling)
+                queries.append(q[0] * scaling)
+                answers.append(z[0])
+                return z, present
+
+            return hold(watched)
+
+        attention.reading = reading
+        try:
+            with torch.no_grad():
+                model(piece[None], segments=segments)
+        finally:
+            del attention.reading
+    q, z = torch.cat(queries, dim=1), torch.cat(answers, dim=1)  # (H, length, d)
+    assert (found.heads[:T] == -1).all() and (found.heads[T:] >= 0).all()
+    for t in (T, 3 * T - 1, len(TEXT) - 1):
+        for head in range(3):
+            mine = found.heads[t] == head
+            places = (found.chunks[t, mine][:, None] + torch.arange(3)).flatten()
+            assert len(places) == 6 and places.max() < t // T * T
+            weights = (keys[head, places] @ q[head, t]).softmax(0)
+            torch.testing.assert_close(weights @ values[head, places], z[head, t], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(weights.view(2, 3).sum(1), found.masses[t, mine], atol=1e-5, rtol=1e-4)
+            share = found.masses[t, mine].max() * found.gates[head]
+            torch.testing.assert_close(found.by_head[t, head], share)
+    shares = found.masses * found.gates[found.heads.clamp(min=0)] * (found.heads >= 0)
+    assert (shares.diff(dim=1) <= 1e-6).all(), "the most read come first"
+    by_chunk = torch.zeros(len(TEXT), len(TEXT)).scatter_add(1, found.chunks.clamp(min=0), shares / 3).amax(1)
+    torch.testing.assert_close(found.strongest, by_chunk)
+
+
+def test_earlier_documents_are_read_and_named(model):
+    library = library_of(model, *EARLIER)
+    found = trace_reads(model.decoder, TEXT, T, library)
+    assert found.position == 16 and [document.name for document in found.documents] == ["document 0", "document 1"]
+    places = {found.where(int(place))[0] for place in found.chunks[found.heads >= 0]}
+    assert places == {"document 0", "document 1", None}
+    assert found.where(0) == ("document 0", -1) and found.where(15) == ("document 1", 4)
+    assert found.where(16) == (None, -1) and found.where(20) == (None, 3)
+    assert library.end == 16, "the library is only read"
+    assert (found.heads[0] >= 0).any(), "the first segment reads them already"
+
+
+@pytest.mark.parametrize("begin, length", [(0, 5), (3, 9), (T, T), (2 * T - 1, 2), (30, None), (44, 10)])
+def test_a_part_is_what_it_is_in_the_whole(model, begin, length):
+    library = library_of(model, *EARLIER)
+    whole = trace_reads(model.decoder, TEXT, T, library, kept=4)
+    part = trace_reads(model.decoder, TEXT, T, library, begin, length, kept=4)
+    end = len(TEXT) if length is None else min(begin + length, len(TEXT))
+    for name in ("tokens", "log_probabilities", "without_memory", "strongest", "by_head", "heads", "chunks", "masses"):
+        torch.testing.assert_close(getattr(part, name), getattr(whole, name)[begin:end], atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_be_traced(model):
+    for options, sentence in (
+        (dict(begin=45), "tokens 0 to 44: none lies between 45 and 45"),
+        (dict(begin=-1), "none lies between -1"),
+        (dict(length=0), "none lies between 0 and 0"),
+        (dict(kept=0), "0 reads of each token would show nothing"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            trace_reads(model.decoder, TEXT, T, library_of(model), **options)
