@@ -23,7 +23,7 @@ from .checkpoints import check_dictionary, check_space, prepare_restore, read_ch
 from .evaluation import Evaluation
 from .generation import Conversation, LongMemGenerator, check_generation
 from .options import LongMemLanguageModelingConfig, check_options
-from .prompts import PromptDataset, encode_text
+from .prompts import PromptDataset, encode_text, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         self._bpe = super().build_bpe(args)
         if self._conversation is not None:
             self._conversation.begin()
-        return self._bpe
+        return one_line(self._bpe)
 
     def _encode_text(self, text: str):
         return encode_text(text, self.dictionary, self._bpe, self._tokenizer)

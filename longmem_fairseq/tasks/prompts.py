@@ -1,11 +1,14 @@
 """Prompts of generation as a dataset, and text as tokens."""
 
+import codecs
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
 from fairseq.data import Dictionary, FairseqDataset, data_utils
 from torch import Tensor
+
+_NEWLINE = "<0x0A>"  # in the lines that fairseq's commands read and print
 
 
 class PromptDataset(FairseqDataset):
@@ -129,6 +132,83 @@ def decode_text(tokens: Tensor, dictionary: Dictionary, bpe=None, tokenizer=None
         line = " ".join(symbols)
         text = line if bpe is None else bpe.decode(line)
     return text if tokenizer is None else tokenizer.decode(text)
+
+
+def token_texts(tokens: Tensor, dictionary: Dictionary, bpe=None) -> List[str]:
+    """What each token (length,) adds to the text: end to end they are :func:`decode_text`, as far as there is one.
+
+    A character that several tokens share the bytes of belongs to the last of them, the others are empty. Tokens that
+    are no text, such as an end-of-sentence, keep their name.
+
+    Raises:
+        ValueError: the BPE is another one than sentencepiece and GPT-2's.
+    """
+    symbols = [dictionary[token] for token in tokens.tolist()]
+    if bpe is None:
+        return [f"{symbol} " for symbol in symbols[:-1]] + symbols[-1:]
+    texts = _symbol_texts(symbols, _bytes_of_symbols(bpe))
+    if texts and texts[0].startswith(" ") and "".join(texts)[1:] == decode_text(tokens, dictionary, bpe):
+        texts[0] = texts[0][1:]  # sentencepiece may have put a space before the text
+    return texts
+
+
+class OneLineBPE:
+    """A BPE for fairseq's commands, whose prompts and answers are lines: a newline in one is written ``<0x0A>``.
+
+    Without it a newline ends a prompt, and sentencepiece's pieces of bytes and newlines are printed by their names.
+
+    Args:
+        bpe: fairseq's, sentencepiece or GPT-2's; anything else asked of this object is asked of it.
+    """
+
+    def __init__(self, bpe):
+        self._bpe, self._bytes = bpe, _bytes_of_symbols(bpe)
+
+    def __getattr__(self, name: str):
+        return getattr(self._bpe, name)
+
+    def encode(self, line: str) -> str:
+        text = line.replace(_NEWLINE, "\n")
+        if hasattr(self._bpe, "sp"):
+            return " ".join(map(_visible, self._bpe.sp.encode(text, out_type=str)))
+        return self._bpe.encode(text)
+
+    def decode(self, symbols: str) -> str:
+        return "".join(_symbol_texts(symbols.split(), self._bytes)).strip().replace("\n", _NEWLINE)
+
+
+def one_line(bpe):
+    """A BPE as :class:`OneLineBPE`, if it is of a kind that has one."""
+    return OneLineBPE(bpe) if hasattr(bpe, "sp") or _is_gpt2(bpe) else bpe
+
+
+def _is_gpt2(bpe) -> bool:
+    return hasattr(getattr(bpe, "bpe", None), "byte_decoder")
+
+
+def _bytes_of_symbols(bpe) -> Dict[str, bytes]:
+    """What the dictionary's symbols stand for, those that are text."""
+    if hasattr(bpe, "sp"):
+        ids = (i for i in range(bpe.sp.get_piece_size()) if not (bpe.sp.is_control(i) or bpe.sp.is_unknown(i)))
+        return {_visible(bpe.sp.id_to_piece(i)): _piece_bytes(bpe.sp, i) for i in ids}
+    if _is_gpt2(bpe):
+        return {str(i): bytes(bpe.bpe.byte_decoder[char] for char in piece) for i, piece in bpe.bpe.decoder.items()}
+    raise ValueError(f"{type(bpe).__name__} cannot tell the text of single tokens: sentencepiece and GPT-2's can")
+
+
+def _symbol_texts(symbols: Sequence[str], known: Dict[str, bytes]) -> List[str]:
+    """The text of each symbol; one that is no text is its own name."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts = [decoder.decode(known.get(symbol, symbol.encode())) for symbol in symbols]
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)
+    return texts
+
+
+def _piece_bytes(sp, piece: int) -> bytes:
+    """The text of a piece of sentencepiece, by its number."""
+    text = sp.id_to_piece(piece)
+    return bytes([int(text[3:5], 16)]) if sp.is_byte(piece) else text.replace("\u2581", " ").encode()
 
 
 def _visible(piece: str) -> str:
