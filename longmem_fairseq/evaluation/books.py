@@ -1,0 +1,204 @@
+"""Language modelling of long documents: perplexity by length and by position, and that of rare words and names.
+
+The published tables (PG-22 and ArXiv, by length) are the first part of it.
+"""
+
+import hashlib
+import math
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .command import Evaluation, name_of
+from .report import Table
+from .statistics import PERPLEXITY, Sample
+from .stream import Stream, with_cache, with_memory, with_window
+from .systems import BACKBONE, OFF
+from .words import KINDS, MOST, count_words, kinds_of_characters
+
+LENGTHS = ((0, "< 5k"), (5e3, "5-10k"), (1e4, "10-100k"), (1e5, "100-500k"), (5e5, "500k-1M"), (1e6, "> 1M"))
+POSITIONS = ((0, "0-1k"), (2**10, "1-4k"), (2**12, "4-16k"), (2**14, "16-64k"), (2**16, "64-256k"), (2**18, "> 256k"))
+MEMORY_SIZES = (4096, 16384, 65536)
+_BLOCK = 1024  # tokens of an item, at least
+
+ReadTexts = Callable[[Sequence[str]], Iterable[Tuple[str, str]]]
+
+
+class Document(NamedTuple):
+    """Attributes: name; tokens (length,) with the end-of-sentence; kinds of its words by token, (length,) or None."""
+
+    name: str
+    tokens: Tensor
+    kinds: Optional[np.ndarray]
+
+
+class Books(Evaluation):
+    """Reads documents from beginning to end.
+
+    Args:
+        read_texts: gives (name, text) of the documents at some paths.
+    """
+
+    name, title = "books", "Language modelling of long documents"
+
+    def __init__(self, read_texts: ReadTexts):
+        self.read_texts = read_texts
+        self.stream, self._at = None, (None, 0)
+
+    def add_arguments(self, parser) -> None:
+        parser.add_argument(
+            "--data", nargs="+", required=True, metavar="PATH",
+            help="documents: text files, directories of them, or JSON lines; also compressed",
+        )  # fmt: skip
+        parser.add_argument("--valid", nargs="+", metavar="PATH", help="documents for tuning the neural cache")
+        parser.add_argument(
+            "--reference", nargs="+", metavar="PATH",
+            help="text by which words are rare, best the training's (default: the other documents of --data)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--memory-sizes", nargs="+", type=int, metavar="N",
+            help="tokens of each memory, and of the cache beside it (default: --memory-size, else 4096 16384 65536)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--windows", nargs="*", type=int, metavar="N",
+            help="longer windows of the backbone alone (default: that of its training, where it is longer)",
+        )  # fmt: skip
+        parser.add_argument("--document-tokens", type=int, metavar="N", help="at most so many tokens of each document")
+
+    def prepare(self, args, scorer) -> None:
+        self.scorer, self.args = scorer, args
+        self.sizes = sorted(set(args.memory_sizes or ([args.memory_size] if args.memory_size else MEMORY_SIZES)))
+        if self.sizes[0] < scorer.size:
+            raise ValueError(
+                f"--memory-sizes {self.sizes[0]} is smaller than one segment of {scorer.size} tokens: raise it"
+            )
+        if args.document_tokens is not None and args.document_tokens < 1:
+            raise ValueError(f"--document-tokens {args.document_tokens} is less than 1")
+        scorer.memory_size = self.sizes[-1]
+        trained = scorer.backbone.config["max_target_positions"]
+        default = [trained] if trained > scorer.size and trained % scorer.size == 0 else []
+        self.windows = default if args.windows is None else sorted(args.windows)
+        Stream(scorer, self.sizes[:1], self.windows)  # refuses windows that cannot be
+        self.block = math.lcm(scorer.size, *self.windows)
+        self.block *= -(-_BLOCK // self.block)
+        texts = list(self.read_texts(args.data))
+        if len({name for name, _ in texts}) < len(texts):
+            raise ValueError(f"two documents of --data have the same name: rename one ({_twice(texts)})")
+        self.digest = hashlib.sha256("".join(name + text for name, text in texts).encode()).hexdigest()
+        reference = None if args.reference is None else count_words(text for _, text in self.read_texts(args.reference))
+        counts = {name: count_words([text]) for name, text in texts} if reference is None else {}
+        everything = sum(counts.values(), count_words([]))
+        self.documents = {
+            name: self._document(name, text, everything - counts[name] if reference is None else reference)
+            for name, text in texts[: args.limit]
+        }
+        self.located = all(document.kinds is not None for document in self.documents.values())
+
+    def _document(self, name: str, text: str, reference) -> Document:
+        tokenizer = self.scorer.tokenizer
+        tokens = tokenizer.encode(text)
+        ends = tokenizer.ends(text, tokens)
+        kinds = None
+        if ends is not None:
+            kinds = np.append(kinds_of_characters(text, reference)[np.maximum(ends - 1, 0)], 0)
+        return Document(name, torch.cat([tokens, torch.tensor([tokenizer.eos])]), kinds)
+
+    def describe(self) -> Dict[str, Any]:
+        return {
+            "data": [name_of(path) for path in self.args.data], "memory_sizes": self.sizes, "windows": self.windows,
+            "reference": [name_of(path) for path in self.args.reference or []],
+            "valid": [name_of(path) for path in self.args.valid or []],
+            "data_sha256": self.digest,
+        }  # fmt: skip
+
+    def tuning_documents(self) -> List[Tensor]:
+        return [self.scorer.tokenizer.encode(text) for _, text in self.read_texts(self.args.valid or [])]
+
+    def items(self) -> List[str]:
+        return [
+            f"{document.name}:{begin}"
+            for document in self.documents.values()
+            for begin in range(0, len(document.tokens[: self.args.document_tokens]), self.block)
+        ]
+
+    def score(self, item: str) -> Dict[str, Any]:
+        name, begin = item.rsplit(":", 1)
+        begin, document = int(begin), self.documents[name]
+        tokens = document.tokens[: self.args.document_tokens]
+        if self._at != (name, begin):  # the first of a document, or where an earlier run stopped
+            self.stream = Stream(self.scorer, self.sizes, self.windows)
+            self.stream.replay(tokens[:begin])
+        piece = tokens[begin : begin + self.block]
+        losses = {system: -x.double().numpy() for system, x in self.stream.read(piece).items()}
+        self._at = (name, begin + len(piece))
+        kinds = None if document.kinds is None else document.kinds[begin : begin + len(piece)]
+        result = {"tokens": len(piece), "loss": {system: float(x.sum()) for system, x in losses.items()}}
+        for kind, title in enumerate(KINDS if kinds is not None else ()):
+            here = kinds == kind
+            if here.any():
+                sums = {system: float(x[here].sum()) for system, x in losses.items()}
+                result.setdefault("kinds", {})[title] = {"tokens": int(here.sum()), "loss": sums}
+        return result
+
+    def tables(self, results: Dict[str, Any]) -> List[Table]:
+        lengths: Dict[str, Dict[str, Sample]] = {"all": {}, **{title: {} for _, title in LENGTHS}}
+        positions = {title: {} for _, title in POSITIONS}
+        kinds = {title: {} for title in KINDS}
+        documents = {name: {} for name in self.documents}
+        for item, result in results.items():
+            name, begin = item.rsplit(":", 1)
+            places = [
+                lengths["all"], lengths[_bucket(LENGTHS, len(self.documents[name].tokens))],
+                positions[_bucket(POSITIONS, int(begin))], documents[name],
+            ]  # fmt: skip
+            for place in places:
+                _add(place, item, result)
+            for title, part in result.get("kinds", {}).items():
+                _add(kinds[title], item, part)
+        last = self.sizes[-1]
+        on, cache = with_memory(last), BACKBONE + with_cache(last)
+        pairs = [
+            (on, OFF), (on, BACKBONE), (cache, BACKBONE), (on, cache), (on + with_cache(last), cache),
+            (on + with_cache(last), on), *((on, with_window(window)) for window in self.windows),
+        ]  # fmt: skip
+        found = [("by length of the document", lengths, "bars"), ("by kind of word", kinds, "bars"),
+                 ("by position in the document", positions, "lines"), ("by document", documents, None)]  # fmt: skip
+        return [
+            Table(
+                f"Perplexity {title}", {column: rows for column, rows in columns.items() if rows}, plot, pairs,
+                upright=columns is documents,
+            )  # fmt: skip
+            for title, columns, plot in found
+            if any(columns.values())
+        ]
+
+    def notes(self) -> List[str]:
+        tokens = sum(len(document.tokens[: self.args.document_tokens]) for document in self.documents.values())
+        data, reference = (", ".join(map(name_of, paths or [])) for paths in (self.args.data, self.args.reference))
+        words = (
+            "Words: a name is capitalised amid a sentence and nowhere in lower case; a word is rare that occurs at "
+            f"most {MOST} times in {reference or 'the other documents'}; 'again': it stood in the document before."
+        )
+        return [
+            f"{len(self.documents):,} documents of {data}, {tokens:,} tokens with an end-of-sentence each; every token "
+            f"is scored once, in segments of {self.scorer.size} tokens.",
+            "Memory and cache of N tokens hold the document's last N tokens before the segment.",
+            words if self.located else "Words could not be located: the tokenizer changes text.",
+            f"Intervals: bootstrap over blocks of {self.block:,} tokens.",
+        ]
+
+
+def _add(rows: Dict[str, Sample], item: str, part: Dict[str, Any]) -> None:
+    for system, loss in part["loss"].items():
+        rows.setdefault(system, Sample({}, PERPLEXITY)).items[item] = (loss, part["tokens"])
+
+
+def _bucket(buckets, value: float) -> str:
+    return [title for begin, title in buckets if value >= begin][-1]
+
+
+def _twice(texts) -> str:
+    names = [name for name, _ in texts]
+    return next(name for name in names if names.count(name) > 1)

@@ -1,0 +1,150 @@
+"""The local window: what a number of continuations share is encoded once, then each of them is read behind it.
+
+Legend: B rows, S tokens that all rows share, R tokens of a row, D width, V symbols.
+"""
+
+from typing import Dict, List, NamedTuple, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from .cache import causal_log_sums, log_sums, mix
+from .past import Past
+from .systems import BACKBONE, ON, WITH_CACHE
+
+_TOKENS_AT_ONCE = 16384  # rows times tokens of the window
+
+
+class Continuation(NamedTuple):
+    """What is scored, and what stands between it and the tokens that all share.
+
+    Attributes:
+        tokens: to score, shape (length,), int64.
+        prompt: its own beginning, which is read and not scored, shape (length,).
+    """
+
+    tokens: Tensor
+    prompt: Optional[Tensor] = None
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + (0 if self.prompt is None else len(self.prompt))
+
+
+class Window:
+    """The last tokens before some continuations, in the caches of all systems.
+
+    The window holds T inputs, of which the continuations take ``room``. What of the prefix does not fit any more goes
+    into a copy of the past: those that have a memory read it there, the others do not see it.
+
+    Args:
+        scorer: whose systems.
+        past: only read.
+        prefix: shape (length,), int64, or None.
+        room: tokens that a continuation may have, with its own prompt.
+
+    Attributes:
+        shared: S, tokens of the prefix that all systems see in the window.
+
+    Raises:
+        ValueError: the window has no such room.
+    """
+
+    @torch.no_grad()
+    def __init__(self, scorer, past: Past, prefix: Optional[Tensor], room: int):
+        if room > scorer.size:
+            raise ValueError(
+                f"a continuation of {room} tokens does not fit into a window of {scorer.size}: raise "
+                "--tokens-per-sample, or shorten it"
+            )
+        self.scorer, self.room = scorer, room
+        prefix = torch.zeros(0, dtype=torch.int64) if prefix is None else prefix
+        beyond = max(0, len(prefix) + room - scorer.size)
+        if beyond:
+            past = past.copy()
+            scorer.memorize(past, prefix[:beyond])
+        self.past = past
+        stream = torch.cat([torch.tensor([past.last]), prefix[beyond:].cpu()]).to(scorer.device)
+        inputs, self.last = stream[:-1], stream[-1:]  # the last one is each row's first input
+        self.shared = len(inputs)
+        self._pasts = {name: past for name in scorer.systems if name == ON}
+        self._states: Dict[str, dict] = {name: {} for name in scorer.systems}
+        self._hidden = self._followers = None
+        if len(inputs):
+            features, _ = scorer.features(inputs[None], self._pasts, self._states)
+            self._hidden, self._followers = features[BACKBONE][0], stream[1:]  # (S, D), (S,)
+
+    @torch.no_grad()
+    def score(self, continuations: Sequence[Union[Tensor, Continuation]]) -> List[Dict[str, Tensor]]:
+        """Log-probabilities (natural) of each token of each continuation by each system, shape (length,), float32, CPU.
+
+        Every continuation is read for itself behind the window, and none is remembered.
+
+        Raises:
+            ValueError: one is empty, or longer than the room.
+        """
+        rows = [c if isinstance(c, Continuation) else Continuation(c) for c in continuations]
+        for row in rows:
+            if not len(row.tokens):
+                raise ValueError("a continuation without tokens cannot be scored")
+            if row.length > self.room:
+                raise ValueError(f"a continuation of {row.length} tokens is longer than the room of {self.room}")
+        found: List[Optional[Dict[str, Tensor]]] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: -rows[i].length)
+        while order:
+            at_once = max(1, _TOKENS_AT_ONCE // (self.shared + rows[order[0]].length))
+            batch, order = order[:at_once], order[at_once:]
+            for i, scores in zip(batch, self._score([rows[i] for i in batch])):
+                found[i] = scores
+        return found
+
+    def _score(self, rows: List[Continuation]) -> List[Dict[str, Tensor]]:
+        scorer, device = self.scorer, self.scorer.device
+        streams, wanted = [], []
+        for row in rows:
+            parts = [self.last] + ([] if row.prompt is None else [row.prompt.to(device)]) + [row.tokens.to(device)]
+            streams.append(torch.cat(parts))
+            wanted.append(slice(row.length - len(row.tokens), row.length))
+        pad = scorer.tokenizer.dictionary.pad()
+        padded = torch.nn.utils.rnn.pad_sequence(streams, batch_first=True, padding_value=pad)  # (B, R + 1)
+        states = {name: _expand(state, len(rows)) for name, state in self._states.items()}
+        features, _ = scorer.features(padded[:, :-1], self._pasts, states, self.shared)  # (B, R, D) each
+        targets = torch.cat([stream[1:][part] for stream, part in zip(streams, wanted)])  # (n,)
+        picked = {name: torch.cat([x[i, part] for i, part in enumerate(wanted)]) for name, x in features.items()}
+        found = scorer.target_log_probs(picked, targets)
+        found.update(self._with_cache(found, features[BACKBONE], streams, wanted))
+        lengths = [part.stop - part.start for part in wanted]
+        parts = {name: found[name].cpu().split(lengths) for name in scorer.systems}
+        return [{name: part[i] for name, part in parts.items()} for i in range(len(rows))]
+
+    def _with_cache(self, found: Dict[str, Tensor], hidden: Tensor, streams, wanted) -> Dict[str, Tensor]:
+        """The same mixed with a neural cache: of the past, of what the rows share, and of each row's own tokens."""
+        settings = self.scorer.cache
+        thetas = sorted({setting.theta for setting in settings.values()})
+        if not thetas:
+            return {}
+        queries = torch.cat([hidden[i, part] for i, part in enumerate(wanted)])  # (n, D)
+        targets = torch.cat([stream[1:][part] for stream, part in zip(streams, wanted)])
+        own = [
+            causal_log_sums(hidden[i, : part.stop], streams[i][1:], thetas)[:, :, part] for i, part in enumerate(wanted)
+        ]
+        sums = torch.cat(own, dim=2)  # (2, thetas, n)
+        cache = self.past.cache
+        held = [] if cache is None else [(cache.hidden, cache.tokens)]
+        held += [] if self._hidden is None else [(self._hidden, self._followers)]
+        for keys, tokens in held:
+            sums = torch.logaddexp(sums, log_sums(queries, targets, keys, tokens, thetas))
+        log_probs = dict(zip(thetas, sums[1] - sums[0]))
+        return {
+            name + WITH_CACHE: mix(found[name], log_probs[setting.theta], setting.weight)
+            for name, setting in settings.items()
+            if name in found
+        }
+
+
+def _expand(state: dict, rows: int) -> dict:
+    """The incremental state of one row as that of several; nothing is copied until they go on."""
+    return {
+        key: {name: x if x is None else x.expand(rows, *x.shape[1:]) for name, x in entry.items()}
+        for key, entry in state.items()
+    }

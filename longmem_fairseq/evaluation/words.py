@@ -1,0 +1,69 @@
+"""Rare words and names in a text: those of which a memory should know more than the model does."""
+
+import re
+from collections import Counter
+from typing import Iterable, List, NamedTuple
+
+import numpy as np
+
+# Kinds of words. "again": the word stood in the document before.
+OTHER, RARE, RARE_AGAIN, NAME, NAME_AGAIN = range(5)
+KINDS = ("other", "rare words, first time", "rare words, again", "names, first time", "names, again")
+MOST = 5  # occurrences in the reference up to which a word is rare
+
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
+_OPENING = r"[\"'\u201c\u2018(\[_*]*"
+# Between two words: the end of a sentence or of a paragraph, with quotation marks around it, or a dash.
+_SENTENCE_END = re.compile(rf"[.!?:\u2026][\"'\u201d\u2019)\]]*\s*{_OPENING}$|\n\s*{_OPENING}$|--?\W*$")
+
+
+class _Word(NamedTuple):
+    start: int
+    end: int
+    key: str  # in lower case
+    capital: bool  # as a name is written
+    inside: bool  # of a sentence
+
+
+def count_words(texts: Iterable[str]) -> Counter:
+    """How often each word, in lower case, occurs."""
+    counts: Counter = Counter()
+    for text in texts:
+        counts.update(word.lower() for word in _WORD.findall(text))
+    return counts
+
+
+def kinds_of_characters(text: str, reference: Counter) -> np.ndarray:
+    """The kind of the word that each character belongs to, shape (characters,), uint8; OTHER between words.
+
+    A *name* is a capitalised word of two letters or more that the document nowhere writes in lower case, and at least
+    once amid a sentence. A *rare* word is any other of at most five occurrences in the reference.
+
+    Args:
+        text: of a document.
+        reference: counts of words in other texts.
+    """
+    words = _words(text)
+    small = {word.key for word in words if text[word.start].islower()}
+    names = {word.key for word in words if word.capital and word.inside} - small
+    kinds, seen = np.zeros(len(text), dtype=np.uint8), set()
+    for word in words:
+        again = word.key in seen
+        seen.add(word.key)
+        if word.capital and word.key in names:
+            kinds[word.start : word.end] = NAME_AGAIN if again else NAME
+        elif reference[word.key] <= MOST:
+            kinds[word.start : word.end] = RARE_AGAIN if again else RARE
+    return kinds
+
+
+def _words(text: str) -> List[_Word]:
+    found, before = [], 0
+    for match in _WORD.finditer(text):
+        word, start = match.group(), match.start()
+        capital = len(word) > 1 and word[0].isupper() and any(map(str.islower, word))
+        # Only what stands between the last word and this one can end a sentence.
+        inside = capital and not _SENTENCE_END.search(text[before:start]) if before else False
+        found.append(_Word(start, match.end(), word.lower(), capital, inside))
+        before = match.end()
+    return found

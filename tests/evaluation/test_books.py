@@ -1,0 +1,127 @@
+"""The books evaluation as a user runs it: its figures, its files, and going on after an interruption."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from longmem_fairseq.evaluation.books import Books
+from longmem_fairseq.evaluation.command import main, parser_of, run
+from longmem_fairseq.hub import LongMem
+from preprocess.documents import iter_documents
+
+
+def books():
+    return Books(lambda paths: ((document.name, document.text) for document in iter_documents(paths)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, text):
+    directory = tmp_path_factory.mktemp("books")
+    (directory / "long.txt").write_text(text * 6)
+    (directory / "short.txt").write_text(text[300:1500])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def arguments(files, data):
+    return [
+        "--path", files.longmem, "--tokenizer", files.directory, "--data", data, "--valid", data / "short.txt", "--cpu",
+        "--memory-sizes", 64, 128, "--tuning-tokens", 150,
+    ]  # fmt: skip
+
+
+def evaluate(arguments, directory, *more):
+    arguments = [str(x) for x in (*arguments, *more, "--results-path", directory)]
+    return run(books(), parser_of(books()).parse_args(arguments))
+
+
+@pytest.fixture(scope="module")
+def outcome(arguments, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("report")
+    return directory, evaluate(arguments, directory)
+
+
+def test_report(outcome, data, files):
+    directory, found = outcome
+    report = json.loads((directory / "report.json").read_text())
+    assert report == json.loads(json.dumps(found.report)) and (directory / "report.png").stat().st_size > 10_000
+    assert (directory / "report.md").read_text() == report["markdown"]
+    lengths, kinds, positions, documents = report["tables"]
+    assert list(lengths["figures"]) == ["all", "< 5k"] and list(positions["figures"]) == ["0-1k", "1-4k"]
+    assert list(documents["figures"]) == ["long.txt", "short.txt"]
+    assert list(lengths["figures"]["all"]) == [
+        "backbone", "backbone, window 64", "memory off", "memory 64", "memory 128", "backbone + cache 64",
+        "memory 64 + cache 64", "backbone + cache 128", "memory 128 + cache 128",
+    ]  # fmt: skip
+    model = LongMem.from_pretrained(str(files.longmem), data=str(files.directory), device="cpu")
+    for name in ("long.txt", "short.txt"):
+        tokens = torch.cat([model.encode((data / name).read_text()), torch.tensor([2])])
+        model.encode = lambda text, tokens=tokens: tokens
+        expected = model.score("").perplexity  # with the checkpoint's memory of 128 tokens
+        del model.encode
+        assert documents["figures"][name]["memory 128"]["value"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_figures_add_up(outcome):
+    """All tokens are in one length, one position, one kind of word."""
+    directory, found = outcome
+    items = [json.loads(line)["result"] for line in (directory / "items.jsonl").read_text().splitlines()[1:]]
+    blocks = [item for item in items if "loss" in item]
+    for table in found.tables[:3]:
+        columns = {name: rows for name, rows in table.columns.items() if name != "all"}
+        sums = [sum(x) for x in zip(*(part for rows in columns.values() for part in rows["memory 64"].items.values()))]
+        expected = [sum(b["loss"]["memory 64"] for b in blocks), sum(b["tokens"] for b in blocks)]
+        assert sums == pytest.approx(expected)
+    value = found.tables[0].columns["all"]["memory 64"].interval().value
+    assert value == pytest.approx(math.exp(expected[0] / expected[1]))
+
+
+def test_it_goes_on_where_it_was_interrupted(outcome, arguments, tmp_path):
+    """From any item on the results are those of an uninterrupted run: memories and caches are filled again."""
+    directory, found = outcome
+    lines = (directory / "items.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) > 5
+    (tmp_path / "items.jsonl").write_text("".join(lines[:4]) + lines[4][:30])
+    again = evaluate(arguments, tmp_path)
+    for table, expected in zip(again.tables, found.tables):
+        for column, rows in expected.columns.items():
+            for system, sample in rows.items():
+                value = table.columns[column][system].interval().value
+                assert value == pytest.approx(sample.interval().value, rel=1e-4)
+
+
+def test_limits(outcome, arguments, tmp_path):
+    directory, found = outcome
+    limited = evaluate(arguments, tmp_path, "--limit", 1, "--document-tokens", 1000)
+    assert limited.report["items"] == 1 and "1 documents" in limited.report["notes"][0]
+    assert len(evaluate(arguments, tmp_path).tables[0].columns["all"]["backbone"]) == found.report["items"]
+
+
+def test_a_backbone_alone(arguments, files, tmp_path):
+    found = evaluate([*arguments[:1], files.backbone, *arguments[2:]], tmp_path, "--tokens-per-sample", 32)
+    assert list(found.tables[0].columns["all"]) == [
+        "backbone", "backbone, window 64", "backbone + cache 64", "backbone + cache 128"
+    ]  # fmt: skip
+
+
+def test_errors_are_one_sentence(arguments, data, tmp_path, capsys):
+    def refuses(sentence, *more, without=()):
+        left = [x for i, x in enumerate(arguments) if x not in without and (i == 0 or arguments[i - 1] not in without)]
+        with pytest.raises(SystemExit) as stopped:
+            main(books(), [str(x) for x in (*left, *more, "--results-path", tmp_path)])
+        assert re.search(sentence, str(stopped.value)) and "\n" not in str(stopped.value)
+
+    refuses("no file or directory", "--data", tmp_path / "none")
+    refuses("--memory-sizes 16 is smaller than one segment of 32", "--memory-sizes", 16)
+    refuses("--windows 40 is no multiple", "--windows", 40)
+    refuses("name documents with --valid", without=("--valid",))
+    refuses("--cache-lambda and --cache-theta belong together", "--cache-lambda", 0.5)
+    refuses("--cache-lambda 1.5 must be", "--cache-lambda", 1.5, "--cache-theta", 1)
+    refuses("--no-cache contradicts", "--cache-lambda", 0.5, "--cache-theta", 1, "--no-cache")
+    refuses("--limit 0 is less than 1", "--limit", 0)
+    assert not (tmp_path / "report.json").exists()
+    evaluate(arguments, tmp_path, "--no-cache", "--limit", 1)
+    refuses("results of another run .*name another --results-path")
