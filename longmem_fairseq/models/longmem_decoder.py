@@ -23,7 +23,7 @@ from ..modules.joint_attention import memory_attention, naive_memory_attention
 from ..modules.layer_norm import set_layer_norm_eps
 from ..modules.self_attention import SelfAttention
 from ..modules.side_layer import build_side_layer, side_layer_config
-from .backbone import Backbone, Encoded
+from .frozen_backbone import Backbone, Encoded
 from .live_window import WINDOW, LiveWindow
 
 logger = logging.getLogger(__name__)
@@ -218,6 +218,11 @@ class LongMemDecoder(FairseqIncrementalDecoder):
                 logger.warning("the memory is allocated anew for %d lanes on %s", segments.n_lanes, like.device)
             memory = self._memories[self.training] = self._allocate(segments.n_lanes, like)
         return memory
+
+    @property
+    def training_memory(self) -> Optional[Memory]:
+        """The memory of training; None before anything was read."""
+        return self._memories.get(True)
 
     def reset_memory(self) -> None:
         """Forget everything, in training and in evaluation."""

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fairseq.utils import get_available_activation_fns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,10 +24,8 @@ VARIANTS = {
     "no final norm": {"no_decoder_final_norm": True},
     "normalised embeddings": {"layernorm_embedding": True},
     "NormFormer": {"scale_attn": True, "scale_fc": True, "scale_heads": True, "scale_resids": True},
-    "relu": {"activation_fn": "relu"},
-    "GPT-2's gelu": {"activation_fn": "gelu_accurate"},
-    "tanh": {"activation_fn": "tanh"},
     "memory layer on top": {"decoder_layers": M + 1},
+    **{name: {"activation_fn": name} for name in get_available_activation_fns()},
 }
 
 

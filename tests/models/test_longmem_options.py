@@ -145,6 +145,7 @@ def test_a_gpu_search_that_cannot_be_had_is_an_error(train, write_backbone):
         (["--k", -3], "--k -3 is not a positive multiple of --chunk-size 3"),
         (["--chunk-size", 0], "--k 6 is not a positive multiple of --chunk-size 0"),
         (["--chunk-size", -3], "--k 6 is not a positive multiple of --chunk-size -3"),
+        (["--base-layers", 2], "--base-layers 2: a side network has no BASE layers, leave the option out"),
         (
             ["--memory-size", 6],
             "--memory-size 6 is smaller than one segment of --tokens-per-sample 7 tokens: raise it, or turn the memory "
