@@ -40,7 +40,7 @@ setup(
         "safetensors>=0.4",
         "sentencepiece>=0.1.97",
         "tensorboard>=2.8",
-        "torch>=2.5",  # torch.serialization.safe_globals
+        "torch>=2.6",  # from there on torch.load, also where fairseq calls it, runs no code from a file unless told to
         "tqdm>=4.60",
     ],
     extras_require={
