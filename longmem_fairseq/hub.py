@@ -80,7 +80,7 @@ class LongMem:
             ValueError: the checkpoint is of another model, or a setting does not fit.
             FileNotFoundError: the checkpoint or the dictionary is missing.
         """
-        checkpoint = _find_checkpoint(path)
+        checkpoint = find_checkpoint(path)
         state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
         if not state.get("cfg"):
             raise ValueError(f"{checkpoint} is no checkpoint of fairseq 0.11 or later: it lacks its configuration")
@@ -279,7 +279,12 @@ def _own_task(settings):
     return {**ours, **shared, "_name": TASK}
 
 
-def _find_checkpoint(path: str) -> str:
+def find_checkpoint(path: str) -> str:
+    """The checkpoint that a path names, itself or by its directory.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     if os.path.isfile(path):
         return path
     if not os.path.isdir(path):

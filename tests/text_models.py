@@ -6,12 +6,14 @@ from typing import Sequence
 
 from fairseq.data import Dictionary
 from fairseq.dataclass.configs import FairseqConfig
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import OmegaConf, open_dict
 
 from longmem_fairseq.models.longmem_lm import LongMemConfig
 from longmem_fairseq.tasks.options import LongMemLanguageModelingConfig
 from preprocess.benchmark import train_byte_level_bpe
-from tests.models.tiny import LONGMEM, build_longmem, randomize, stock_config, stock_model, write_checkpoint
+from tests.models.tiny import BACKBONE, LONGMEM, build_longmem, randomize, stock_model, write_checkpoint
 from tests.repository import ROOT
 
 SHIPPED = ROOT / "examples" / "pretrained" / "mini"
@@ -34,15 +36,25 @@ def gpt2_model(directory: Path, texts: Sequence[str], entries: int = 400) -> Pat
 
 def _write(directory: Path) -> Path:
     dictionary = Dictionary.load(str(directory / "dict.txt"))
-    backbone = write_checkpoint(directory / "backbone.pt", stock_model(dictionary=dictionary), stock_config())
+    settings = _settings(TransformerLanguageModelConfig, LanguageModelingConfig, directory)
+    settings["model"].update(BACKBONE, _name="transformer_lm")
+    settings["task"].update(_name="language_modeling")
+    backbone = directory / "backbone.pt"
+    write_checkpoint(backbone, stock_model(dictionary=dictionary), None, {"cfg": settings})
     model = build_longmem(backbone, dictionary)
     randomize(model.decoder.layers, 1)
     randomize(model.decoder.layer_norm, 2)
-    cfg = OmegaConf.structured(FairseqConfig)
-    with open_dict(cfg):
-        cfg.task, cfg.model = OmegaConf.structured(LongMemLanguageModelingConfig), OmegaConf.structured(LongMemConfig)
-    settings = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    settings["task"].update(_name="longmem_language_modeling", data=str(directory), tokens_per_sample=T)
-    settings["model"].update(_name="longmem_lm", pretrained_model_path=backbone, **LONGMEM)
+    settings = _settings(LongMemConfig, LongMemLanguageModelingConfig, directory)
+    settings["model"].update(LONGMEM, _name="longmem_lm", pretrained_model_path=str(backbone))
+    settings["task"].update(_name="longmem_language_modeling", tokens_per_sample=T)
     write_checkpoint(directory / "model.pt", model, None, {"cfg": settings})
     return directory
+
+
+def _settings(model: type, task: type, data: Path) -> dict:
+    """A whole configuration as checkpoints hold it, with the defaults of a model and a task."""
+    cfg = OmegaConf.structured(FairseqConfig)
+    with open_dict(cfg):
+        cfg.task, cfg.model = OmegaConf.structured(task), OmegaConf.structured(model)
+    cfg.task.data = str(data)
+    return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
