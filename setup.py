@@ -55,6 +55,7 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "ruff==0.17.6",  # another release has other rules
+            "transformers>=4.30",  # what conversions are compared with
         ],
     },
 )
