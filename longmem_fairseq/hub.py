@@ -8,6 +8,7 @@
 
 import math
 import os
+import pickle
 from types import SimpleNamespace
 from typing import List, NamedTuple, Optional, Union
 
@@ -22,6 +23,7 @@ import longmem_fairseq  # noqa: F401  (registers task and model)
 
 from .memory.library import Library
 from .memory.snapshot import load_memory, save_memory
+from .models.safe_load import why_unreadable
 from .models.trace import Trace, trace_reads
 from .tasks.generation import LongMemGenerator, backbone_identity, new_library
 from .tasks.options import LongMemLanguageModelingConfig
@@ -77,11 +79,14 @@ class LongMem:
                 ``pretrained_model_path="backbone.pt"``.
 
         Raises:
-            ValueError: the checkpoint is of another model, or a setting does not fit.
+            ValueError: the checkpoint is of another model, or holds code; a setting does not fit.
             FileNotFoundError: the checkpoint or the dictionary is missing.
         """
         checkpoint = find_checkpoint(path)
-        state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
+        try:
+            state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{checkpoint} cannot be read: {why_unreadable(error)}") from error
         if not state.get("cfg"):
             raise ValueError(f"{checkpoint} is no checkpoint of fairseq 0.11 or later: it lacks its configuration")
         cfg, name = state["cfg"], state["cfg"]["model"]["_name"]

@@ -10,8 +10,11 @@ back is a checkpoint (in single precision) that every fairseq command reads.
 
 import argparse
 import json
-import os
 import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: find the packages beside this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from fairseq import checkpoint_utils
@@ -19,14 +22,28 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from longmem_fairseq.models.safe_load import load_safely
+from preprocess.checkpoint_file import write_checkpoint, write_whole
+
 
 def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
     """Write the weights and the model configuration of a fairseq checkpoint.
 
     Matrices that are one (tied embeddings; fairseq's half precision stores them twice) are written once; with ``half``
     all floating-point tensors as float16.
+
+    Raises:
+        FileNotFoundError: where the checkpoint does not exist.
+        ValueError: where it is none of fairseq, or holds code.
     """
-    state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
+    try:
+        state = load_safely(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} cannot be read: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise ValueError(f"{checkpoint} is no fairseq checkpoint: it lacks the weights (model)")
+    if not state.get("cfg"):  # of before fairseq 0.11, whose options fairseq brings into today's form
+        state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
     config = OmegaConf.to_container(OmegaConf.create(state["cfg"]["model"]), resolve=False)
     weights, tied = {}, {}
     for name, tensor in state["model"].items():
@@ -38,8 +55,7 @@ def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
     if half:
         weights = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
     metadata = {"format": "fairseq", "model": json.dumps(config, default=str), "tied": json.dumps(tied)}
-    save_file(weights, path + ".part", metadata=metadata)
-    os.replace(path + ".part", path)
+    write_whole(Path(path), lambda part: save_file(weights, part, metadata=metadata))
 
 
 def to_fairseq(path: str, checkpoint: str) -> None:
@@ -59,16 +75,7 @@ def to_fairseq(path: str, checkpoint: str) -> None:
     weights = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
     for name, other in json.loads(metadata["tied"]).items():
         weights[name] = weights[other]
-    state = {
-        "args": None,
-        "cfg": {"task": {"_name": "language_modeling"}, "model": json.loads(metadata["model"])},
-        "model": weights,
-        # What fairseq expects to find in any checkpoint.
-        "optimizer_history": [{"optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}],
-        "extra_state": {"train_iterator": {"epoch": 1}},
-    }
-    torch.save(state, checkpoint + ".part")
-    os.replace(checkpoint + ".part", checkpoint)
+    write_checkpoint(Path(checkpoint), json.loads(metadata["model"]), {"_name": "language_modeling"}, weights, {})
 
 
 def main():

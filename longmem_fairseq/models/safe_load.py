@@ -24,10 +24,14 @@ def load_safely(path: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever a damaged file makes of its reader; torch's own advice is to trust the file
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {code[1]}, which may run code" if code else "it is damaged, or of another format"
-        raise ValueError(reason) from error
+    except Exception as error:  # whatever a damaged file makes of its reader
+        raise ValueError(why_unreadable(error)) from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why a file could not be read, of what torch's safe reader raised; its own words advise to trust the file."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it asks for {code[1]}, which may run code" if code else "it is damaged, or of another format"
 
 
 def settings(state: Dict[str, Any]) -> Namespace:

@@ -1,7 +1,10 @@
 """Checkpoints of models that were built in this process, saved and loaded as fairseq's commands do."""
 
+from types import SimpleNamespace
+
 import torch
 from fairseq import checkpoint_utils
+from fairseq.models import MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 
@@ -23,3 +26,11 @@ def save(built, path, **changes):
 def load(path, **overrides):
     """The model of a checkpoint, as fairseq's commands and users in Python load it."""
     return checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides)[0][0].eval()
+
+
+def load_stock(path, dictionary):
+    """A language model of fairseq from its checkpoint, in evaluation mode, as fairseq's commands build it."""
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    task.load_state_dict = lambda state: None
+    task.build_model = lambda cfg, from_checkpoint=False: MODEL_REGISTRY[cfg._name].build_model(cfg, task)
+    return checkpoint_utils.load_model_ensemble_and_task([str(path)], task=task)[0][0].eval()

@@ -8,10 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe import GPT2BPE
-from fairseq.models.transformer_lm import TransformerLanguageModel
 from safetensors.torch import load_file
 
 from longmem_fairseq.models.backbone import load_backbone
@@ -19,6 +17,7 @@ from preprocess.convert_huggingface import from_huggingface, main, to_huggingfac
 from preprocess.errors import InputError
 from preprocess.tokenization import load_tokenizer
 from tests.fairseq_runs import TASK, run, write_split
+from tests.models import checkpoints
 from tests.models.tiny import VOCABULARY, stock_config, stock_model, write_checkpoint
 
 with pytest.MonkeyPatch.context() as patch:
@@ -61,11 +60,7 @@ def tiny_opt(**config):
 def load_stock(directory):
     """The model as stock fairseq reads it, and its dictionary."""
     dictionary = Dictionary.load(str(directory / "dict.txt"))
-    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
-    task.load_state_dict = lambda state: None
-    task.build_model = lambda cfg, from_checkpoint=False: TransformerLanguageModel.build_model(cfg, task)
-    models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(directory / "checkpoint.pt")], task=task)
-    return models[0].eval(), dictionary
+    return checkpoints.load_stock(directory / "checkpoint.pt", dictionary), dictionary
 
 
 def numbers_of(dictionary):
