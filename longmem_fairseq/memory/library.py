@@ -7,8 +7,8 @@ from typing import Callable, List, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ..progress import token_bar
 from .bank import MemoryBank
 
 _TOKENS_AT_ONCE = 4096  # segments do not see each other, so several are encoded side by side
@@ -75,11 +75,7 @@ class Library:
         parts: Sequence[Tensor] = inputs[:whole].view(-1, size).split(max(1, _TOKENS_AT_ONCE // size))
         if whole < len(inputs):
             parts = [*parts, inputs[whole:][None]]
-        progress = tqdm(
-            total=len(inputs), desc=f"memorising {name}", unit=" tokens", unit_scale=True, leave=False, disable=None,
-            delay=1,
-        )  # fmt: skip
-        with progress:
+        with token_bar(len(inputs), f"memorising {name}") as progress:
             for part in parts:
                 encoded = encode(part)
                 for keys, values in zip(encoded.keys, encoded.values):

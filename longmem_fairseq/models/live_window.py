@@ -14,11 +14,11 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
 from ..modules.self_attention import LEFT_PADDING, SelfAttention
+from ..progress import token_bar
 
 WINDOW = "longmem.window"  # entry of an incremental state that holds the LiveWindow
 _TOKENS_AT_ONCE = 4096  # of whole segments in prefill; a prompt's segments do not see each other
@@ -174,10 +174,7 @@ def _remember(window: LiveWindow, inputs: Sequence[Tensor], whole: Sequence[int]
     size = window.size
     jobs = [(s, row) for s in range(max(whole, default=0)) for row, n in enumerate(whole) if n > s]
     at_once = max(1, _TOKENS_AT_ONCE // size)
-    progress = tqdm(
-        total=len(jobs) * size, desc="reading", unit=" tokens", unit_scale=True, leave=False, disable=None, delay=2
-    )
-    with progress:
+    with token_bar(len(jobs) * size, "reading the prompt") as progress:
         for begin in range(0, len(jobs), at_once):
             batch = jobs[begin : begin + at_once]
             tokens = torch.stack([inputs[row][s * size : (s + 1) * size] for s, row in batch])  # (b, T)

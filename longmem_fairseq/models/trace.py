@@ -8,11 +8,11 @@ from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..memory.bank import MemoryBank
 from ..memory.library import Document, Library
 from ..modules.memory_masses import chunk_masses, chunk_scores
+from ..progress import token_bar
 
 _QUERIES = 64  # compared with each other's reads at a time
 
@@ -120,10 +120,7 @@ def trace_reads(
     tokens = tokens.to(decoder.device)
     inputs = torch.cat([tokens.new_tensor([decoder.dictionary.eos()]), tokens[:-1]])
     parts = []
-    progress = tqdm(
-        total=end, desc="reading", unit=" tokens", unit_scale=True, leave=False, disable=None, delay=1
-    )
-    with progress:
+    with token_bar(end, "reading") as progress:
         for first in range(0, end, size):
             piece = inputs[first : first + size]
             if first + size <= begin:
