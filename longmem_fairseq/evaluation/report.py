@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..tasks.document_scores import write_atomically
@@ -26,7 +27,6 @@ class Table:
         columns: condition -> system -> what it achieved; a system may be missing.
         plot: how they are drawn: "lines" over the conditions, "bars", or None.
         pairs: systems whose difference is of interest, as far as there are such rows.
-        deviations: (condition, system) -> standard deviation over seeds, where there is one.
         upright: in Markdown a line for each condition, without differences, where these are many.
     """
 
@@ -34,7 +34,6 @@ class Table:
     columns: Dict[str, Dict[str, Sample]]
     plot: Optional[str] = None
     pairs: Pairs = PAIRS
-    deviations: Dict[Tuple[str, str], float] = field(default_factory=dict)
     upright: bool = False
 
     @property
@@ -46,10 +45,12 @@ class Table:
     def statistics(self):
         return [next(iter(column.values())).statistic for column in self.columns.values()]
 
+    @cached_property
     def intervals(self) -> Dict[str, Dict[str, Interval]]:
         """Condition -> system -> figure with its interval."""
         return {c: {row: sample.interval() for row, sample in rows.items()} for c, rows in self.columns.items()}
 
+    @cached_property
     def differences(self) -> Dict[Tuple[str, str], Dict[str, Interval]]:
         """(a, b) -> condition -> how much a's figure is above b's, paired."""
         found = {}
@@ -62,15 +63,15 @@ class Table:
 
 def as_json(table: Table) -> Dict[str, Any]:
     """A table with plain JSON types."""
-    figures, differences = table.intervals(), table.differences()
+    figures, differences = table.intervals, table.differences
+    samples = table.columns
     return {
         "title": table.title,
         "figures": {
             column: {
                 row: {
-                    **_plain(cell), "statistic": table.columns[column][row].statistic.name,
-                    "items": len(table.columns[column][row]),
-                    **({"deviation": table.deviations[column, row]} if (column, row) in table.deviations else {}),
+                    **_plain(cell), "statistic": samples[column][row].statistic.name,
+                    "deviation": samples[column][row].deviation(), "items": len(samples[column][row]),
                 }
                 for row, cell in cells.items()
             }
@@ -92,7 +93,7 @@ def as_markdown(table: Table) -> str:
     """A table of the figures with 95 % intervals, and one of paired differences."""
     cells = {
         column: {row: _cell(table, column, row, cell) for row, cell in rows.items()}
-        for column, rows in table.intervals().items()
+        for column, rows in table.intervals.items()
     }
     if table.upright:
         body = [[column, *(of.get(row, "") for row in table.rows)] for column, of in cells.items()]
@@ -102,14 +103,14 @@ def as_markdown(table: Table) -> str:
     statistics = dict(zip(table.columns, table.statistics))
     body = [
         [f"{a} against {b}", *(_signed(found.get(column), statistics[column]) for column in table.columns)]
-        for (a, b), found in table.differences().items()
+        for (a, b), found in table.differences.items()
     ]
     return "\n\n".join(parts + ([markdown_table(["difference", *table.columns], body)] if body else []))
 
 
 def _cell(table: Table, column: str, row: str, cell: Interval) -> str:
-    statistic, deviation = table.columns[column][row].statistic, table.deviations.get((column, row))
-    digits = statistic.digits
+    sample = table.columns[column][row]
+    statistic, deviation, digits = sample.statistic, sample.deviation(), sample.statistic.digits
     spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
     return f"{cell.value:.{digits}f}{statistic.unit}{spread} {_range(cell, digits)}"
 
@@ -155,7 +156,7 @@ def draw(tables: Sequence[Table], path: str) -> None:
 
 
 def _plot(table: Table, axes) -> None:
-    figures, rows, columns = table.intervals(), table.rows, list(table.columns)
+    figures, rows, columns = table.intervals, table.rows, list(table.columns)
     for i, row in enumerate(rows):
         places = [x for x, column in enumerate(columns) if row in figures[column]]
         cells = [figures[columns[x]][row] for x in places]

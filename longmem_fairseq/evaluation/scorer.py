@@ -11,6 +11,7 @@ Legend: B rows, S tokens of a window that all rows share, R tokens of a row, T t
 
 import hashlib
 import os
+import pickle
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -20,10 +21,11 @@ from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import Tensor
 from tqdm import tqdm
 
-from ..hub import LongMem, _find_checkpoint, _find_data
+from ..hub import LongMem, _find_data, find_checkpoint
 from ..models.backbone import Backbone, Encoded, load_backbone
 from ..models.longmem_decoder import LongMemDecoder
 from ..models.longmem_lm import LongMemModel
+from ..models.safe_load import why_unreadable
 from .cache import CacheSettings, NeuralCache
 from .past import Past
 from .systems import BACKBONE, OFF, ON, WITH_CACHE
@@ -93,10 +95,10 @@ class Scorer:
             FileNotFoundError: the checkpoint or the dictionary is missing.
             ValueError: the checkpoint can be none of these, or a setting does not fit.
         """
-        checkpoint = _find_checkpoint(path)
+        checkpoint = find_checkpoint(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = {name: value for name, value in settings.items() if value is not None}
-        cfg = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)["cfg"]
+        cfg = _configuration(checkpoint)
         directory = _find_data(tokenizer, checkpoint, cfg["task"].get("data"))
         name = cfg["model"]["_name"]
         if issubclass(ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name) or object, LongMemModel):
@@ -282,3 +284,18 @@ class Scorer:
             )
             for name, x in features.items()
         }
+
+
+def _configuration(checkpoint: str):
+    """What a checkpoint says of its model and its task.
+
+    Raises:
+        ValueError: it cannot be read, or does not say.
+    """
+    try:
+        cfg = checkpoint_utils.load_checkpoint_to_cpu(checkpoint).get("cfg")
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{checkpoint} cannot be read: {why_unreadable(error)}") from error
+    if not cfg:
+        raise ValueError(f"{checkpoint} is no checkpoint of fairseq 0.11 or later: it lacks its configuration")
+    return cfg

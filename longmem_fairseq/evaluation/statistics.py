@@ -3,11 +3,11 @@
 A figure is a function of sums over items, such as right answers and questions, or losses and tokens. So a bootstrap
 sample is a matrix product: how often each item was drawn, times the items' contributions.
 
-Legend: n items, k sums, S bootstrap samples.
+Legend: n items, k sums, S bootstrap samples; runs: repetitions with other random choices.
 """
 
 from dataclasses import dataclass
-from typing import Callable, Dict, NamedTuple, Sequence
+from typing import Callable, Dict, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -54,20 +54,19 @@ class Interval(NamedTuple):
 class Sample:
     """What a system achieved, item by item.
 
+    Where everything was done several times with other random choices (demonstrations, say), the figure is the mean of
+    the runs' figures, and the bootstrap draws runs as well as items.
+
     Attributes:
-        items: item -> its contributions to the sums, shape (k,).
+        items: item -> its contributions to the sums, shape (k,), or (runs, k).
         statistic: what they are sums of.
     """
 
-    items: Dict[str, Sequence[float]]
+    items: Dict[str, Sequence]
     statistic: Statistic
 
     def __len__(self) -> int:
         return len(self.items)
-
-    def array(self, names: Sequence[str]) -> np.ndarray:
-        """Contributions of these items, shape (n, k), float64."""
-        return np.array([self.items[name] for name in names], dtype=np.float64)
 
     def interval(self) -> Interval:
         """The figure with its 95 % interval, by drawing items with replacement.
@@ -77,44 +76,52 @@ class Sample:
         """
         if not self.items:
             raise ValueError("nothing was scored, so there is no figure")
-        values = self.array(sorted(self.items))
-        return _interval(self.statistic.compute(values.sum(0)), self.statistic.compute(_resampled(values)))
+        return _bootstrap(self.statistic.compute, self._array(sorted(self.items)))
+
+    def deviation(self) -> Optional[float]:
+        """Standard deviation of the runs' figures; None where there is one run only."""
+        figures = self.statistic.compute(self._array(sorted(self.items)).sum(0))  # (runs,)
+        return float(figures.std(ddof=1)) if len(figures) > 1 else None
 
     def difference(self, other: "Sample") -> Interval:
         """How much this system's figure is above the other's on the items that both were given, paired.
 
-        The same items are drawn for both. For a relative statistic, in per cent of the other's figure.
+        The same items and runs are drawn for both. For a relative statistic, in per cent of the other's figure.
 
         Raises:
-            ValueError: they have no item in common.
+            ValueError: they have no item in common, or another number of runs.
         """
         common = sorted(set(self.items) & set(other.items))
         if not common:
             raise ValueError("the two systems have no item in common")
-        values = np.concatenate([self.array(common), other.array(common)], axis=1)  # (n, 2k)
-        k = values.shape[1] // 2
+        ours, theirs = self._array(common), other._array(common)
+        if ours.shape != theirs.shape:
+            raise ValueError(f"{ours.shape[1]} runs cannot be paired with {theirs.shape[1]}: give both the same seeds")
+        k = ours.shape[2]
 
         def compute(sums: np.ndarray) -> np.ndarray:
-            ours, theirs = self.statistic.compute(sums[..., :k]), self.statistic.compute(sums[..., k:])
-            return 100 * (ours / theirs - 1) if self.statistic.relative else ours - theirs
+            a, b = self.statistic.compute(sums[..., :k]), self.statistic.compute(sums[..., k:])
+            return 100 * (a / b - 1) if self.statistic.relative else a - b
 
-        return _interval(compute(values.sum(0)), compute(_resampled(values)))
+        return _bootstrap(compute, np.concatenate([ours, theirs], axis=2))
+
+    def _array(self, names: Sequence[str]) -> np.ndarray:
+        """Contributions of these items, shape (n, runs, k), float64."""
+        values = np.array([self.items[name] for name in names], dtype=np.float64)
+        return values if values.ndim == 3 else values[:, None]
 
 
-def _resampled(values: np.ndarray) -> np.ndarray:
-    """Sums of S bootstrap samples of items (n, k), shape (S, k); the same draws for the same n."""
-    n = len(values)
+def _bootstrap(compute: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> Interval:
+    """Interval of the mean over runs of a function of sums; values (n, runs, k). The same draws for the same sizes."""
+    n, runs, k = values.shape
     generator = np.random.default_rng(0)
-    at_once = max(1, _DRAWS // n)
-    probabilities = np.full(n, 1 / n)
-    parts = [
-        generator.multinomial(n, probabilities, size=min(at_once, SAMPLES - begin)) @ values
-        for begin in range(0, SAMPLES, at_once)
-    ]
-    return np.concatenate(parts)
-
-
-def _interval(value, samples: np.ndarray) -> Interval:
+    flat, at_once, parts = values.reshape(n, runs * k), max(1, _DRAWS // n), []
+    for begin in range(0, SAMPLES, at_once):
+        drawn = generator.multinomial(n, np.full(n, 1 / n), size=min(at_once, SAMPLES - begin))  # (S, n)
+        parts.append((drawn @ flat).reshape(-1, runs, k))
+    figures = compute(np.concatenate(parts))  # (S, runs)
+    weights = generator.multinomial(runs, np.full(runs, 1 / runs), size=SAMPLES) / runs  # (S, runs)
+    samples = np.where(weights > 0, figures * weights, 0.0).sum(1)
     samples = samples[np.isfinite(samples)]  # a sample may have drawn nothing that counts
     low, high = np.quantile(samples, [0.025, 0.975]) if len(samples) else (float("nan"),) * 2
-    return Interval(float(value), float(low), float(high))
+    return Interval(float(compute(values.sum(0)).mean()), float(low), float(high))

@@ -105,28 +105,34 @@ class Window:
             parts = [self.last] + ([] if row.prompt is None else [row.prompt.to(device)]) + [row.tokens.to(device)]
             streams.append(torch.cat(parts))
             wanted.append(slice(row.length - len(row.tokens), row.length))
+        # Answers of one token to the same prompt differ in their target alone: they are one row.
+        numbers: Dict[tuple, int] = {}
+        of = [numbers.setdefault(tuple(stream[:-1].tolist()), len(numbers)) for stream in streams]
+        inputs = [torch.tensor(tokens, device=device) for tokens in numbers]
         pad = scorer.tokenizer.dictionary.pad()
-        padded = torch.nn.utils.rnn.pad_sequence(streams, batch_first=True, padding_value=pad)  # (B, R + 1)
-        states = {name: _expand(state, len(rows)) for name, state in self._states.items()}
-        features, _ = scorer.features(padded[:, :-1], self._pasts, states, self.shared)  # (B, R, D) each
+        padded = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=pad)  # (B, R)
+        states = {name: _expand(state, len(inputs)) for name, state in self._states.items()}
+        features, _ = scorer.features(padded, self._pasts, states, self.shared)  # (B, R, D) each
         targets = torch.cat([stream[1:][part] for stream, part in zip(streams, wanted)])  # (n,)
-        picked = {name: torch.cat([x[i, part] for i, part in enumerate(wanted)]) for name, x in features.items()}
+        picked = {name: torch.cat([x[i, part] for i, part in zip(of, wanted)]) for name, x in features.items()}
         found = scorer.target_log_probs(picked, targets)
-        found.update(self._with_cache(found, features[BACKBONE], streams, wanted))
+        if scorer.cache:
+            hidden = [features[BACKBONE][i, : part.stop] for i, part in zip(of, wanted)]
+            found.update(self._with_cache(found, picked[BACKBONE], targets, hidden, streams, wanted))
         lengths = [part.stop - part.start for part in wanted]
         parts = {name: found[name].cpu().split(lengths) for name in scorer.systems}
         return [{name: part[i] for name, part in parts.items()} for i in range(len(rows))]
 
-    def _with_cache(self, found: Dict[str, Tensor], hidden: Tensor, streams, wanted) -> Dict[str, Tensor]:
-        """The same mixed with a neural cache: of the past, of what the rows share, and of each row's own tokens."""
+    def _with_cache(self, found, queries: Tensor, targets: Tensor, hidden, streams, wanted) -> Dict[str, Tensor]:
+        """The same mixed with a neural cache: of the past, of what the rows share, and of each row's own tokens.
+
+        Queries (n, D) predict the targets (n,); hidden (R, D) are those of each row's inputs.
+        """
         settings = self.scorer.cache
         thetas = sorted({setting.theta for setting in settings.values()})
-        if not thetas:
-            return {}
-        queries = torch.cat([hidden[i, part] for i, part in enumerate(wanted)])  # (n, D)
-        targets = torch.cat([stream[1:][part] for stream, part in zip(streams, wanted)])
         own = [
-            causal_log_sums(hidden[i, : part.stop], streams[i][1:], thetas)[:, :, part] for i, part in enumerate(wanted)
+            causal_log_sums(states, stream[1:], thetas)[:, :, part]
+            for states, stream, part in zip(hidden, streams, wanted)
         ]
         sums = torch.cat(own, dim=2)  # (2, thetas, n)
         cache = self.past.cache

@@ -57,3 +57,14 @@ def test_perplexities_differ_in_per_cent():
 def test_the_same_data_give_the_same_interval():
     flags = np.random.default_rng(1).integers(0, 2, 50)
     assert right(*flags).interval() == right(*flags).interval()
+
+
+def test_runs_are_drawn_too():
+    """Two seeds that are all right and all wrong: every sentence scores one half, and yet little is known."""
+    sample = Sample({str(i): ((1, 1), (0, 1)) for i in range(30)}, PERCENT)
+    assert sample.interval() == (50.0, 0.0, 100.0) and sample.deviation() == pytest.approx(100 / math.sqrt(2))
+    better = Sample({str(i): ((1, 1), (i % 2, 1)) for i in range(30)}, PERCENT)
+    assert better.difference(sample).value == pytest.approx(25.0) and better.difference(sample).low == 0.0
+    assert right(1, 0).deviation() is None
+    with pytest.raises(ValueError, match="1 runs cannot be paired with 2"):
+        right(1, 0).difference(sample)
