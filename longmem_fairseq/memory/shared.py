@@ -27,12 +27,17 @@ class SharedMemory(Memory):
     stream, it may hold one batch more or less than if it had read them all.
 
     Arguments as for :class:`Memory`; the bank has one lane.
+
+    Args:
+        keep_reads: let a backward pass find what its batch read also after later batches were written, at the price of
+            a copy of the bank for each batch; otherwise PyTorch refuses such a backward pass.
     """
 
-    def __init__(self, bank, search, attention, chunks_per_query: int):
+    def __init__(self, bank, search, attention, chunks_per_query: int, keep_reads: bool = False):
         if bank.lanes != 1:
             raise ValueError(f"a shared memory lies in one lane, not in {bank.lanes}")
         super().__init__(bank, search, attention, chunks_per_query)
+        self.keep_reads = keep_reads
 
     @property
     def lanes(self) -> None:
@@ -113,8 +118,7 @@ class SharedReader:
             n = min(self.memory.chunks_per_query, self._held)
             with torch.no_grad():
                 self.slots = self.memory.search(bank, lane, rows.detach(), n)
-        # The backward pass needs what was read, also after later batches were written.
-        copy = q.requires_grad and torch.is_grad_enabled()
+        copy = self.memory.keep_reads and q.requires_grad and torch.is_grad_enabled()
         keys, values = (table.to(q.dtype, copy=copy) for table in (bank.keys, bank.values))
         z = self.memory.attention(rows, keys, values, self.slots.new_zeros(1), self.slots, scaling)
         return z.view(H, B, T, d).transpose(0, 1), None

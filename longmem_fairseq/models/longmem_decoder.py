@@ -276,8 +276,9 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             like.device, bank.nbytes / 2**20, cfg.memory_search,
         )
         search = choose_search(cfg.memory_search, like.device)
-        kind = SharedMemory if shared else Memory
-        return kind(bank, search, self._attention, cfg.k // cfg.chunk_size)
+        parts = bank, search, self._attention, cfg.k // cfg.chunk_size
+        # Outside a task several segments may come before one backward pass.
+        return SharedMemory(*parts, keep_reads=self.goes_on) if shared else Memory(*parts)
 
     def lagging(self, segments: Segments) -> np.ndarray:
         """Rows whose memory is not where their segment starts, shape (B,), bool; none with the memory off."""

@@ -9,14 +9,14 @@ from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.memory import MemoryOutOfStep
 from longmem_fairseq.memory.search import torch_search
 from longmem_fairseq.memory.shared import SharedMemory
-from longmem_fairseq.modules.joint_attention import naive_memory_attention
+from longmem_fairseq.modules.joint_attention import bag_memory_attention, naive_memory_attention
 
 HEADS, WIDTH, CHUNK, CAPACITY = 2, 4, 3, 8  # of chunks
 
 
-def new_memory(dtype=torch.float32):
+def new_memory(dtype=torch.float32, attention=naive_memory_attention, **options):
     bank = MemoryBank(1, HEADS, WIDTH, CAPACITY * CHUNK + 2, CHUNK, dtype, exact_means=True)
-    return SharedMemory(bank, torch_search, naive_memory_attention, 2)
+    return SharedMemory(bank, torch_search, attention, 2, **options)
 
 
 def at(starts, lengths, streams=None):
@@ -124,3 +124,27 @@ def test_means_before_rounding():
 def test_more_than_one_lane_refused():
     with pytest.raises(ValueError, match="a shared memory lies in one lane, not in 2"):
         SharedMemory(MemoryBank(2, HEADS, WIDTH, 12, CHUNK), torch_search, naive_memory_attention, 2)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_backward_after_a_later_batch(keep):
+    """What a batch read is kept for it where that is asked for, else the bank is read where it lies, without a copy."""
+    read = []
+
+    def attention(q, keys, values, *rest):
+        read.append(keys)
+        return bag_memory_attention(q, keys, values, *rest)
+
+    memory = new_memory(keep_reads=keep, attention=attention)
+    step(memory, [0], [list(range(12))])
+    reader = step(memory, [12], [list(range(12, 24))])
+    q = keys_of([[1.0] * 12]).requires_grad_()
+    z, _ = reader(q, 0.5)
+    assert (read[0] is memory.bank.keys) != keep
+    expected = torch.autograd.grad(z.sum(), q, retain_graph=True)
+    step(memory, [24], [list(range(24, 36))])
+    if keep:
+        assert torch.equal(torch.autograd.grad(z.sum(), q)[0], expected[0])
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(z.sum(), q)
