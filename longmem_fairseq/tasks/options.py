@@ -61,6 +61,7 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
     save_dir: str = II("checkpoint.save_dir")
     path: Optional[str] = II("common_eval.path")
+    input: str = II("interactive.input")
     results_path: Optional[str] = II("common_eval.results_path")
     log_format: Optional[str] = II("common.log_format")
     log_interval: int = II("common.log_interval")
@@ -100,6 +101,12 @@ def check_options(cfg: LongMemLanguageModelingConfig) -> None:
         if path != "-" and not os.path.isfile(path):
             option = "--memory-load" if path == cfg.memory_load else "--memory-text"
             raise FileNotFoundError(f"{option} {path} is no file that exists")
+    # fairseq-generate takes its prompts from the data.
+    if "-" in (cfg.memory_text or []) and cfg.prompt_tokens is None and cfg.input == "-":
+        raise ValueError(
+            "--memory-text - reads the standard input to its end, so no prompt would be left there: name their file "
+            "with --input"
+        )
     if cfg.memory_save and not os.path.isdir(os.path.dirname(os.path.abspath(cfg.memory_save))):
         raise FileNotFoundError(f"--memory-save {cfg.memory_save} cannot be written: its directory does not exist")
     if cfg.prompt_tokens is not None and cfg.prompt_tokens < 0:
