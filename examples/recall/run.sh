@@ -3,8 +3,8 @@
 #
 #   bash examples/recall/run.sh [DIR] [--quick]        DIR: recall by default; --quick: up to 8,000 tokens, one minute
 #
-# The shipped backbone, which copies in its window, is adapted by fairseq-train on documents of 2,048 tokens and then
-# asked about documents of 64,000. A finished training is not repeated.
+# The shipped backbone, which copies in its window, is adapted by fairseq-train on documents of 2,600 and 9,000 tokens and
+# then asked about documents of 64,000. A finished training is not repeated.
 set -euo pipefail
 dir=recall quick=()
 for argument; do
@@ -13,8 +13,8 @@ done
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 cd "$(dirname "$0")/../.."
-updates=600 lanes=8
-[ ${#quick[@]} -eq 0 ] || { updates=120 lanes=8; }
+updates=600
+[ ${#quick[@]} -eq 0 ] || updates=120
 device=(--cpu)
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
 
@@ -23,9 +23,9 @@ python preprocess/convert_safetensors.py examples/pretrained/mini/backbone.safet
 if [ ! -e "$dir/checkpoints/checkpoint_last.pt" ]; then
   echo "adapting: $updates updates (log: $dir/train.log)"
   fairseq-train "$dir/data" --user-dir longmem_fairseq --task longmem_language_modeling --arch longmem_gpt2_mini \
-    --pretrained-model-path "$dir/backbone.pt" --memory-size 4096 --k 32 --chunk-size 2 \
-    --criterion longmem_cross_entropy --tokens-per-sample 256 --batch-size $lanes --max-update $updates \
-    --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 2e-3 --lr-scheduler cosine --warmup-updates 10 \
+    --pretrained-model-path "$dir/backbone.pt" --memory-size 16384 --k 64 --chunk-size 1 \
+    --criterion longmem_cross_entropy --tokens-per-sample 256 --batch-size 8 --max-update $updates \
+    --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 --lr 4e-3 --lr-scheduler cosine --warmup-updates 10 \
     --save-dir "$dir/checkpoints" --no-epoch-checkpoints --disable-validation --num-workers 0 \
     --log-interval 5 --log-format simple --without-memory-interval 5 --seed 1 "${device[@]}" >"$dir/train.log" 2>&1 ||
     { tail -n 20 "$dir/train.log" >&2; exit 1; }
