@@ -1,7 +1,6 @@
-"""Generation: how prompts are continued, in one process on random weights, and by fairseq's commands."""
+"""Generation: how prompts are continued, in one process on random weights."""
 
 import io
-import re
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +13,6 @@ from longmem_fairseq.tasks.generation import read_text
 from longmem_fairseq.tasks.longmem_language_modeling import LongMemLanguageModelingTask
 from longmem_fairseq.tasks.options import LongMemLanguageModelingConfig, check_options
 from longmem_fairseq.tasks.prompts import PromptDataset, encode_text
-from tests.fairseq_runs import TASK, finish, run, start
 from tests.models.tiny import VOCABULARY, documents, longmem, stock_model
 from tests.tasks.test_options import config
 
@@ -240,87 +238,6 @@ def test_text_as_tokens(monkeypatch, tmp_path):
     assert read_text("-") == "é"
 
 
-# ------------------------------------------------------------------------------------------- through the commands
-
-
-def words(tokens):
-    return " ".join(f"w{token}" for token in tokens)
-
-
-@pytest.fixture(scope="session")
-def prompt_files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("prompts")
-    (directory / "book.txt").write_text("\n".join(words(range(i, i + 20)) for i in range(0, 40, 4)))
-    (directory / "prompts.txt").write_text("\n".join(words(range(n)) for n in (3, 40, 17)) + "\n")
-    return directory
-
-
-def interactive(tiny_data, tiny_longmem, files, *options, **kwargs):
-    return run(
-        "interactive", tiny_data, *TASK, "--path", tiny_longmem.checkpoint, "--cpu", "--input", files / "prompts.txt",
-        "--max-len-b", 20, *options, cwd=files, **kwargs,
-    )  # fmt: skip
-
-
-def hypotheses_of(output):
-    return re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", output, re.MULTILINE)
-
-
-@pytest.fixture(scope="session")
-def with_book(tiny_data, tiny_longmem, prompt_files):
-    """Prompts of several lengths side by side, answered with a book in memory, which is saved."""
-    return interactive(
-        tiny_data, tiny_longmem, prompt_files, "--beam", 3, "--nbest", 2, "--buffer-size", 3, "--batch-size", 3,
-        "--memory-text", "book.txt", "--memory-save", "book.memory", "--memory-save-dtype", "float32",
-    )  # fmt: skip
-
-
-def test_interactive(with_book, prompt_files):
-    assert "memorised book.txt: 200 tokens" in with_book
-    found = hypotheses_of(with_book)
-    assert [index for index, _, _ in found] == ["0", "0", "1", "1", "2", "2"]
-    assert all(0 < len(text.split()) <= 20 for _, _, text in found)
-
-
-def test_a_saved_memory_is_as_good_as_the_book(tiny_data, tiny_longmem, with_book, prompt_files):
-    output = interactive(
-        tiny_data, tiny_longmem, prompt_files, "--beam", 3, "--nbest", 2, "--memory-load", "book.memory"
-    )
-    assert re.search(r"loaded \d+ tokens \(book.txt\) in", output)
-    for (index, score, text), (other_index, other_score, other_text) in zip(
-        hypotheses_of(with_book), hypotheses_of(output)
-    ):
-        assert (index, text) == (other_index, other_text)
-        assert float(score) == pytest.approx(float(other_score), abs=1e-3)
-
-
-def test_prompts_by_pipe_and_turns(tiny_data, tiny_longmem, prompt_files):
-    process = start(
-        "interactive", tiny_data, *TASK, "--path", tiny_longmem.checkpoint, "--cpu", "--memorize-turns", "--sampling",
-        "--sampling-topp", 0.9, "--beam", 1, "--nbest", 1, "--max-len-b", 40, "--memory-save", "turns.memory",
-        cwd=prompt_files, stdin=open(prompt_files / "prompts.txt"),
-    )  # fmt: skip
-    output = finish(process)
-    assert [index for index, _, _ in hypotheses_of(output)] == ["0", "1", "2"]
-    assert output.count("saved ") == 3 and (prompt_files / "turns.memory").exists()
-
-
-def test_generate_continues_documents(tiny_data, tiny_longmem, prompt_files):
-    arguments = [
-        tiny_data, *TASK, "--path", tiny_longmem.checkpoint, "--cpu", "--gen-subset", "valid", "--batch-size", 3,
-        "--max-len-b", 10, "--beam", 2,
-    ]  # fmt: skip
-    output = run("generate", *arguments, "--prompt-tokens", 20, cwd=prompt_files)
-    assert sorted(index for index, _, _ in hypotheses_of(output)) == ["0", "1", "3"]  # number 2 has a single token
-    output = run("generate", *arguments, cwd=prompt_files, succeeds=False)
-    assert "--prompt-tokens N" in output.splitlines()[-1]
-
-
-def test_a_damaged_memory_is_one_sentence(tiny_data, tiny_longmem, prompt_files):
-    output = interactive(tiny_data, tiny_longmem, prompt_files, "--memory-load", "prompts.txt", succeeds=False)
-    assert "the memory prompts.txt is damaged, or no safetensors file" in output.splitlines()[-1]
-
-
 @pytest.mark.parametrize(
     "options, sentence",
     [
@@ -328,8 +245,14 @@ def test_a_damaged_memory_is_one_sentence(tiny_data, tiny_longmem, prompt_files)
         (dict(memory_load="missing"), "--memory-load missing is no file that exists"),
         (dict(memory_save="no/such/place"), "--memory-save no/such/place cannot be written"),
         (dict(prompt_tokens=-1), "--prompt-tokens -1 is less than none"),
+        (dict(memory_text=["-"], input="-"), "no prompt would be left there: name their file with --input"),
     ],
 )
 def test_paths_are_checked_before_anything_is_read(options, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         check_options(config(**options))
+
+
+def test_a_document_by_pipe():
+    check_options(config(memory_text=["-"], input="prompts.txt"))
+    check_options(config(memory_text=["-"], input="-", prompt_tokens=10))
