@@ -9,7 +9,7 @@ What is cached are the final hidden states of the frozen backbone, h_i, and the 
 """
 
 import math
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -112,24 +112,26 @@ def causal_log_sums(queries: Tensor, targets: Tensor, thetas: Sequence[float]) -
     return log_sums(queries, targets, queries, targets, thetas, seen=before)
 
 
-def distribution(queries: Tensor, hidden: Tensor, tokens: Tensor, theta: float, symbols: int) -> Tensor:
+def distribution(queries: Tensor, parts: Sequence[Tuple[Tensor, Tensor]], theta: float, symbols: int) -> Tensor:
     """p_cache of every symbol, shape (Q, V), float32; zero where nothing is cached.
 
     Args:
         queries: shape (Q, D).
-        hidden, tokens: what is cached for all, shape (M, D) and (M,), or of each query its own, (Q, M, D) and (Q, M).
-            Tokens below 0 are not there.
+        parts: hidden states and tokens of the cache: (M, D) and (M,) for all queries, or each query's own, (Q, M, D)
+            and (Q, M). Tokens below 0 are not there.
         theta: one value.
         symbols: V.
     """
-    found = queries.new_zeros(len(queries), symbols, dtype=torch.float32)
-    if not tokens.size(-1):
-        return found
-    if hidden.dim() == 2:
-        hidden, tokens = hidden.expand(len(queries), -1, -1), tokens.expand(len(queries), -1)
-    scores = theta * torch.einsum("qd,qmd->qm", queries.float(), hidden.float())  # (Q, M)
-    weights = torch.softmax(scores.masked_fill(tokens < 0, float("-inf")), dim=1).nan_to_num(0.0)
-    return found.scatter_add_(1, tokens.clamp(min=0), weights)
+    Q, scores, followers = len(queries), [queries.new_zeros(len(queries), 0)], []
+    for hidden, tokens in parts:
+        products = queries.float() @ hidden.float().T if hidden.dim() == 2 else (
+            hidden.float() @ queries.float()[:, :, None]
+        ).squeeze(-1)  # (Q, M)
+        followers.append(tokens.expand(Q, -1))
+        scores.append(products.masked_fill(followers[-1] < 0, float("-inf")))
+    found = queries.new_zeros(Q, symbols, dtype=torch.float32)
+    weights = torch.softmax(theta * torch.cat(scores, dim=1).float(), dim=1).nan_to_num(0.0)
+    return found.scatter_add_(1, torch.cat(followers, dim=1).clamp(min=0), weights) if weights.size(1) else found
 
 
 def mix(model: Tensor, cache: Tensor, weight: float) -> Tensor:

@@ -19,13 +19,13 @@ from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import Tensor
-from tqdm import tqdm
 
 from ..hub import LongMem, _find_data, find_checkpoint
 from ..models.backbone import Backbone, Encoded, load_backbone
 from ..models.longmem_decoder import LongMemDecoder
 from ..models.longmem_lm import LongMemModel
 from ..models.safe_load import why_unreadable
+from ..progress import token_bar
 from .cache import CacheSettings, NeuralCache
 from .past import Past
 from .systems import BACKBONE, OFF, ON, WITH_CACHE
@@ -201,10 +201,7 @@ class Scorer:
         parts = list(inputs[:whole].view(-1, self.size).split(max(1, _TOKENS_AT_ONCE // self.size)))
         if whole < len(inputs):
             parts.append(inputs[whole:][None])
-        progress = tqdm(
-            total=len(inputs), desc="memorising", unit=" tokens", unit_scale=True, leave=False, disable=None, delay=2
-        )
-        with progress:
+        with token_bar(len(inputs), "memorising") as progress:
             for part, followers in zip(parts, tokens.split([part.numel() for part in parts])):
                 encoded = self.backbone(part) if past.cache is not None else self.backbone.remember(part)
                 self.remember(past, encoded, followers)

@@ -1,6 +1,6 @@
 """Text as the tokens that a model knows, and where in the text each of them lies."""
 
-from typing import Optional
+from typing import Callable, Optional
 
 import numpy as np
 import torch
@@ -61,10 +61,21 @@ class Tokenizer:
 
     def line_ends(self) -> Tensor:
         """Symbols whose text begins with a newline, shape (n,), int64."""
-        known = self.bpe.bpe.decoder if hasattr(getattr(self.bpe, "bpe", None), "decoder") else {}
-        found = [
-            number
-            for number, symbol in enumerate(self.dictionary.symbols)
-            if (known.get(int(symbol), "") if known and symbol.isdigit() else symbol).startswith(_NEWLINE)
-        ]
-        return torch.tensor(found, dtype=torch.int64)
+        return self._symbols(lambda piece: piece is not None and piece.startswith(_NEWLINE))
+
+    def silent(self) -> Tensor:
+        """Symbols that stand for no text, shape (n,), int64: special ones, and those that fill up the dictionary.
+
+        End-of-sentence is not among them.
+        """
+        found = self._symbols(lambda piece: piece is None)
+        return found[found != self.eos]
+
+    def _symbols(self, wanted: Callable[[Optional[str]], bool]) -> Tensor:
+        """Numbers of symbols by their piece, as the BPE spells it; None for those of which it has none."""
+        special = self.dictionary.nspecial
+        pieces = [None] * special + self.dictionary.symbols[special:]
+        if hasattr(getattr(self.bpe, "bpe", None), "decoder"):  # GPT-2's, whose symbols are numbers
+            known = self.bpe.bpe.decoder
+            pieces = [known.get(int(piece)) if piece is not None and piece.isdigit() else None for piece in pieces]
+        return torch.tensor([number for number, piece in enumerate(pieces) if wanted(piece)], dtype=torch.int64)

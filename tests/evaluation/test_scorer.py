@@ -137,7 +137,7 @@ def test_the_cache_is_mixed_in(scorer):
         hidden = torch.cat([scorer.final_hidden(scorer.backbone(x[None]))[0] for x in stream[:-1].split(T)])
     for t in range(5):
         at = len(stream) - 1 - 5 + t
-        cached = distribution(hidden[at : at + 1], hidden[:at], stream[1 : at + 1], 0.3, 4096)[0, suffix[t]]
+        cached = distribution(hidden[at : at + 1], [(hidden[:at], stream[1 : at + 1])], 0.3, 4096)[0, suffix[t]]
         expected = 0.6 * math.exp(found[ON][t]) + 0.4 * cached
         assert math.exp(found["memory on + cache"][t]) == pytest.approx(float(expected), rel=1e-3)
 
