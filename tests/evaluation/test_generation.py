@@ -77,7 +77,7 @@ def test_a_newline_ends_the_answer(scorer, past):
 
 @pytest.mark.parametrize("system", ["memory on + cache", "backbone + cache"])
 def test_prompts_in_a_batch_are_answered_as_alone(scorer, past, system):
-    """With a beam, whose hypotheses move between rows; the beam finds what is at least as likely as the greedy answer."""
+    """With a beam, whose hypotheses move between rows; what it finds is at least as likely as the greedy answer."""
     prompts = [tokens_of(4, 1), tokens_of(9, 2), tokens_of(T + 5, 3)]
     together = generate(scorer, system, past, prompts, 4, beam=4, one_line=False)
     likelier = 0

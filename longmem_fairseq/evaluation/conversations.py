@@ -1,0 +1,120 @@
+"""Conversations of several sessions, from the files of MSC, LoCoMo and Conversation Chronicles, or our JSON lines."""
+
+import json
+import re
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional
+
+_ORDINALS = ("first", "second", "third", "fourth", "fifth")  # Conversation Chronicles' sessions
+
+
+class Turn(NamedTuple):
+    """Who says what."""
+
+    speaker: str
+    text: str
+
+
+class Session(NamedTuple):
+    """A conversation without a break.
+
+    Attributes:
+        turns: in order.
+        when: its date, or the time since the session before; None where that is not known.
+    """
+
+    turns: List[Turn]
+    when: Optional[str] = None
+
+
+class Conversation(NamedTuple):
+    """Sessions of the same speakers, in order."""
+
+    name: str
+    sessions: List[Session]
+
+
+def read_conversations(path: str) -> List[Conversation]:
+    """The conversations of a file, whose layout is seen from its keys.
+
+    Args:
+        path: JSON, or JSON lines (one conversation a line):
+            ours: ``id``, ``sessions`` of ``turns`` of ``speaker`` and ``text``;
+            MSC (ParlAI's ``session_N/*.txt``): ``previous_dialogs``, ``dialog``, ``metadata``;
+            LoCoMo (``locomo10.json``): ``sample_id``, ``conversation`` of ``session_1``, ``session_1_date_time``...;
+            Conversation Chronicles: ``dataID``, ``time_interval``, ``first_session_dialogue``...
+
+    Raises:
+        ValueError: the file is of none of these layouts, or a name stands in it twice.
+    """
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    found: List[Conversation] = []
+    try:
+        rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(None, text.split("\n")))
+        for row in rows:
+            found.append(_read(row, len(found)))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{path}, conversation {len(found) + 1}, is in no known layout (MSC, LoCoMo, Conversation Chronicles or "
+            "lines of id and sessions)"
+        ) from error
+    names = [conversation.name for conversation in found]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path} has two conversations of the name {twice[0]}: give each its own")
+    return found
+
+
+def _read(row: Dict[str, Any], number: int) -> Conversation:
+    if "sessions" in row:
+        sessions = [Session(_turns(x["turns"]), x.get("since_previous") or x.get("date_time")) for x in row["sessions"]]
+        name = row["id"]
+    elif "previous_dialogs" in row:
+        name, sessions = row["metadata"]["initial_data_id"], _msc(row)
+    elif "conversation" in row:
+        name, sessions = row["sample_id"], _locomo(row["conversation"])
+    else:
+        name, sessions = row.get("dataID", str(number)), _chronicles(row)
+    return Conversation(str(name), [session for session in sessions if session.turns])
+
+
+def _turns(rows: Iterable[Dict[str, Any]]) -> List[Turn]:
+    found = []
+    for row in rows:
+        caption = row.get("image_caption") or row.get("blip_caption")
+        text = " ".join(filter(None, [row["text"].strip(), f"(shows {caption.strip()})" if caption else None]))
+        found.append(Turn(row["speaker"], " ".join(text.split())))  # a turn is one line
+    return [turn for turn in found if turn.text]
+
+
+def _msc(row: Dict[str, Any]) -> List[Session]:
+    """The sessions before, whose speakers take turns, and the one that the file is of."""
+
+    def alternating(lines: List[Dict[str, Any]]) -> List[Turn]:
+        speakers = [line.get("id", f"Speaker {i % 2 + 1}") for i, line in enumerate(lines)]
+        return _turns({"speaker": speaker, "text": line["text"]} for speaker, line in zip(speakers, lines))
+
+    previous, times = row["previous_dialogs"], [None]
+    # Each says how long before the *next* session it was.
+    times += [f"{x['time_num']} {x['time_unit']} later" if "time_num" in x else None for x in previous]
+    dialogs = [x["dialog"] for x in previous] + [row["dialog"]]
+    return [Session(alternating(dialog), time) for dialog, time in zip(dialogs, times)]
+
+
+def _locomo(conversation: Dict[str, Any]) -> List[Session]:
+    numbers = sorted(int(key[8:]) for key in conversation if re.fullmatch(r"session_\d+", key))
+    return [
+        Session(_turns(conversation[f"session_{n}"]), conversation.get(f"session_{n}_date_time")) for n in numbers
+    ]
+
+
+def _chronicles(row: Dict[str, Any]) -> List[Session]:
+    sessions = []
+    for i, ordinal in enumerate(_ORDINALS):
+        if f"{ordinal}_session_dialogue" in row:
+            rows = zip(row[f"{ordinal}_session_speakers"], row[f"{ordinal}_session_dialogue"])
+            turns = _turns({"speaker": speaker, "text": text} for speaker, text in rows)
+            sessions.append(Session(turns, row["time_interval"][i] if i else None))
+    if not sessions:
+        raise KeyError("no session")
+    return sessions
