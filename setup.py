@@ -24,6 +24,8 @@ FAISS_GPU = "faiss-gpu==1.15.1"
 # What preprocess/ and examples/ need beside the package: GPT-2's BPE, .zst documents, and plots.
 PREPROCESS = ["regex>=2022.1.18", "tokenizers>=0.15", "zstandard>=0.18"]
 EXAMPLES = PREPROCESS + ["matplotlib>=3.5"]
+# What longmem_fairseq.evaluation needs beside the package: plots, and BLEU for dialogue.
+EVALUATION = ["matplotlib>=3.5", "sacrebleu>=2.3"]
 
 setup(
     name="longmem_fairseq",
@@ -48,8 +50,10 @@ setup(
         "gpu": [TORCH, FAIRSEQ, FAISS_GPU] + PREPROCESS,
         "preprocess": PREPROCESS,
         "examples": EXAMPLES,
+        "eval": EVALUATION,
         "convert": ["transformers>=4.30", "safetensors>=0.4"],
         "dev": EXAMPLES
+        + EVALUATION
         + [
             "hypothesis>=6.80",
             "pytest>=8.0",

@@ -141,6 +141,7 @@ def run(evaluation: Evaluation, args: argparse.Namespace) -> Outcome:
         OSError: a file cannot be read or written.
     """
     _check(args)
+    reports.need_plots()
     scorer = Scorer.load(
         args.path, args.tokenizer, "cpu" if args.cpu else None, args.backbone, args.tokens_per_sample,
         memory_size=args.memory_size, k=args.k, chunk_size=args.chunk_size,

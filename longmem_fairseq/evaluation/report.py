@@ -1,5 +1,6 @@
 """What an evaluation found, as JSON, Markdown and a plot."""
 
+import importlib.util
 import json
 import math
 import os
@@ -130,6 +131,16 @@ def _signed(cell: Optional[Interval], statistic) -> str:
         return ""
     digits, unit = (1, " %") if statistic.relative else (statistic.digits, "")
     return f"{cell.value:+.{digits}f}{unit} [{cell.low:+.{digits}f}, {cell.high:+.{digits}f}]"
+
+
+def need_plots() -> None:
+    """Make sure that plots can be drawn, before hours are spent on what they shall show.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the report has plots, which need the Python package matplotlib: pip install matplotlib")
 
 
 def draw(tables: Sequence[Table], path: str) -> None:
