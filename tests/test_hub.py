@@ -13,6 +13,10 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, Sentencepi
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.tasks.prompts import decode_text, encode_text
 from tests.fairseq_runs import TASK, run
+from tests.repository import ROOT
+from tests.text_models import sentencepiece_model
+
+README = ROOT / "README.md"
 
 
 def words(*numbers):
@@ -109,6 +113,23 @@ def test_samples(model):
     torch.manual_seed(1)
     assert model.generate(TEXT, sampling=True, top_p=0.9, max_new_tokens=20) == one
     assert len(model.generate("", min_new_tokens=5, max_new_tokens=5).split()) == 5
+
+
+def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
+    """Where "checkpoints", "data" and a novel lie in the working directory."""
+    (section,) = re.findall(r"### 6. From Python\n\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    for name in ("checkpoints", "data"):
+        (tmp_path / name).mkdir()
+    sentencepiece_model(tmp_path / "checkpoints")
+    for name in ("dict.txt", "sentencepiece.model"):
+        shutil.move(tmp_path / "checkpoints" / name, tmp_path / "data")
+    (tmp_path / "novel.txt").write_text("The captain said that he would say nothing.\n" * 20)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(section, names)
+    assert names["model"].documents == ["novel"] and (tmp_path / "novel.memory").exists()
+    *answers, perplexity = capsys.readouterr().out.splitlines()
+    assert len(answers) >= 2 and float(perplexity) > 1
 
 
 def test_errors_are_sentences(model, tiny_data, tiny_longmem, tiny_backbone, tmp_path):
