@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does the memory recall? Facts stated up to 60,000 tokens back, asked for at the end (see facts.py, evaluate.py).
 #
-#   bash examples/recall/run.sh [DIR] [--quick]        DIR: recall by default; --quick: up to 8,000 tokens, one minute
+#   bash examples/recall/run.sh [DIR] [--quick]        DIR: recall by default; --quick: up to 8,000 tokens, two minutes
 #
 # The shipped backbone, which copies in its window, is adapted by fairseq-train on documents of 2,600 and 9,000 tokens and
 # then asked about documents of 64,000. A finished training is not repeated.
@@ -13,8 +13,8 @@ done
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 cd "$(dirname "$0")/../.."
-updates=600
-[ ${#quick[@]} -eq 0 ] || updates=120
+updates=900
+[ ${#quick[@]} -eq 0 ] || updates=90
 device=(--cpu)
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
 
