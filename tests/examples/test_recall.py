@@ -38,7 +38,7 @@ def report(tmp_path_factory) -> dict:
 
 
 def test_recall(report):
-    """Of 200 values one is right: after this short training most are recalled (three in four), and none without the memory."""
+    """Of 200 values one is right: this short training recalls most (three in four), and none without the memory."""
     far = [row for row in report["accuracy"] if row["from"] >= 1024]
     questions = sum(row["questions"] for row in far)
     on, off = (sum(row[key] * row["questions"] for row in far) / questions for key in ("memory_on", "memory_off"))
