@@ -30,7 +30,8 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
     Logged besides ``loss`` and ``ppl`` (base 2): ``gate``, the mean of sigmoid(g) over heads; ``mem_fill``, the share
     of the memory in use; ``mem_dist``, tokens between a query and what it reads; on sampled steps ``ppl_no_mem``, the
     perplexity of the same side network when it reads nothing, and ``mem_gain``, by how much (in percent) reading
-    lowers it.
+    lowers it; and with an approximate index (``--memory-index``), on sampled steps, ``mem_recall``, the percentage of
+    what exact search finds that the index finds too.
     """
 
     def __init__(self, task, sentence_avg, without_memory_interval=50):
@@ -95,6 +96,9 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
         reads = total("memory_reads")
         if reads:
             metrics.log_scalar("mem_dist", total("memory_distance") / reads, reads, round=0)
+        wanted = total("memory_wanted")
+        if wanted:
+            metrics.log_scalar("mem_recall", 100 * total("memory_hits") / wanted, wanted, round=1)
         tokens = total("tokens_compared")
         if tokens:
             with_memory = total("loss_compared") / tokens / math.log(2)
@@ -124,9 +128,14 @@ def memory_figures(model, reader, zero) -> dict:
     """Sums that describe one batch's use of the memory; all zero where there is none."""
     if reader is None:
         return dict.fromkeys(
-            ("memory_batches", "gate", "memory_fill", "memory_reads", "memory_distance"), zero
-        )
+            (
+                "memory_batches", "gate", "memory_fill", "memory_reads", "memory_distance", "memory_hits",
+                "memory_wanted",
+            ),
+            zero,
+        )  # fmt: skip
     distance, reads = reader.distance()
+    hits, wanted = reader.recall or (0.0, 0.0)
     decoder = model.decoder
     gate = torch.sigmoid(decoder.layers[decoder.reading_layer].self_attn.memory_gate.detach().float()).mean()
     return {
@@ -135,4 +144,6 @@ def memory_figures(model, reader, zero) -> dict:
         "memory_fill": zero + reader.fill,
         "memory_reads": zero + reads,
         "memory_distance": zero + distance,
+        "memory_hits": zero + hits,
+        "memory_wanted": zero + wanted,
     }

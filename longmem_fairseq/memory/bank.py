@@ -3,11 +3,14 @@
 Legend: L lanes, H heads, N chunks that a lane holds, C tokens of a chunk, d width of a head, T tokens of a segment.
 """
 
-from typing import Tuple
+import copy
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .placement import Placement
 
 
 class MemoryBank:
@@ -26,14 +29,21 @@ class MemoryBank:
         memory_size: tokens that a lane holds; rounded down to whole chunks, N = memory_size // chunk_size.
         chunk_size: C.
         dtype: of keys and values; the chunk means that are searched are always float32.
-        device: where the bank lies.
+        device: where the bank lies, if ``placement`` does not say it.
         exact_means: average keys before they are rounded to ``dtype``, as the released LongMem does; otherwise what is
             held decides, so that it does not matter which chunks a segment's end cut in two.
+        placement: where keys and values, and where the chunk means lie.
 
     Attributes:
         keys, values: shape (L, H, N, C, d).
         means: mean key of each chunk, shape (L, H, N, d), float32.
         first, written: number of the first chunk a lane was given since its reset, and one past the last, shape (L,).
+        resets: how often each lane began anew, shape (L,): as long as it stays the same, a chunk is what it was.
+        indices: of lanes that are searched by an index (see :class:`longmem_fairseq.memory.index.IndexSearch`).
+
+    Raises:
+        ValueError: it would hold no chunk.
+        OSError: there is no room for its files.
     """
 
     def __init__(
@@ -46,6 +56,7 @@ class MemoryBank:
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),
         exact_means: bool = False,
+        placement: Optional[Placement] = None,
     ):
         if chunk_size < 1 or memory_size < chunk_size:
             raise ValueError(
@@ -54,15 +65,18 @@ class MemoryBank:
             )
         self.lanes, self.heads, self.head_dim, self.chunk_size = lanes, heads, head_dim, chunk_size
         self.chunks = memory_size // chunk_size
+        self.placement = placement = placement or Placement(device, device)
         shape = (lanes, heads, self.chunks, chunk_size, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.means = torch.zeros(lanes, heads, self.chunks, head_dim, device=device)
+        self.keys = placement.new_tokens(shape, dtype)
+        self.values = placement.new_tokens(shape, dtype)
+        self.means = placement.new_means((lanes, heads, self.chunks, head_dim))
         tail = torch.float32 if exact_means else dtype
-        self._tail = torch.zeros(2, lanes, heads, chunk_size, head_dim, dtype=tail, device=device)
+        self._tail = torch.zeros(2, lanes, heads, chunk_size, head_dim, dtype=tail, device=placement.tokens)
         self.first = np.zeros(lanes, dtype=np.int64)
         self.written = np.zeros(lanes, dtype=np.int64)
         self.position = np.zeros(lanes, dtype=np.int64)  # tokens of the stream that were given or skipped
+        self.resets = np.zeros(lanes, dtype=np.int64)
+        self.indices: Dict = {}
 
     @property
     def held(self) -> np.ndarray:
@@ -81,6 +95,7 @@ class MemoryBank:
         """
         self.first[lane] = self.written[lane] = -(-position // self.chunk_size)
         self.position[lane] = position
+        self.resets[lane] += 1
 
     def evict(self, lane: int, chunks: int) -> None:
         """Let the oldest chunks of a lane go before they must; all of them where it holds fewer."""
@@ -93,7 +108,7 @@ class MemoryBank:
         skip = min(T, max(0, int(self.written[lane]) * C - int(self.position[lane])))
         waiting = max(0, int(self.position[lane]) - int(self.written[lane]) * C)
         self.position[lane] += T
-        new = torch.stack([keys[:, skip:], values[:, skip:]]).to(self._tail.dtype)  # (2, H, T, d)
+        new = torch.stack([keys[:, skip:], values[:, skip:]]).to(self._tail)  # (2, H, T, d)
         if waiting:
             new = torch.cat([self._tail[:, lane, :, :waiting], new], dim=2)
         chunks, rest = divmod(new.size(2), C)
@@ -117,8 +132,44 @@ class MemoryBank:
     def contents(self, lane: int) -> Tuple[Tensor, Tensor, Tensor]:
         """A copy of what a lane holds, oldest chunk first: keys and values (H, n, C, d), mean keys (H, n, d)."""
         oldest, newest = int(self.written[lane] - self.held[lane]), int(self.written[lane])
-        slots = torch.arange(oldest, newest, device=self.keys.device) % self.chunks
-        return self.keys[lane][:, slots], self.values[lane][:, slots], self.means[lane][:, slots]
+        slots = torch.arange(oldest, newest) % self.chunks
+        return tuple(x[lane][:, slots.to(x.device)] for x in (self.keys, self.values, self.means))
+
+    def state(self) -> Tuple[Dict[str, Tensor], Dict[str, List[int]]]:
+        """All that the bank holds, bit by bit: tensors by name, those of empty lanes left out, and counters (L,)."""
+        tensors = {"tail": self._tail}
+        for lane in np.flatnonzero(self.held).tolist():
+            tensors.update((f"{name}.{lane}", x) for name, x in zip(("keys", "values", "means"), self.contents(lane)))
+        return tensors, {name: getattr(self, name).tolist() for name in ("first", "written", "position")}
+
+    def restore(self, tensors: Dict[str, Tensor], counters: Dict[str, List[int]]) -> None:
+        """Hold what :meth:`state` gave of a bank of the same sizes and precision, on any device."""
+        self._tail.copy_(tensors["tail"])
+        for name, values in counters.items():
+            getattr(self, name)[:] = values
+        self.resets += 1
+        for lane in np.flatnonzero(self.held).tolist():
+            oldest, newest = int(self.written[lane] - self.held[lane]), int(self.written[lane])
+            slots = torch.arange(oldest, newest) % self.chunks
+            for name in ("keys", "values", "means"):
+                buffer = getattr(self, name)
+                buffer[lane][:, slots.to(buffer.device)] = tensors[f"{name}.{lane}"].to(buffer.device)
+
+    def __deepcopy__(self, memo) -> "MemoryBank":
+        """A bank that holds the same, placed in the same way; what was overwritten or never written is not copied."""
+        other = MemoryBank(
+            self.lanes, self.heads, self.head_dim, self.chunks * self.chunk_size, self.chunk_size, self.keys.dtype,
+            exact_means=self._tail.dtype != self.keys.dtype, placement=self.placement,
+        )  # fmt: skip
+        other._tail = self._tail.clone()
+        for name in ("first", "written", "position", "resets"):
+            setattr(other, name, getattr(self, name).copy())
+        for lane in range(self.lanes):
+            for begin, end in self.spans(lane):
+                for name in ("keys", "values", "means"):
+                    getattr(other, name)[lane, :, begin:end] = getattr(self, name)[lane, :, begin:end]
+        other.indices = copy.deepcopy(self.indices, memo)
+        return other
 
     def tokens(self, lane: int) -> Tuple[Tensor, Tensor]:
         """A copy of all that a lane was given and still has, oldest token first: keys and values (H, tokens, d).

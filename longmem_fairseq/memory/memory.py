@@ -6,7 +6,7 @@ remembered.
 """
 
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ class _Pending:
     segments: Segments
     keys: Tensor  # (B, H, T, d)
     values: Tensor
+
+
+_PLACES = ("lanes", "streams", "starts", "lengths", "n_lanes")  # of a segment
 
 
 class Memory:
@@ -113,6 +116,26 @@ class Memory:
         for lane in range(self.bank.lanes):
             self._reset(lane, -1, 0)
 
+    def state(self) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+        """What is remembered and what is held back, bit by bit: tensors by name, and the rest as JSON can hold it."""
+        tensors, counters = self.bank.state()
+        places = {"bank": counters, "streams": self._stream.tolist(), "ends": self._end.tolist(), "pending": None}
+        if self._pending is not None:
+            segments = self._pending.segments
+            tensors.update({"pending.keys": self._pending.keys, "pending.values": self._pending.values})
+            places["pending"] = {name: np.asarray(getattr(segments, name)).tolist() for name in _PLACES}
+        return tensors, places
+
+    def restore(self, tensors: Dict[str, Tensor], places: Dict[str, Any]) -> None:
+        """Be what another memory was whose :meth:`state` this is; its bank has this one's sizes and precision."""
+        self.bank.restore(tensors, places["bank"])
+        self._stream, self._end = (np.array(places[name], dtype=np.int64) for name in ("streams", "ends"))
+        self._pending = None
+        if places["pending"] is not None:
+            device = self.bank.keys.device
+            keys, values = (tensors[f"pending.{name}"].to(device, copy=True) for name in ("keys", "values"))
+            self._pending = _Pending(Segments(**places["pending"]), keys, values)
+
     def _reset(self, lane: int, stream: int, position: int) -> None:
         self.bank.reset(lane, position)
         self._stream[lane], self._end[lane] = stream, position
@@ -134,6 +157,12 @@ class Memory:
             self._end[lane] = held.ends[row]
 
 
+def recall_of(search: SearchFunction) -> Optional[Tuple[float, float]]:
+    """Of the last search by an approximate index, where it was compared with exact search: chunks found that exact
+    search finds too, and chunks looked for; otherwise None."""
+    return getattr(search, "recall", None)
+
+
 class MemoryReader:
     """What one batch reads: called with the queries, it searches and attends.
 
@@ -144,6 +173,7 @@ class MemoryReader:
     def __init__(self, memory: Memory, segments: Segments):
         self.memory, self.segments = memory, segments
         self.slots: Optional[Tensor] = None  # (B, H, T, n)
+        self.recall: Optional[Tuple[float, float]] = None  # see recall_of
         held = memory.bank.held[segments.lanes]
         self._held = held
         self._starts = segments.starts
@@ -157,6 +187,7 @@ class MemoryReader:
             n = min(self.memory.chunks_per_query, int(self._held.max()))
             with torch.no_grad():
                 self.slots = self.memory.search(bank, lanes, q.detach(), n)
+            self.recall = recall_of(self.memory.search)
         rows = torch.from_numpy(lanes).to(q.device, non_blocking=True)
         z = self.memory.attention(q, bank.keys, bank.values, rows, self.slots, scaling)
         present = None

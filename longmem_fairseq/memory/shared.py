@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.segments import Segments
-from .memory import Memory
+from .memory import Memory, recall_of
 
 
 class SharedMemory(Memory):
@@ -104,6 +104,7 @@ class SharedReader:
     def __init__(self, memory: SharedMemory, segments: Segments):
         self.memory, self.segments = memory, segments
         self.slots: Optional[Tensor] = None  # (1, H, B * T, n), the rows end to end
+        self.recall: Optional[Tuple[float, float]] = None  # see recall_of
         self._held = int(memory.bank.held[0])
         self._oldest = int(memory.bank.written[0]) - self._held
 
@@ -118,6 +119,7 @@ class SharedReader:
             n = min(self.memory.chunks_per_query, self._held)
             with torch.no_grad():
                 self.slots = self.memory.search(bank, lane, rows.detach(), n)
+            self.recall = recall_of(self.memory.search)
         copy = self.memory.keep_reads and q.requires_grad and torch.is_grad_enabled()
         keys, values = (table.to(q.dtype, copy=copy) for table in (bank.keys, bank.values))
         z = self.memory.attention(rows, keys, values, self.slots.new_zeros(1), self.slots, scaling)

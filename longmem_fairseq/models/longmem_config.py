@@ -10,6 +10,8 @@ from fairseq.utils import safe_getattr
 from omegaconf import II, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..memory.index_spec import FLAT, index_spec
+from ..memory.placement import DEVICES, choose_placement
 from ..memory.search import has_faiss_gpu
 from .frozen_backbone import Backbone
 from .longmem_decoder import MEMORY_DTYPES
@@ -52,6 +54,32 @@ class LongMemConfig(FairseqDataclass):
     )
     memory_dtype: ChoiceEnum(["auto", *MEMORY_DTYPES]) = field(
         default="auto", metadata={"help": "precision of remembered keys and values; auto: the model's"}
+    )
+    memory_index: str = field(
+        default=FLAT,
+        metadata={
+            "help": "flat: exact search; or a faiss factory string (IVF1024,Flat or IVF4096,PQ32 or HNSW32) for "
+            "memories of a million tokens: an approximate index on the CPU for each lane and head"
+        },
+    )
+    memory_index_parameters: str = field(
+        default="",
+        metadata={
+            "help": "how an index is searched, as faiss writes it: nprobe=32 for IVF, efSearch=64 for HNSW (default: "
+            "nprobe a 16th of the lists, efSearch=128)"
+        },
+    )
+    memory_device: ChoiceEnum(list(DEVICES)) = field(
+        default="auto",
+        metadata={
+            "help": "where keys and values lie; auto: where the model is; on the CPU, what is read is moved to it"
+        },
+    )
+    memory_map: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "hold keys and values in a memory-mapped file in this directory, which is gone with the process"
+        },
     )
     use_gpu_to_search: bool = field(
         default=False, metadata={"help": "insist on a GPU build of faiss: search runs where the memory lies anyway"}
@@ -148,6 +176,20 @@ def check_options(cfg, backbone: Backbone) -> None:
         raise ValueError(
             f"--memory-size {cfg.memory_size} holds no chunk of --chunk-size {cfg.chunk_size} tokens: raise the one or "
             "lower the other"
+        )
+    indexed = cfg.memory_index != FLAT
+    if indexed:
+        index_spec(cfg.memory_index, cfg.memory_index_parameters, backbone.head_dim, cfg.memory_size // cfg.chunk_size)
+    elif cfg.memory_index_parameters:
+        raise ValueError(
+            f"--memory-index-parameters {cfg.memory_index_parameters} means nothing to exact search: name an index "
+            "with --memory-index, or leave it out"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choose_placement(str(cfg.memory_device), cfg.memory_map, device, indexed)
+    if cfg.use_gpu_to_search and indexed:
+        raise ValueError(
+            f"--use-gpu-to-search: an index as --memory-index {cfg.memory_index} lies on the CPU; leave one of them out"
         )
     if cfg.use_gpu_to_search and not (has_faiss_gpu() and torch.cuda.is_available()):
         raise ValueError(

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
+from ..memory.index import IndexSearch
+from ..memory.index_spec import FLAT, index_spec
 from ..memory.memory import Memory, MemoryReader
-from ..memory.search import choose_search
+from ..memory.placement import Placement, choose_placement
+from ..memory.search import SearchFunction, choose_search
 from ..memory.shared import SharedMemory
 from ..modules.joint_attention import memory_attention, naive_memory_attention
 from ..modules.layer_norm import set_layer_norm_eps
@@ -65,6 +68,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         fingerprint = bytearray.fromhex(backbone.fingerprint or "00" * 32)
         self.register_buffer("backbone_fingerprint", torch.frombuffer(fingerprint, dtype=torch.uint8).clone())
         self._memories: Dict[bool, Memory] = {}
+        self._searches: Dict[Tuple, SearchFunction] = {}
         self._attention = memory_attention
         self.goes_on = False
 
@@ -213,7 +217,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         """
         memory = self._memories.get(self.training)
         too_small = memory is not None and memory.lanes is not None and memory.lanes < segments.n_lanes
-        if memory is None or too_small or memory.bank.keys.device != like.device:
+        if memory is None or too_small or memory.bank.placement != self._placement(like.device):
             if memory is not None:
                 logger.warning("the memory is allocated anew for %d lanes on %s", segments.n_lanes, like.device)
             memory = self._memories[self.training] = self._allocate(segments.n_lanes, like)
@@ -254,15 +258,34 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         like = next(self.backbone.parameters()) if like is None else like
         dtype = like.dtype if cfg.memory_dtype == "auto" else MEMORY_DTYPES[cfg.memory_dtype]
         return MemoryBank(
-            lanes, self.backbone.num_heads, self.backbone.head_dim, cfg.memory_size, cfg.chunk_size, dtype, like.device,
-            exact_means=self.shares_memory,
+            lanes, self.backbone.num_heads, self.backbone.head_dim, cfg.memory_size, cfg.chunk_size, dtype,
+            exact_means=self.shares_memory, placement=self._placement(like.device),
         )  # fmt: skip
+
+    def _placement(self, device: torch.device) -> Placement:
+        """Where a bank lies of a model that is on a device."""
+        cfg = self.cfg
+        return choose_placement(str(cfg.memory_device), cfg.memory_map, device, cfg.memory_index != FLAT)
+
+    def _search(self, device: torch.device) -> SearchFunction:
+        """What searches the banks of a model that is on a device; always the same, which counts its recall."""
+        cfg = self.cfg
+        settings = (
+            str(cfg.memory_search), cfg.memory_index, cfg.memory_index_parameters, cfg.memory_size // cfg.chunk_size,
+            self._placement(device).means,
+        )  # fmt: skip
+        if settings not in self._searches:
+            search, index, parameters, chunks, lies = settings
+            found = choose_search(search, lies)
+            if index != FLAT:
+                found = IndexSearch(index_spec(index, parameters, self.backbone.head_dim, chunks), found)
+            self._searches[settings] = found
+        return self._searches[settings]
 
     def memory_branches(self, rows: int, base: Optional[MemoryBank] = None) -> MemoryBranches:
         """Memories for generation, one for each row whatever the memory's scope."""
-        search = choose_search(self.cfg.memory_search, self.device)
         return MemoryBranches(
-            rows, self.new_bank, search, self._attention, self.cfg.k // self.cfg.chunk_size, base
+            rows, self.new_bank, self._search(self.device), self._attention, self.cfg.k // self.cfg.chunk_size, base
         )
 
     def _allocate(self, lanes: int, like: Tensor) -> Memory:

@@ -13,9 +13,9 @@ import shutil
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .bags import bag_products, bag_sum
 from .self_attention import SelfAttention
 
 logger = logging.getLogger(__name__)
@@ -25,14 +25,13 @@ class MemoryAttention(torch.autograd.Function):
     """Softmax attention of each query to the tokens of its own chunks, without copying those chunks together.
 
     Every query reads other tokens, so a plain implementation gathers (B, H, T, n * C, d) keys and values, many times
-    the size of all else in the layer. Embedding bags read rows of a table where they lie: the weighted sum of values
-    is a bag, the products of a query with its keys are the gradient of a bag with respect to its weights.
+    the size of all else in the layer. Embedding bags read them where they lie.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, absent: Optional[Tensor], scaling: float):
         """q (Q, d), tables keys and values (R, d), rows (Q, K) of the tables, absent (Q, K) bool -> (Q, d)."""
-        scores = _bag_products(q, keys, rows) * scaling  # (Q, K)
+        scores = bag_products(q, keys, rows) * scaling  # (Q, K)
         if absent is not None:
             scores = scores.masked_fill(absent, float("-inf"))
         weights = torch.softmax(scores, dim=-1)
@@ -40,33 +39,15 @@ class MemoryAttention(torch.autograd.Function):
             weights = torch.nan_to_num(weights)  # a query that reads nothing has no weights
         ctx.save_for_backward(keys, values, rows, weights)
         ctx.scaling = scaling
-        return _bag_sum(weights.to(values.dtype), values, rows)
+        return bag_sum(weights.to(values.dtype), values, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         """The memory has no gradient (it was computed by the frozen backbone); the query has."""
         keys, values, rows, weights = ctx.saved_tensors
-        products = _bag_products(grad, values, rows)  # (Q, K)
+        products = bag_products(grad, values, rows)  # (Q, K)
         grad_scores = weights * (products - (weights * products).sum(dim=-1, keepdim=True))
-        return _bag_sum(grad_scores.to(keys.dtype), keys, rows) * ctx.scaling, None, None, None, None, None
-
-
-def _bag_sum(weights: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """sum_k weights[q, k] * table[rows[q, k]]: (Q, K), (R, d), (Q, K) -> (Q, d)."""
-    return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
-
-
-def _bag_products(q: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """q[q] . table[rows[q, k]], float32: (Q, d), (R, d), (Q, K) -> (Q, K)."""
-    Q, K = rows.shape
-    if table.is_cuda and table.dtype == torch.bfloat16:  # the operator below lacks this type on CUDA
-        blocks = zip(q.to(table.dtype).split(4096), rows.split(4096))
-        return torch.cat([(table[block] @ x[:, :, None]).squeeze(-1) for x, block in blocks]).float()
-    bags = torch.arange(Q, device=rows.device)
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        q.to(table.dtype).contiguous(), table, rows.reshape(-1), bags * K, bags.repeat_interleave(K), 0
-    )
-    return products.view(Q, K).float()
+        return bag_sum(grad_scores.to(keys.dtype), keys, rows) * ctx.scaling, None, None, None, None, None
 
 
 @functools.lru_cache(maxsize=None)
@@ -93,7 +74,8 @@ def memory_attention(q: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, slo
 
     Args:
         q: queries, shape (B, H, T, d), any floating dtype.
-        keys, values: the bank's, shape (L, H, N, C, d), without gradient.
+        keys, values: the bank's, shape (L, H, N, C, d), without gradient; where they lie on another device than the
+            queries, what is read is moved there (see :func:`attend_from_elsewhere`).
         lanes: row of the bank for each row of the batch, shape (B,), int64.
         slots: retrieved chunks, shape (B, H, T, n), int64; -1 reads nothing.
         scaling: of the scores, 1 / sqrt(d).
@@ -101,6 +83,8 @@ def memory_attention(q: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, slo
     Returns:
         Z, shape (B, H, T, d), dtype of q; zero where all slots are -1.
     """
+    if keys.device != q.device:
+        return attend_from_elsewhere(memory_attention, q, keys, values, lanes, slots, scaling)
     if q.is_cuda and has_triton():
         from .memory_attention_triton import memory_attention_triton
 
@@ -124,8 +108,29 @@ def bag_memory_attention(q, keys, values, lanes, slots, scaling) -> Tensor:
     return z.view(B, H, T, d).to(q.dtype)
 
 
+def attend_from_elsewhere(attend, q, keys, values, lanes, slots, scaling) -> Tensor:
+    """The same as :func:`memory_attention`, by ``attend``, of a bank on another device than the queries.
+
+    The chunks that a lane reads, each once, are moved to the queries; so of keys and values at most T * n chunks of
+    each head lie there at a time, and for the backward pass those of all lanes.
+    """
+    B, H, T, d = q.shape
+    N, C = keys.shape[2:4]
+    first = torch.arange(H, device=q.device)[:, None, None]
+    parts = []
+    for x, lane, found in zip(q, lanes, slots):  # (H, T, d), (), (H, T, n)
+        rows, places = ((lane * H + first) * N + found.clamp(min=0)).unique(return_inverse=True)
+        rows = rows.to(keys.device)
+        read = [table.view(-1, C, d).index_select(0, rows).to(q.device)[None, None] for table in (keys, values)]
+        places = places.masked_fill(found < 0, -1).view(1, 1, H * T, -1)  # in one table of all heads, (1, 1, U, C, d)
+        parts.append(attend(x.reshape(1, 1, H * T, d), *read, lanes.new_zeros(1), places, scaling).view(1, H, T, d))
+    return torch.cat(parts) if parts else torch.zeros_like(q)
+
+
 def naive_memory_attention(q, keys, values, lanes, slots, scaling) -> Tensor:
     """The same as :func:`memory_attention`, written down plainly: the reference of the tests."""
+    if keys.device != q.device:
+        return attend_from_elsewhere(naive_memory_attention, q, keys, values, lanes, slots, scaling)
     B, H, T, d = q.shape
     heads = torch.arange(H, device=q.device)[None, :, None, None]
     lanes = lanes[:, None, None, None]

@@ -1,0 +1,313 @@
+"""Approximate search: indices that probe all find what exact search finds, whatever was written, left or reset."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longmem_fairseq.memory.bank import MemoryBank
+from longmem_fairseq.memory.branches import MemoryBranches
+from longmem_fairseq.memory.index import IndexSearch, found_too
+from longmem_fairseq.memory.index_spec import index_spec
+from longmem_fairseq.memory.library import Library
+from longmem_fairseq.memory.search import faiss_search, torch_search
+from longmem_fairseq.memory.snapshot import load_memory, save_memory
+from longmem_fairseq.modules.joint_attention import memory_attention
+
+H, D, C = 2, 8, 3
+# Each of them looks at everything, so that what it finds is exact; needed to train, in chunks: 4 lists * 39, or one.
+WHOLE = {"IVF4,Flat": "nprobe=4", "HNSW8": "efSearch=2000", "RR8,HNSW8": "efSearch=2000"}
+LANES = 2
+
+
+def search_of(factory, parameters, N, exact=torch_search) -> IndexSearch:
+    return IndexSearch(index_spec(factory, parameters, D, N), exact)
+
+
+def write(bank, lane, T, generator, copies=False):
+    """Random keys; or few that occur again and again, so that scores are equal."""
+    keys = torch.randn(H, T, D, generator=generator)
+    if copies:
+        keys = keys[:, :C].repeat(1, -(-T // C), 1)[:, :T]
+    bank.append(lane, keys, keys)
+
+
+def scores(bank, lanes, queries, slots):
+    """Scores of slots (B, H, T, n), -inf for none; each query has each slot once, and only such as its lane holds."""
+    products = queries @ bank.means[lanes].transpose(-1, -2)
+    for lane, of_lane in zip(lanes, slots):
+        held = {slot for begin, end in bank.spans(lane) for slot in range(begin, end)}
+        for found in of_lane.flatten(0, 1).tolist():
+            found = [slot for slot in found if slot >= 0]
+            assert len(set(found)) == len(found) and set(found) <= held
+    return products.gather(-1, slots.clamp(min=0)).masked_fill(slots < 0, float("-inf"))
+
+
+def check(search, bank, generator, n=5, T=4, complete=True):
+    lanes = np.array([1, 0])
+    queries = torch.randn(2, H, T, D, generator=generator)
+    found, wanted = search(bank, lanes, queries, n), torch_search(bank, lanes, queries, n)
+    assert found.shape == wanted.shape and found.dtype == torch.int64
+    mine, exact = scores(bank, lanes, queries, found), scores(bank, lanes, queries, wanted)
+    if complete:
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
+
+
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(0, LANES - 1), st.sampled_from([1, 5, 40, 60, 200, 1000])),
+        st.tuples(st.just("append"), st.integers(0, LANES - 1), st.sampled_from([3, 300, 333])),
+        st.tuples(st.just("evict"), st.integers(0, LANES - 1), st.sampled_from([1, 20, 500])),
+        st.tuples(st.just("reset"), st.integers(0, LANES - 1), st.sampled_from([0, 0, 7, 100])),
+        st.tuples(st.just("copy"), st.just(0), st.just(0)),
+    ),
+    min_size=1, max_size=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("factory", WHOLE)
+@settings(max_examples=12, deadline=None)
+@given(events=events, seed=st.integers(0, 10**6), copies=st.booleans())
+def test_follows_the_bank(factory, events, seed, copies):
+    """Written, evicted, overwritten, reset, copied: after each the index finds what exact search finds."""
+    generator = torch.Generator().manual_seed(seed)
+    bank = MemoryBank(LANES, H, D, 300 * C + 1, C)
+    search = search_of(factory, WHOLE[factory], 300)
+    for event, lane, n in events:
+        if event == "append":
+            write(bank, lane, n, generator, copies)
+        elif event == "copy":
+            bank = copy.deepcopy(bank)
+        else:
+            getattr(bank, event)(lane, n)
+        # Among many copies of one key a graph loses sight of others; what it finds is still held, and found once.
+        check(search, bank, generator, complete=not copies or "HNSW" not in factory)
+
+
+@pytest.mark.parametrize("factory", ["IVF4,SQ8", "IVF4,PQ4x4", "HNSW8_SQ8", "OPQ4,IVF2,PQ4x4", "PCA4,IVF4,Flat"])
+def test_keys_in_codes_are_compared_exactly(factory):
+    """What the codes blur is put right among the candidates, and a lane is as before where another one goes on."""
+    generator = torch.Generator().manual_seed(0)
+    bank = MemoryBank(LANES, H, D, 700 * C, C)
+    ivf = "IVF" in factory
+    search = search_of(factory, "nprobe=2" if factory.startswith("OPQ") else "nprobe=4" if ivf else "efSearch=500", 700)
+    write(bank, 0, 650 * C, generator)
+    write(bank, 1, 650 * C, generator)
+    for _ in range(5):
+        queries = torch.randn(2, H, 30, D, generator=generator)
+        lanes = np.array([0, 1])
+        found, wanted = (s(bank, lanes, queries, 4) for s in (search, torch_search))
+        mine, exact = scores(bank, lanes, queries, found), scores(bank, lanes, queries, wanted)
+        assert torch.equal(mine, mine.sort(dim=-1, descending=True).values)
+        assert (mine >= exact[..., -1:] - 1e-5).float().mean() > (0.5 if "PCA" in factory else 0.85)
+        write(bank, 0, 200 * C, generator)
+
+
+def test_exact_until_there_is_enough_to_train(caplog):
+    generator = torch.Generator().manual_seed(0)
+    bank = MemoryBank(1, H, D, 1000 * C, C)
+    asked = []
+
+    def exact(bank, lanes, queries, n):
+        asked.append(queries.size(2))
+        return torch_search(bank, lanes, queries, n)
+
+    search = search_of("IVF4,Flat", "nprobe=1", 1000, exact)
+    queries = torch.randn(1, H, 100, D, generator=generator)
+    with caplog.at_level(logging.INFO, "longmem_fairseq.memory.index"):
+        search(bank, np.array([0]), queries, 4)  # empty
+        for _ in range(3):
+            write(bank, 0, 51 * C, generator)  # 153 in the end
+            assert torch.equal(search(bank, np.array([0]), queries, 4), torch_search(bank, np.array([0]), queries, 4))
+        assert asked == [100] * 4 and search.recall is None
+        write(bank, 0, 3 * C, generator)  # 4 * 39
+        found = search(bank, np.array([0]), queries, 4)
+    assert not torch.equal(found, torch_search(bank, np.array([0]), queries, 4))  # one list of four
+    assert asked == [100] * 4 + [32]  # compared
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == (
+        "search is exact until a lane of the memory holds 156 chunks, on which IVF4,Flat (nprobe=1) is then trained"
+    )
+    assert len(messages) == 2 and messages[1].startswith("IVF4,Flat (nprobe=1) finds ")
+
+
+def test_recall_is_measured_on_every_fiftieth_search():
+    generator = torch.Generator().manual_seed(0)
+    bank = MemoryBank(1, H, D, 1000 * C, C)
+    write(bank, 0, 1000 * C, generator)
+    whole, part = search_of("IVF16,Flat", "nprobe=16", 1000), search_of("IVF16,Flat", "nprobe=2", 1000)
+    queries = torch.randn(1, H, 32, D, generator=generator)
+    measured = []
+    for i in range(101):
+        part(bank, np.array([0]), queries[:, :, : 1 if i % 50 else 32], 4)
+        if part.recall is not None:
+            measured.append((i, *part.recall))
+    assert [i for i, _, _ in measured] == [0, 50, 100] and all(wanted == H * 32 * 4 for _, _, wanted in measured)
+    found, exact = (s(bank, np.array([0]), queries, 4)[0] for s in (part, torch_search))
+    hits = sum(len(set(a) & set(b)) for a, b in zip(found.flatten(0, 1).tolist(), exact.flatten(0, 1).tolist()))
+    assert abs(measured[0][1] - hits) <= 1 and 0 < hits < H * 32 * 4
+    whole(bank, np.array([0]), queries, 4)
+    assert whole.recall == (H * 32 * 4, H * 32 * 4)
+
+
+@pytest.mark.parametrize(
+    "mine, exact, hits",
+    [
+        ([5.0, 3.0, 2.0], [5.0, 3.0, 2.0], 3),
+        ([3.0, 2.0, 2.0], [5.0, 3.0, 2.0], 2),  # two that tie with the last of the exact ones are one
+        ([2.0, 2.0, 2.0], [2.0, 2.0, 2.0], 3),
+        ([5.0, 1.0, float("-inf")], [5.0, 3.0, 2.0], 1),
+        ([5.0, float("-inf"), float("-inf")], [5.0, float("-inf"), float("-inf")], 1),
+        ([float("-inf")] * 3, [float("-inf")] * 3, 0),
+        ([float("nan")] * 3, [5.0, 3.0, 2.0], 0),
+    ],
+)
+def test_what_counts_as_found(mine, exact, hits):
+    assert found_too(torch.tensor([mine, mine]), torch.tensor([exact, exact])) == 2 * hits
+
+
+def test_of_equal_scores_any_counts_as_found():
+    generator = torch.Generator().manual_seed(0)
+    bank = MemoryBank(1, H, D, 400 * C, C)
+    write(bank, 0, 400 * C, generator, copies=True)  # all chunks are the same
+    search = search_of("IVF4,Flat", "nprobe=4", 400, faiss_search)
+    search(bank, np.array([0]), torch.randn(1, H, 32, D, generator=generator), 4)
+    assert search.recall[0] == search.recall[1] > 0
+
+
+def test_what_is_added_and_taken_out_is_what_changed(monkeypatch):
+    """A segment costs a segment, however much the memory holds; only whole turns of the memory train anew."""
+    generator = torch.Generator().manual_seed(0)
+    bank = MemoryBank(1, H, D, 400 * C, C)
+    search, touched, trained = search_of("IVF4,Flat", "nprobe=4", 400), [], []
+    write(bank, 0, 400 * C, generator)
+    queries = torch.randn(1, H, 2, D, generator=generator)
+    search(bank, np.array([0]), queries, 4)
+    index = bank.indices[0]
+    for name in ("_add", "_forget"):
+        original = getattr(index, name)
+
+        def counted(*args, original=original):
+            before = [x.ntotal for x in index.heads]
+            original(*args)
+            touched.append([abs(x.ntotal - b) for x, b in zip(index.heads, before)])
+
+        monkeypatch.setattr(index, name, counted)
+    build = index._build
+    monkeypatch.setattr(index, "_build", lambda *args: (trained.append(int(bank.written[0])), build(*args)))
+    for _ in range(39):
+        write(bank, 0, 10 * C, generator)
+        search(bank, np.array([0]), queries, 4)
+    assert touched == [[10, 10]] * 78 and not trained
+    write(bank, 0, 10 * C, generator)
+    search(bank, np.array([0]), queries, 4)
+    assert trained == [800]
+
+
+def test_a_graph_is_built_anew_when_half_of_it_has_left():
+    generator = torch.Generator().manual_seed(0)
+    bank = MemoryBank(1, H, D, 50 * C, C)
+    search = search_of("HNSW8", "efSearch=500", 50)
+    sizes = []
+    for _ in range(40):
+        write(bank, 0, 10 * C, generator)
+        search(bank, np.array([0]), torch.randn(1, H, 2, D, generator=generator), 4)
+        sizes.append(bank.indices[0].heads[0].ntotal)
+    assert max(sizes) < 100 and sizes[-10:] == [60, 70, 80, 90, 50, 60, 70, 80, 90, 50]
+
+
+def test_a_copy_of_a_bank_goes_its_own_way():
+    """Hypotheses of a beam: each has the index of what it shares, and then of what it wrote."""
+    generator = torch.Generator().manual_seed(0)
+    bank = MemoryBank(1, H, D, 300 * C, C)
+    search = search_of("IVF4,Flat", "nprobe=4", 300)
+    write(bank, 0, 290 * C, generator)
+    branches = MemoryBranches(
+        2, lambda: MemoryBank(1, H, D, 300 * C, C), search, memory_attention, 4, base=bank
+    )
+    queries = torch.randn(2, H, 3, D, generator=generator)
+    branches.reader()(queries, 1.0)
+    keys = torch.randn(2, H, 60 * C, D, generator=generator)
+    branches.write([0, 1], torch.arange(2 * 60 * C).view(2, -1), keys, keys)
+    branches.reorder([1, 0, 0])
+    assert len({id(b) for b in branches.banks} | {id(bank)}) == 3
+    lane = np.array([0])
+    for own in (*branches.banks, bank):
+        found, wanted = (s(own, lane, queries[:1], 4) for s in (search, torch_search))
+        torch.testing.assert_close(scores(own, lane, queries[:1], found), scores(own, lane, queries[:1], wanted))
+
+
+def test_a_loaded_memory_is_indexed_anew(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    search, lane = search_of("IVF4,Flat", "nprobe=4", 300), np.array([0])
+    library = Library(MemoryBank(1, H, D, 300 * C, C))
+    write(library.bank, 0, 290 * C, generator)
+    library.replace(*library.bank.tokens(0), [])
+    save_memory(str(tmp_path / "memory"), library, "ab", 1, "float32")
+    queries = torch.randn(1, H, 3, D, generator=generator)
+    wanted = search(library.bank, lane, queries, 4)
+    write(library.bank, 0, 290 * C, generator)
+    search(library.bank, lane, queries, 4)
+    load_memory(str(tmp_path / "memory"), library, "ab", 1)
+    assert torch.equal(search(library.bank, lane, queries, 4), wanted)
+
+
+def test_a_restored_bank_is_indexed_anew():
+    """The snapshot of a training holds no index."""
+    generator = torch.Generator().manual_seed(0)
+    search, lanes = search_of("IVF4,Flat", "nprobe=4", 300), np.array([0])
+    first, second = (MemoryBank(1, H, D, 300 * C, C) for _ in range(2))
+    for bank in (first, second):
+        write(bank, 0, 290 * C, generator)
+        search(bank, lanes, torch.randn(1, H, 3, D, generator=generator), 4)
+    second.restore(*first.state())
+    queries = torch.randn(1, H, 3, D, generator=generator)
+    assert torch.equal(search(second, lanes, queries, 4), torch_search(first, lanes, queries, 4))
+
+
+def test_queries_that_are_not_numbers_read_nothing():
+    generator = torch.Generator().manual_seed(0)
+    bank = MemoryBank(1, H, D, 300 * C, C)
+    write(bank, 0, 300 * C, generator)
+    queries = torch.randn(1, H, 3, D, generator=generator)
+    clean = search_of("IVF4,Flat", "nprobe=4", 300)(bank, np.array([0]), queries, 4)
+    queries[0, :, 1] = float("nan")
+    found = search_of("IVF4,Flat", "nprobe=4", 300)(bank, np.array([0]), queries, 4)
+    assert torch.equal(found[:, :, [0, 2]], clean[:, :, [0, 2]]) and found.max() < 300
+
+
+REFUSED = {
+    ("IVF4,Nonsense", "", 500): "--memory-index IVF4,Nonsense is no index that faiss makes for keys of width 8",
+    ("ivf", "", 500): r"could not parse index string ivf\).*such as IVF1024,Flat",
+    ("", "", 500): "--memory-index  is no index that faiss makes",
+    ("IVF4,PQ3", "", 500): "multiple of the number of subquantizers",
+    ("NSG8", "", 500): "makes an IndexNSGFlat, from which a memory cannot take out what it forgets",
+    ("IVF4,PQ4x4fs", "", 500): "makes an IndexIVFPQFastScan, from which",
+    ("IVF4,Flat,RFlat", "", 500): "makes an IndexRefineFlat",
+    ("Flat", "", 500): "makes an IndexFlat, .*choose flat",
+    ("IVF64,Flat", "", 63): "is trained on 64 chunks or more, and a memory .* holds 63: raise --memory-size",
+    ("IVF4,PQ4", "", 200): "is trained on 256 chunks or more",
+    ("IVF4,Flat", "nprobes=3", 500): "--memory-index-parameters nprobes=3 cannot be set for IVF4,Flat: .*nprobe=32",
+    ("HNSW8", "nprobe=3", 500): "--memory-index-parameters nprobe=3 cannot be set for HNSW8: write.*efSearch=64",
+    ("IVF4,Flat", "nprobe", 500): "nprobe cannot be set",
+    ("IVF4,Flat", "nprobe=0", 500): "nprobe=0 must be between 1 and the 4 lists of IVF4,Flat",
+    ("IVF4,Flat", "nprobe=5", 500): "nprobe=5 must be between 1 and the 4 lists",
+    ("HNSW8", "efSearch=-1", 500): "efSearch=-1 must be 1 or more",
+}
+
+
+@pytest.mark.parametrize("factory, parameters, chunks", REFUSED)
+def test_refusals(factory, parameters, chunks):
+    with pytest.raises(ValueError, match=REFUSED[factory, parameters, chunks]) as error:
+        index_spec(factory, parameters, D, chunks)
+    assert "\n" not in str(error.value)
+
+
+def test_without_faiss(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    with pytest.raises(ValueError, match="--memory-index IVF4,Flat needs faiss: pip install faiss-cpu"):
+        index_spec("IVF4,Flat", "", D, 500)
