@@ -1,0 +1,189 @@
+"""What LongMem on GPT-2 takes: parameters to train, bytes of memory, peak memory of training and evaluation.
+
+    python examples/benchmark/sizes.py                                    # computed, for all sizes
+    python examples/benchmark/sizes.py --measure small medium             # and measured on the CPU, random weights
+
+Computed, in bytes, for B lanes of T tokens in float32 and GPT-2's own settings (side network of half the layers):
+
+    evaluation = 4 (backbone + side network) + bank + hidden states + logits
+    training   = evaluation + 12 side network (gradients, Adam's two moments) + activations
+
+with hidden states 4 B T D (N + 1 + N/2 + 1), logits 16 B T V (with and without memory, and a softmax of each), and
+activations N/2 * 4 B T (9 D + 5 F), which the side layers keep for the backward pass, where F = 4 D. Measured is what
+the peak resident memory of a process (ru_maxrss) grows by, from before the model is built, in two updates with Adam or
+two segments of evaluation, with a full memory; it includes what the allocator keeps of freed pieces.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, List
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+import torch
+from fairseq.data import Dictionary
+from tqdm import tqdm
+
+from examples.benchmark.report import lines_of, machine, stop, table, write_json
+from longmem_fairseq.criterions.longmem_cross_entropy import LongMemCrossEntropyCriterion
+from longmem_fairseq.data.segments import Segments
+from longmem_fairseq.memory.bank import MemoryBank
+from longmem_fairseq.models.longmem_lm import LongMemModel
+
+# Layers, width, heads of GPT-2, and the layer that `--arch longmem_gpt2_<name>` remembers.
+GPT2 = {"small": (12, 768, 12, 9), "medium": (24, 1024, 16, 17), "large": (36, 1280, 20, 25), "xl": (48, 1600, 25, 33)}
+SYMBOLS = 50264  # GPT-2's 50,257 and fairseq's four, filled up to a multiple of eight
+CHUNK = 4
+
+
+def build(name: str, options: argparse.Namespace, device: str) -> LongMemModel:
+    """LongMem on a GPT-2 of random weights; on the device ``meta`` its shapes alone."""
+    layers, width, heads, remembered = GPT2[name]
+    dictionary = Dictionary()
+    for i in range(SYMBOLS - len(dictionary)):
+        dictionary.add_symbol(str(i))
+    backbone = {
+        "model": "transformer_lm", "vocabulary": SYMBOLS, "activation_fn": "gelu_accurate", "decoder_embed_dim": width,
+        "decoder_input_dim": width, "decoder_output_dim": width, "decoder_ffn_embed_dim": 4 * width,
+        "decoder_layers": layers, "decoder_attention_heads": heads, "decoder_normalize_before": True,
+        "decoder_learned_pos": True, "share_decoder_input_output_embed": True, "no_scale_embedding": True,
+        "max_target_positions": max(1024, options.segment),
+    }  # fmt: skip
+    cfg = argparse.Namespace(
+        save_backbone=True, backbone_config=json.dumps(backbone), retrieval_layer_index=remembered, chunk_size=CHUNK,
+        memory_size=options.memory_size, tokens_per_sample=options.segment, memory_scope="document",
+    )  # fmt: skip
+    task = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    with torch.device(device):
+        return LongMemModel.build_model(cfg, task)
+
+
+def parameters(model: torch.nn.Module, trained: bool) -> int:
+    """Numbers of the side network, or of the frozen backbone; matrices that are one count once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad == trained)
+
+
+def bank_bytes(name: str, tokens: int, dtype: torch.dtype, lanes: int = 1) -> int:
+    """Bytes that a memory of so many tokens a lane takes."""
+    _, width, heads, _ = GPT2[name]
+    return MemoryBank(lanes, heads, width // heads, tokens, CHUNK, dtype, torch.device("meta")).nbytes
+
+
+def computed(name: str, options: argparse.Namespace) -> Dict:
+    """The figures of one size, by the formulas above."""
+    layers, width, _, _ = GPT2[name]
+    model = build(name, options, "meta")
+    backbone, side = parameters(model, trained=False), parameters(model, trained=True)
+    tokens = options.batch * options.segment
+    hidden = 4 * tokens * width * (layers + 1 + layers // 2 + 1)
+    logits = 16 * tokens * SYMBOLS
+    bank = bank_bytes(name, options.memory_size, torch.float32, options.batch) if options.memory_size else 0
+    evaluation = 4 * (backbone + side) + bank + hidden + logits
+    activations = layers // 2 * 4 * tokens * (9 * width + 5 * 4 * width)
+    half, single = (
+        (bank_bytes(name, 65 * 1024, dtype) - bank_bytes(name, 64 * 1024, dtype)) / 2**20
+        for dtype in (torch.float16, torch.float32)
+    )
+    return {
+        "size": name, "backbone": backbone, "side_network": side, "mib_per_1k_half": half, "mib_per_1k_single": single,
+        "bank_gib": bank / 2**30, "evaluation_gib": evaluation / 2**30,
+        "training_gib": (evaluation + 12 * side + activations) / 2**30,
+    }  # fmt: skip
+
+
+def peak() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def print_measured(name: str, mode: str, options: argparse.Namespace) -> None:
+    """Take two steps and print by how much this process's peak memory grew."""
+    before = peak()
+    model = build(name, options, "cpu").train(mode == "train")
+    criterion = LongMemCrossEntropyCriterion(
+        argparse.Namespace(target_dictionary=model.decoder.dictionary), sentence_avg=False
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, foreach=False)
+    lanes, lengths = torch.arange(options.batch).numpy(), [options.segment] * options.batch
+
+    def segment(number: int) -> Dict:
+        tokens = torch.randint(4, SYMBOLS, (options.batch, options.segment))
+        starts = [number * options.segment] * options.batch
+        segments = Segments(lanes, lanes, starts, lengths, options.batch)
+        net_input = {"src_tokens": tokens, "segments": segments}
+        return {"net_input": net_input, "target": tokens, "ntokens": tokens.numel()}
+
+    if options.memory_size:
+        model.memorize(**segment(0)["net_input"])
+        fill_with_noise(model.decoder)
+    for number in (1, 2):
+        with torch.set_grad_enabled(mode == "train"):
+            loss, _, _ = criterion(model, segment(number))
+        if mode == "train":
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    print(peak() - before)
+
+
+def fill_with_noise(decoder) -> None:
+    """Make the memories full; what they hold has no part in how much they take."""
+    for memory in decoder._memories.values():
+        memory.flush()
+        for buffer in (memory.bank.keys, memory.bank.values, memory.bank.means):
+            buffer.normal_()
+        memory.bank.written += memory.bank.chunks
+
+
+def measured(name: str, mode: str, arguments: List[str]) -> float:
+    """GiB that a process of its own takes."""
+    command = [sys.executable, __file__, *arguments, "--measure-one", f"{name}:{mode}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        stop(f"measuring {mode} of {name} ended with status {done.returncode}: is there memory for it?")
+    return int(done.stdout.split()[-1]) / 2**30
+
+
+COLUMNS = {
+    "size": "GPT-2", "backbone": "backbone", "side_network": "side network",
+    "mib_per_1k_half": "MiB per 1k tokens, half", "mib_per_1k_single": "float32", "evaluation_gib": "evaluation GiB",
+    "evaluation_measured": "measured", "training_gib": "training GiB", "training_measured": "measured",
+}  # fmt: skip
+
+
+def main(arguments: List[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--sizes", nargs="+", choices=tuple(GPT2), default=list(GPT2), help="of GPT-2 (default: all)")
+    add("--measure", nargs="*", choices=tuple(GPT2), default=[], help="of these also measure the peak memory")
+    add("--memory-size", type=int, default=65536, help="tokens that a lane's memory holds (default: %(default)s)")
+    add("--segment", type=int, default=1024, help="tokens of a segment (default: %(default)s)")
+    add("--batch", type=int, default=1, help="lanes (default: %(default)s)")
+    add("--json", help="write the figures there")
+    add("--measure-one", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    for name in ("segment", "batch"):
+        if getattr(options, name) < 1:
+            stop(f"--{name} {getattr(options, name)} is less than 1")
+    if options.memory_size and options.memory_size < options.segment:
+        stop(f"--memory-size {options.memory_size} must be 0 or at least a segment of {options.segment} tokens")
+    if options.measure_one:
+        print_measured(*options.measure_one.split(":"), options)
+        return
+    rows = [computed(name, options) for name in options.sizes]
+    wanted = [(row, mode) for row in rows if row["size"] in options.measure for mode in ("evaluation", "training")]
+    for row, mode in tqdm(wanted, desc="measuring", disable=not wanted):
+        row[f"{mode}_measured"] = measured(row["size"], "train" if mode == "training" else "eval", arguments)
+    print(table(rows, COLUMNS), "", *lines_of(machine()), sep="\n")
+    if options.json:
+        write_json(options.json, {"machine": machine(), "options": vars(options), "rows": rows})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
