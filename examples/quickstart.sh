@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 demo=${DEMO:-demo}
-updates=${UPDATES:-250}
+updates=${UPDATES:-200}
 memories=(0 1024 4096 16384 65536)
 shipped=examples/pretrained/mini
 data=$demo/data

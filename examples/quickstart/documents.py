@@ -24,7 +24,7 @@ LEFT_OUT = {
     "__pycache__", "dist-packages", "encodings", "ensurepip", "idlelib", "idle_test", "lib2to3", "lib-dynload",
     "msilib", "pydoc_data", "site-packages", "test", "tests", "turtledemo",
 }  # fmt: skip
-LONG, SHORT = 40_000, 400  # characters
+LONG, SHORT = 50_000, 400  # characters
 
 
 def standard_library():

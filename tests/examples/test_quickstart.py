@@ -67,6 +67,6 @@ def test_split():
     names = [name for part in parts.values() for name, _ in part]
     assert sorted(names) == sorted(name for name, _ in documents)
     longest = max(documents, key=lambda d: len(d[1]))
-    assert longest in parts["test"] and all(len(text) >= 40_000 for _, text in parts["test"] + parts["valid"])
+    assert longest in parts["test"] and all(len(text) >= 50_000 for _, text in parts["test"] + parts["valid"])
     few = split([("a", "line\n" * 100), ("b", "word " * 100)])
     assert "".join(dict(few[part]).get("a", "") for part in few) == "line\n" * 100
