@@ -147,6 +147,11 @@ def check_generation(args, models) -> None:
         raise ValueError("--lm-path cannot be had: the other model would not see the prompts; name both in --path a:b")
     if getattr(args, "temperature", 1.0) <= 0:
         raise ValueError(f"--temperature {args.temperature} is not above 0: for the likeliest token use --beam 1")
+    beam, nbest = getattr(args, "beam", 5), getattr(args, "nbest", 1)
+    if beam < 1:
+        raise ValueError(f"--beam {beam} is less than one hypothesis")
+    if nbest > beam:
+        raise ValueError(f"--nbest {nbest} is more than the {beam} hypotheses of --beam: raise that")
     longest, shortest = getattr(args, "max_len_b", 200), getattr(args, "min_len", 1)
     if not getattr(args, "max_len_a", 0) and shortest > longest:
         raise ValueError(f"--min-len {shortest} is more than --max-len-b {longest} new tokens: raise that")

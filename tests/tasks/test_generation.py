@@ -189,6 +189,8 @@ def test_turns_are_remembered(model):
         (dict(print_alignment="hard"), "--print-alignment cannot be had"),
         (dict(lm_path="other.pt"), "--lm-path cannot be had"),
         (dict(temperature=0.0), "--temperature 0.0 is not above 0"),
+        (dict(beam=0), "--beam 0 is less than one"),
+        (dict(beam=2, nbest=3), "--nbest 3 is more than the 2 hypotheses of --beam"),
         (dict(min_len=30), "--min-len 30 is more than --max-len-b 20"),
     ],
 )
