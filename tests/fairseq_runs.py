@@ -60,8 +60,8 @@ def command(program: str, *arguments) -> List[str]:
     return [sys.executable, "-m", f"fairseq_cli.{program}", *map(str, arguments)]
 
 
-def start(program: str, *arguments, cwd: Path, **options) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def start(program: str, *arguments, cwd: Path, environment: Dict[str, str] = None, **options) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(environment or {})}
     return subprocess.Popen(
         command(program, *arguments),
         cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
@@ -94,7 +94,11 @@ def run_ranks(program: str, *arguments, cwd: Path, ranks: int = 2) -> List[str]:
         )
         for rank in range(ranks)
     ]  # fmt: skip
-    return [finish(process) for process in processes]
+    try:
+        return [finish(process) for process in processes]
+    finally:
+        for process in processes:  # where one failed, the others may wait for it
+            process.kill()
 
 
 def figures(output: str, tag: str, name: str) -> List[float]:

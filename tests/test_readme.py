@@ -177,6 +177,20 @@ def test_pins_are_those_of_setup_py():
     assert pinned and pinned <= known
 
 
+def test_every_guarantee_names_its_tests():
+    """The last column of the table: files or directories below ``tests/``, and functions in them."""
+    rows = re.findall(r"^\|.*\| (.*) \|$", README.split("## Guarantees")[1].split("\n## ")[0], re.MULTILINE)[2:]
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`([\w/]*(?:\.py)?)(?:::(\w+))?`", row)
+        assert named, f"no test is named in: {row}"
+        path = None
+        for place, function in named:
+            path = ROOT / "tests" / place if place else path
+            assert path.exists(), f"{path} does not exist"
+            assert not function or f"def {function}(" in path.read_text(encoding="utf-8"), f"{path} has no {function}"
+
+
 def test_links_into_the_repository_resolve():
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []

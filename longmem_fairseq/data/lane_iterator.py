@@ -1,6 +1,6 @@
 """fairseq's epoch iterator over lanes: it never shuffles batches, and resumes only where the lanes are the same."""
 
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 from fairseq.data.iterators import CountingIterator, EpochBatchIterator
@@ -23,9 +23,18 @@ class LaneIterator(EpochBatchIterator):
         epoch: the epoch to begin with, from 1.
         num_workers: processes that read; 0 reads in this one.
         buffer_size: batches that the workers read ahead.
+        begins: told whenever an epoch begins, with this object and whether it is one of training.
     """
 
-    def __init__(self, dataset: LaneDataset, rank: int, epoch: int = 1, num_workers: int = 0, buffer_size: int = 0):
+    def __init__(
+        self,
+        dataset: LaneDataset,
+        rank: int,
+        epoch: int = 1,
+        num_workers: int = 0,
+        buffer_size: int = 0,
+        begins: Optional[Callable[["LaneIterator", bool], None]] = None,
+    ):
         super().__init__(
             dataset=dataset,
             collate_fn=dataset.collater,
@@ -37,6 +46,16 @@ class LaneIterator(EpochBatchIterator):
             buffer_size=buffer_size,
             disable_shuffling=True,
         )
+        self._begins = begins
+
+    def next_epoch_itr(
+        self, shuffle: bool = True, fix_batches_to_gpus: bool = False, set_dataset_epoch: bool = True
+    ) -> CountingIterator:
+        """Batches of the next epoch; fairseq asks for those of a validation with ``set_dataset_epoch`` off."""
+        batches = super().next_epoch_itr(shuffle, fix_batches_to_gpus, set_dataset_epoch)
+        if self._begins is not None:
+            self._begins(self, set_dataset_epoch)
+        return batches
 
     def _get_iterator_for_epoch(
         self, epoch: int, shuffle: bool, fix_batches_to_gpus: bool = False, offset: int = 0
@@ -60,7 +79,7 @@ class LaneIterator(EpochBatchIterator):
         )
         return CountingIterator(loader, start=offset)
 
-    def _layout(self) -> Dict[str, Any]:
+    def layout(self) -> Dict[str, Any]:
         """All that decides which token stands where in an epoch, and the option that sets it."""
         data = self.dataset
         return {
@@ -74,7 +93,7 @@ class LaneIterator(EpochBatchIterator):
         }
 
     def state_dict(self) -> Dict[str, Any]:
-        return {**super().state_dict(), "lanes": self._layout()}
+        return {**super().state_dict(), "lanes": self.layout()}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Continue where another iterator stopped.
@@ -83,7 +102,7 @@ class LaneIterator(EpochBatchIterator):
             ValueError: it stopped amid an epoch, and its lanes lay otherwise than these.
         """
         if state_dict.get("iterations_in_epoch", 0) > 0:
-            saved, here = state_dict.get("lanes"), self._layout()
+            saved, here = state_dict.get("lanes"), self.layout()
             if saved is None:
                 raise ValueError(
                     "the checkpoint stopped amid an epoch of another task, so its place in the data means nothing to "

@@ -51,18 +51,27 @@ def save_memory(path: str, library: Library, backbone: str, layer: int, dtype: s
         "tokens": str(library.tokens), "documents": json.dumps(documents),
     }  # fmt: skip
     header["sha256"] = _digest(header, keys, values)
-    directory = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=os.path.basename(path) + ".")
-    os.close(handle)
-    try:
-        save_file({"keys": keys, "values": values}, temporary, metadata=header)
+    write_safetensors(path, {"keys": keys, "values": values}, header)
+
+
+def write_safetensors(path: str, tensors: Dict[str, Tensor], header: Dict[str, str]) -> None:
+    """Write a safetensors file of contiguous tensors on the CPU; one of that name is replaced at once, or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    directory, name = os.path.split(os.path.abspath(path))
+    # The library has a temporary file of its own, which stays where a process is killed: give it a known place.
+    with tempfile.TemporaryDirectory(dir=directory, prefix=f"{name}.tmp") as temporary:
+        written = os.path.join(temporary, name)
+        try:
+            save_file(tensors, written, metadata=header)
+        except SafetensorError as error:  # so the library says that a disk is full
+            raise OSError(f"{path} cannot be written: {error}") from error
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's are its owner's alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        os.chmod(written, 0o666 & ~umask)  # the library's are their owner's alone
+        os.replace(written, path)
 
 
 def load_memory(path: str, library: Library, backbone: str, layer: int) -> None:

@@ -38,6 +38,6 @@ def catch_up(sample: Dict[str, Any], model, dataset: LaneDataset, autocast: bool
         with torch.no_grad(), torch.autocast("cuda", enabled=autocast):
             model.memorize(past["src_tokens"], past["segments"], join=i == 0)
     logger.info(
-        "rebuilt the memory of %d lanes from the %d batches before, in %.1f s",
-        len(rows), len(batches), time.time() - began,
+        "memory of %d lanes rebuilt by replay of the %d batches before in %.1f s",
+        rows.sum(), len(batches), time.time() - began,
     )  # fmt: skip

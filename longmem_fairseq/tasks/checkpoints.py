@@ -8,7 +8,8 @@ import os
 import shutil
 import typing
 import zipfile
-from typing import Any, Dict, Optional
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Tuple
 
 import omegaconf
 import torch
@@ -26,16 +27,31 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint that cannot be read."""
 
 
+@dataclass(frozen=True)
+class Restored:
+    """The checkpoint that training continues from, and its place in the data.
+
+    Attributes:
+        path: of the checkpoint.
+        epoch: that training is in.
+        batches: of this epoch that each rank has read; 0 where training begins it.
+    """
+
+    path: str
+    epoch: int
+    batches: int
+
+
 def prepare_restore(
     restore_file: str, save_dir: str, finetune_from_model: Optional[str], dictionary: Dictionary
-) -> Optional[str]:
+) -> Optional[Restored]:
     """Check the checkpoint that fairseq-train is about to load, before anything is built.
 
     fairseq writes a checkpoint whole or not at all, but ``checkpoint_last.pt`` is mostly a copy of one, and a copy is
     cut short where the process is killed or the disk is full. It is then made again from the newest whole checkpoint.
 
     Returns:
-        its path, or ``None`` if training starts anew.
+        which it is, or ``None`` if training starts anew.
 
     Raises:
         FileNotFoundError: the user named one that does not exist (fairseq itself would start from scratch).
@@ -74,7 +90,20 @@ def prepare_restore(
             f"{error}: continue from another one with --restore-file, or move it away to start anew"
         ) from error
     check_dictionary(state.get("task_state") or {}, dictionary, path)
-    return path
+    return Restored(path, *(_place_of(state) if path in (last, restore_file) else (1, 0)))
+
+
+def place_in(checkpoint: str) -> Optional[Tuple[int, int]]:
+    """Epoch and batch at which a checkpoint was written; None where it cannot be read. Its tensors stay on disk."""
+    try:
+        return _place_of(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True))
+    except Exception:  # whatever a damaged file makes of its reader
+        return None
+
+
+def _place_of(state: Dict[str, Any]) -> Tuple[int, int]:
+    place = (state.get("extra_state") or {}).get("train_iterator") or {}
+    return place.get("epoch", 1), place.get("iterations_in_epoch", 0)
 
 
 def check_space(save_dir: str) -> None:
@@ -134,10 +163,11 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 
 
 def _remove_unfinished(save_dir: str) -> None:
-    """Remove what runs left that ended while they wrote a checkpoint."""
-    for path in glob.glob(os.path.join(glob.escape(save_dir), "checkpoint*.pt.tmp")):
-        logger.info(f"{path} was never finished, and is removed")
-        os.remove(path)
+    """Remove what runs left that ended while they wrote a checkpoint or a snapshot of the memory."""
+    for pattern in ("checkpoint*.pt.tmp", "memory_epoch*.safetensors.tmp*"):
+        for path in glob.glob(os.path.join(glob.escape(save_dir), pattern)):
+            logger.info(f"{path} was never finished, and is removed")
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
 def _repair(last: str) -> None:

@@ -4,7 +4,8 @@ import functools
 import json
 import logging
 import os
-from typing import Any, Dict, Optional
+import weakref
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from fairseq import utils
@@ -19,9 +20,10 @@ from ..data.lane_dataset import LaneDataset
 from ..data.lane_iterator import LaneIterator
 from ..data.manifest import dictionary_fingerprint
 from .catch_up import catch_up
-from .checkpoints import check_dictionary, check_space, prepare_restore, read_checkpoint
+from .checkpoints import Restored, check_dictionary, check_space, prepare_restore, read_checkpoint
 from .evaluation import Evaluation
 from .generation import Conversation, LongMemGenerator, check_generation
+from .memory_snapshots import MemorySnapshots, before_each_checkpoint
 from .options import LongMemLanguageModelingConfig, check_options
 from .prompts import PromptDataset, encode_text, one_line
 
@@ -41,7 +43,10 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
         super().__init__(args, dictionary, output_dictionary, targets)
         self._model = self._model_cfg = None
-        self._lanes: Dict[str, LaneDataset] = {}  # of each split, those that are being read
+        self._lanes: Dict[Tuple[str, bool], LaneDataset] = {}  # what is read of each split, in training (True) or not
+        self._layouts: Dict[str, Tuple[int, int]] = {}
+        self._epoch: Callable[[], Optional[LaneIterator]] = lambda: None  # the epoch of training that is being read
+        self._snapshots: Optional[MemorySnapshots] = None
         self._last_batch = None
         self._conversation: Optional[Conversation] = None
         self._tokenizer = self._bpe = None
@@ -64,8 +69,34 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             paths = utils.split_paths(args.data)
             if len(paths) > 1:  # what an epoch days from now will read is looked at today
                 open_split(paths, args.train_subset, task.dictionary, combine=True)
-            prepare_restore(args.restore_file, args.save_dir, args.finetune_from_model, task.dictionary)
+            restored = prepare_restore(args.restore_file, args.save_dir, args.finetune_from_model, task.dictionary)
+            task._prepare_snapshots(restored)
         return task
+
+    def _prepare_snapshots(self, restored: Optional[Restored]) -> None:
+        """Save the memory with each checkpoint, or read that of the one that training continues from, as asked for.
+
+        Raises:
+            ValueError: checkpoints are to hold no state of the optimizer.
+        """
+        args = self.args
+        if args.memory_snapshot and args.no_save_optimizer_state:
+            raise ValueError(
+                "--memory-snapshot and --no-save-optimizer-state exclude each other: a training that cannot be "
+                "continued needs no memory; leave one out"
+            )
+        if restored is not None and (restored.batches == 0 or args.reset_dataloader):
+            restored = None  # an epoch begins, with nothing to remember
+        resume = str(args.resume_memory or ("snapshot" if args.memory_snapshot else "replay"))
+        if restored is not None and resume == "replay":
+            if str(args.memory_scope) == "shared":
+                logger.warning(
+                    "a memory that all lanes share is rebuilt from the last batches alone, and may hold some more or "
+                    "fewer of them than it did; a snapshot (--memory-snapshot) is exact"
+                )
+            restored = None
+        if args.memory_snapshot or restored is not None:
+            self._snapshots = MemorySnapshots(args.save_dir, restored)
 
     @classmethod
     def setup_dictionary(cls, args, **kwargs):
@@ -105,6 +136,8 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
                 f"--tokens-per-sample {self.args.tokens_per_sample} exceeds the {positions} positions of the model"
             )
         self._model, self._model_cfg = model, args
+        if self._snapshots is not None:
+            self._snapshots.expect(model)
         return model
 
     @property
@@ -285,13 +318,20 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             with_segments=self._has_memory,
         )
         lanes.set_epoch(epoch)
-        before, self._lanes[dataset.split] = self._lanes.get(dataset.split), lanes
-        if before is None or (before.n_lanes, before.steps) != (lanes.n_lanes, lanes.steps):
+        layout = (lanes.n_lanes, lanes.steps)
+        if self._layouts.get(dataset.split) != layout:
+            self._layouts[dataset.split] = layout
             logger.info(
                 "%s: %d lanes on each of %d ranks, %s batches of up to %d tokens a lane",
                 dataset.split, lanes.n_lanes, num_shards, f"{lanes.steps:,}", lanes.T,
             )  # fmt: skip
-        return LaneIterator(lanes, shard_id, epoch, num_workers, data_buffer_size)
+        return LaneIterator(lanes, shard_id, epoch, num_workers, data_buffer_size, begins=self._begin)
+
+    def _begin(self, epoch: LaneIterator, training: bool) -> None:
+        """An epoch begins; validation may read the same split in other lanes than training does."""
+        self._lanes[epoch.dataset.documents.split, training] = epoch.dataset
+        if training and epoch.dataset.documents.split == self.args.train_subset:
+            self._epoch = weakref.ref(epoch)
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False, **kwargs):
         """One forward and backward pass, after making sure that the memory is where the batch continues."""
@@ -302,18 +342,33 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         else:
             self._last_batch = sample
         model.train()
-        self._catch_up(sample, model, autocast=isinstance(optimizer, AMPOptimizer))
+        autocast = isinstance(optimizer, AMPOptimizer)
+        if self._snapshots is not None and "segments" in sample["net_input"]:
+            self._snapshots.load(sample, self._model, self._epoch(), autocast)
+            if self.args.memory_snapshot:
+                before_each_checkpoint(optimizer, self._save_memory)
+        self._catch_up(sample, model, True, autocast)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs)
 
     def valid_step(self, sample, model, criterion, **kwargs):
         """One forward pass in evaluation, whose memory is not that of training."""
         model.eval()
-        self._catch_up(sample, model)
+        self._catch_up(sample, model, False)
         return super().valid_step(sample, model, criterion, **kwargs)
 
-    def _catch_up(self, sample, model, autocast: bool = False) -> None:
+    def _catch_up(self, sample, model, training: bool, autocast: bool = False) -> None:
         if "segments" in sample["net_input"]:
-            catch_up(sample, model, self._lanes[sample["split"]], autocast)
+            split = sample["split"]
+            lanes = self._lanes[(split, training) if (split, training) in self._lanes else (split, not training)]
+            catch_up(sample, model, lanes, autocast)
+
+    def _save_memory(self) -> None:
+        self._snapshots.save(self._model, self._epoch())
+
+    def post_save(self, checkpoint: str, num_updates: int) -> None:
+        """Called by fairseq-train on the first rank, after it wrote a checkpoint and removed old ones."""
+        if self.args.memory_snapshot:
+            self._snapshots.remove_unused()
 
     def eval_lm_dataloader(
         self,
@@ -337,7 +392,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
                 f"--context-window {context_window} cannot be had: the memory carries the context from segment to "
                 "segment; leave it out"
             )
-        batches = self.get_batch_iterator(
+        iterator = self.get_batch_iterator(
             dataset,
             max_tokens=max_tokens,
             max_sentences=batch_size,
@@ -345,23 +400,23 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             shard_id=shard_id,
             num_workers=num_workers,
             data_buffer_size=data_buffer_size,
-        ).next_epoch_itr(shuffle=False)
+        )
         return Evaluation(
-            batches,
-            self._lanes[dataset.split],
+            iterator.next_epoch_itr(shuffle=False),
+            iterator.dataset,
             self._model,
             shard_id,
             self.args.results_path,
-            run=self._describe_run(dataset),
+            run=self._describe_run(iterator.dataset),
             bar=self.args.log_format == "tqdm" or (self.args.log_format is None and not self.args.no_progress_bar),
             log_interval=self.args.log_interval,
         )
 
-    def _describe_run(self, dataset: DocumentDataset) -> Dict[str, Any]:
+    def _describe_run(self, lanes: LaneDataset) -> Dict[str, Any]:
         """What evaluations must have in common to be parts of one, as JSON."""
         cfg, checkpoint = self._model_cfg, self.args.path
         cfg = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True) if OmegaConf.is_config(cfg) else vars(cfg)
-        lanes = self._lanes[dataset.split]
+        dataset = lanes.documents
         file = [os.path.getsize(checkpoint), os.path.getmtime(checkpoint)] if checkpoint else None
         data = [dataset.split, len(dataset), dataset.tokens, lanes.n_lanes, lanes.T, lanes.scope, lanes.seed]
         return {"checkpoint": file, "model": json.loads(json.dumps(cfg, default=str)), "data": data}

@@ -31,6 +31,20 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
             "training); or one memory shared by the streams of all lanes (as in the released code)"
         },
     )
+    memory_snapshot: bool = field(
+        default=False,
+        metadata={
+            "help": "training: save the memory beside every checkpoint within an epoch, and continue from it instead "
+            "of encoding the tokens before again"
+        },
+    )
+    resume_memory: Optional[ChoiceEnum(["snapshot", "replay"])] = field(
+        default=None,
+        metadata={
+            "help": "training: continue with the memory of a snapshot, or encode the tokens before again (default: "
+            "snapshot with --memory-snapshot, otherwise replay)"
+        },
+    )
 
     memory_text: Optional[List[str]] = field(
         default=None,
@@ -60,6 +74,8 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
     restore_file: str = II("checkpoint.restore_file")
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
     save_dir: str = II("checkpoint.save_dir")
+    reset_dataloader: bool = II("checkpoint.reset_dataloader")
+    no_save_optimizer_state: bool = II("checkpoint.no_save_optimizer_state")
     path: Optional[str] = II("common_eval.path")
     input: str = II("interactive.input")
     results_path: Optional[str] = II("common_eval.results_path")

@@ -29,7 +29,8 @@ def save(path, updates=5, dictionary=None):
 
 
 def prepare(directory, restore_file=LAST, finetune_from_model=None):
-    return prepare_restore(restore_file, str(directory), finetune_from_model, make_dictionary())
+    restored = prepare_restore(restore_file, str(directory), finetune_from_model, make_dictionary())
+    return restored and restored.path
 
 
 def cut(path, share=0.5):

@@ -15,7 +15,7 @@ from longmem_fairseq.data.lane_iterator import LaneIterator
 from longmem_fairseq.tasks.evaluation import Evaluation
 from tests.conftest import VALID_LENGTHS
 from tests.data.test_lane_dataset import Documents
-from tests.fairseq_runs import TASK, finish, random_documents, run, run_ranks, start
+from tests.fairseq_runs import TASK, finish, random_documents, run, run_ranks, start, write_data
 
 TOKENS = sum(VALID_LENGTHS)
 
@@ -64,11 +64,14 @@ def test_documents(reference, options, tmp_path):
     assert found["valid:3"]["perplexity"] != pytest.approx(found["valid:3"]["perplexity_without_memory"], rel=1e-6)
 
 
-def test_csv(reference, options, tmp_path):
-    run("eval_lm", *options, "--batch-size", 1, "--num-workers", 0, "--results-path", tmp_path / "new", cwd=tmp_path)
+def test_order_lanes_and_workers_do_not_matter(reference, options, tmp_path):
+    """Nor does it matter which of the two files one reads."""
+    data = write_data(tmp_path / "data", valid=random_documents(VALID_LENGTHS, seed=1)[::-1])
+    options = [data, *options[1:], "--batch-size", 1, "--num-workers", 3, "--results-path", tmp_path / "new"]
+    run("eval_lm", *options, cwd=tmp_path)
     with open(tmp_path / "new" / "documents.csv", newline="") as f:
-        table = {row["name"]: {k: v if k == "name" else float(v) for k, v in row.items()} for row in csv.DictReader(f)}
-    assert same_documents(table, reference[1])
+        table = [{k: v if k == "name" else float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    assert same_documents({f"valid:{i}": row for i, row in enumerate(table[::-1])}, reference[1])
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["documents.csv", "documents.jsonl"]
 
 

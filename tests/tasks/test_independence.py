@@ -108,3 +108,56 @@ def test_only_training_changes_the_training_memory(loaded, data):
     with patch.object(model, "memorize", side_effect=AssertionError("the memory had to be rebuilt")):
         assert torch.equal(step(train[steps]), undisturbed[steps])
     model.zero_grad()
+
+
+def test_batches_that_run_out_of_memory_leave_the_others_as_they_were(loaded):
+    """fairseq leaves such a batch out and goes on. Whether it fails before its keys are known or after, the next one
+    finds them: by replay in the first case."""
+    model, task = loaded.model, loaded.task
+    if not task.datasets:
+        task.load_dataset("train")
+
+    def step(batch):
+        torch.manual_seed(0)  # dropout
+        return task.train_step(batch, model, loaded.criterion, loaded.optimizer, 0)[0]
+
+    def read(failures):
+        losses = []
+        epoch = task.get_batch_iterator(task.dataset("train"), max_sentences=3).next_epoch_itr()
+        for i, batch in enumerate(epoch):
+            if i in failures:
+                with patch.object(*failures[i], side_effect=RuntimeError("CUDA out of memory")):
+                    with pytest.raises(RuntimeError, match="out of memory"):
+                        step(batch)
+            else:
+                losses.append(step(batch))
+        return losses
+
+    model.reset_memory()
+    undisturbed = read({})
+    before, after = (model.decoder, "side_network"), (loaded.optimizer, "backward")
+    failures = {2: before, 3: before, 5: after, 6: before, 8: after}
+    assert read(failures) == [loss for i, loss in enumerate(undisturbed) if i not in failures]
+    model.zero_grad()
+
+
+def test_validation_on_what_is_trained_on_is_read_in_lanes_of_its_own(loaded):
+    """A training that continues finds its place in its own lanes, not in those of a validation of the same split."""
+    model, task = loaded.model, loaded.task
+    task.load_dataset("train")
+
+    def lanes(sentences, epoch, training):
+        iterator = task.get_batch_iterator(task.dataset("train"), max_sentences=sentences, epoch=epoch)
+        return list(iterator.next_epoch_itr(set_dataset_epoch=training))
+
+    def loss(batch):
+        torch.manual_seed(0)
+        return task.train_step(batch, model, loaded.criterion, loaded.optimizer, 0)[0]
+
+    model.reset_memory()
+    train = lanes(3, 2, True)
+    expected = [loss(batch) for batch in train]
+    model.reset_memory()
+    lanes(4, 1, False)  # as fairseq does before the first batch of a training
+    assert loss(train[7]) == expected[7]
+    model.zero_grad()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from longmem_fairseq.data.manifest import dictionary_fingerprint
 from longmem_fairseq.tasks.longmem_language_modeling import LongMemLanguageModelingTask
@@ -121,6 +122,31 @@ def test_a_checkpoint_that_is_evaluated_does_not_concern_the_save_dir(data, tmp_
     make_task(data, save_dir=str(tmp_path), path=str(tmp_path / "x.pt"))
     with pytest.raises(ValueError, match="cannot be read"):
         make_task(data, save_dir=str(tmp_path))
+
+
+def test_memory_of_a_training_that_continues(data, tmp_path, caplog):
+    """From a snapshot where one is saved or asked for; from none where an epoch begins or replay is asked for."""
+    place = {"epoch": 2, "iterations_in_epoch": 3}
+
+    def expected(**options):
+        torch.save({"extra_state": {"train_iterator": place}}, tmp_path / "checkpoint_last.pt")
+        task = make_task(data, save_dir=str(tmp_path), **options)
+        return task._snapshots and (task._snapshots.restored is not None)
+
+    assert expected() is None
+    assert expected(memory_snapshot=True) is True
+    assert expected(resume_memory="snapshot") is True
+    assert expected(memory_snapshot=True, resume_memory="replay") is False
+    assert expected(memory_snapshot=True, reset_dataloader=True) is False
+    with caplog.at_level(logging.WARNING):
+        assert expected(memory_snapshot=True, memory_scope="shared") is True
+        assert "is exact" not in caplog.text
+        assert expected(memory_scope="shared") is None
+    assert "a snapshot (--memory-snapshot) is exact" in caplog.text
+    place["iterations_in_epoch"] = 0
+    assert expected(memory_snapshot=True) is False
+    with pytest.raises(ValueError, match="--memory-snapshot and --no-save-optimizer-state exclude each other"):
+        expected(memory_snapshot=True, no_save_optimizer_state=True)
 
 
 def test_lines_of_stock_preprocessing(tmp_path, caplog):

@@ -1,12 +1,15 @@
 """fairseq-train as users run it: what it reads, killing and resuming it, two ranks, what it refuses."""
 
+import re
 import resource
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from longmem_fairseq.tasks.checkpoints import place_in
 from tests.conftest import TRAIN_LENGTHS, VALID_LENGTHS, T
 from tests.fairseq_runs import (
     figures,
@@ -55,10 +58,21 @@ def test_shards_of_the_data_are_read_in_turn(tiny_data, tiny_options, tmp_path):
     second = write_data(tmp_path / "second", train=random_documents([60, 7]))
     log = run(
         "train", f"{tiny_data}:{second}", *tiny_options[1:], "--batch-size", 4, "--num-workers", 0, "--no-save",
-        "--save-dir", tmp_path, cwd=tmp_path,
+        "--memory-scope", "stream", "--save-dir", tmp_path, cwd=tmp_path,
     )  # fmt: skip
     assert "train: 2 documents, 67 tokens" in log
     assert sum(row[-1] for row in updates(log).values()) == sum(TRAIN_LENGTHS) + 67
+
+
+def interrupt(update, act, *options, cwd, **more):
+    """Do something to fairseq-train when it logs an update; returns how it ended, and what it printed."""
+    process = start("train", *options, cwd=cwd, **more)
+    log = ""
+    for line in process.stdout:
+        log += line
+        if f'"num_updates": "{update}"' in line:
+            act(process)
+    return process.wait(), log
 
 
 @pytest.fixture(scope="module")
@@ -66,48 +80,89 @@ def killed(tiny_options, tmp_path_factory):
     """A training that was killed amid its first epoch, after it had saved at least the checkpoint of update 10."""
     directory = tmp_path_factory.mktemp("killed")
     options = [*tiny_options, "--batch-size", 4, "--num-workers", 1, "--save-interval-updates", 5]
-    options += ["--validate-interval", 1, "--save-dir", directory]
-    process = start("train", *options, cwd=directory)
-    log = ""
-    for line in process.stdout:
-        log += line
-        if '"num_updates": "13"' in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    else:
-        pytest.fail(log[-5000:])
-    process.wait()
+    options += ["--keep-interval-updates", 2, "--memory-snapshot", "--save-dir", directory]
+    ended, log = interrupt(13, lambda process: process.kill(), *options, cwd=directory)
+    assert ended == -signal.SIGKILL, log[-5000:]
     assert (directory / "checkpoint_1_10.pt").exists()
     return directory, options
 
 
 def test_a_killed_training_continues_bit_by_bit(killed, tiny_longmem, tmp_path):
-    """Weights and losses are those of the training that was not interrupted, dropout and memory included."""
+    """Killed twice, weights and losses are those of the training that was not, dropout and memory included."""
+    directory, options = killed
+    run_directory, last = tmp_path / "run", tmp_path / "run" / "checkpoint_last.pt"
+    shutil.copytree(directory, run_directory)
+    options = [*options[:-1], run_directory, "--num-workers", 0]
+    last.write_bytes(last.read_bytes()[:1000])  # as if it was killed while fairseq copied its newest checkpoint there
+
+    # Continues from the snapshot, and is killed by the kernel amid the bytes of the checkpoint of update 30.
+    (tmp_path / "sitecustomize.py").write_text("import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)")
+    snapshot = max(path.stat().st_size for path in run_directory.glob("memory*"))
+    checkpoint = (run_directory / "checkpoint_1_10.pt").stat().st_size
+    assert snapshot < checkpoint
+    limit = ((snapshot + checkpoint) // 2,) * 2
+    ended, first = interrupt(
+        28, lambda process: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit),
+        *options, cwd=tmp_path, environment={"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert ended == -signal.SIGXFSZ, first[-5000:]
+    assert "it is made again from" in first
+    assert re.search(r"memory of 4 lanes read from .*memory_epoch1_batch10.* in [\d.]+ s", first)
+    assert (run_directory / "checkpoint_2_30.pt.tmp").stat().st_size == limit[0]
+    assert not (run_directory / "checkpoint_2_30.pt").exists()
+
+    second = run("train", *options, "--resume-memory", "replay", cwd=tmp_path)
+    assert "checkpoint_2_30.pt.tmp was never finished, and is removed" in second
+    assert re.search(r"memory of \d lanes rebuilt by replay of the \d batches before in [\d.]+ s", second)
+    whole, resumed = updates(tiny_longmem.log), {**updates(first), **updates(second)}
+    assert (min(updates(first)), min(updates(second))) == (11, 26)
+    assert resumed == {update: row for update, row in whole.items() if update > 10}
+    assert same_weights(last, tiny_longmem.checkpoint)
+    assert "memory of" not in second.split("rebuilt by replay")[1] + first.split("read from")[1], "once will do"
+
+    # A snapshot stays as long as there is a checkpoint of its place.
+    snapshots = [re.findall(r"\d+", path.name) for path in run_directory.glob("memory*")]
+    places = {place_in(str(path)) for path in run_directory.glob("checkpoint*.pt")}
+    assert sorted((int(epoch), int(batch)) for epoch, batch, *_ in snapshots) == sorted(p for p in places if p[1])
+    assert (2, 40 - UPDATES) in places and (1, 20) not in places
+
+
+def test_a_snapshot_that_is_gone_is_not_replaced_by_replay(killed, tmp_path):
     directory, options = killed
     shutil.copytree(directory, tmp_path / "run")
-    last = tmp_path / "run" / "checkpoint_last.pt"
-    last.write_bytes(last.read_bytes()[:1000])  # as if it was killed while fairseq copied its newest checkpoint there
-    log = run("train", *options[:-1], tmp_path / "run", cwd=tmp_path)
-    assert "checkpoint_last.pt is made again" in log.replace("it is made again", "checkpoint_last.pt is made again")
-    assert "rebuilt the memory" in log
-    whole, resumed = updates(tiny_longmem.log), updates(log)
-    assert 10 < min(resumed) < 2 * UPDATES
-    assert resumed == {update: whole[update] for update in resumed}
-    assert same_weights(last, tiny_longmem.checkpoint)
+    for path in (tmp_path / "run").glob("memory*"):
+        path.unlink()
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    log = run("train", *options[:-1], tmp_path / "run", cwd=tmp_path, succeeds=False)
+    assert re.search(r"stopped at batch \d+ of epoch 1, and there is no snapshot .*--resume-memory replay", log)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(killed, tmp_path):
-    """Files may not grow beyond 20 kB, as if the disk was full: the next checkpoint fails, the others stay."""
+    """Files may not grow beyond what a snapshot needs, as if the disk was full: the next checkpoint fails."""
     directory, options = killed
     shutil.copytree(directory, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")}
+    limit = (directory / "checkpoint_1_10.pt").stat().st_size // 2
     process = start(
         "train", *options[:-1], tmp_path / "run", "--num-workers", 0, cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     log = finish(process, succeeds=False)
     assert "File too large" in log
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")} == before
+
+
+def test_damaged_data_is_an_error_and_leaves_the_last_checkpoint(killed, tiny_data, tmp_path):
+    directory, options = killed
+    shutil.copytree(directory, tmp_path / "run")
+    shutil.copytree(tiny_data, tmp_path / "data")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    tokens = tmp_path / "data" / "train.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    log = run("train", tmp_path / "data", *options[1:-1], tmp_path / "run", cwd=tmp_path, succeeds=False)
+    assert re.search(r"ValueError: .*train.bin has \d+ bytes, but .*train.idx describes \d+", log)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_other_lanes_cannot_continue_amid_an_epoch(killed, tmp_path):
@@ -119,26 +174,61 @@ def test_other_lanes_cannot_continue_amid_an_epoch(killed, tmp_path):
     assert "lanes per rank (--batch-size, --max-tokens) was 4 and is 2" in log
 
 
-def test_two_ranks(tiny_options, tiny_longmem, tmp_path):
-    """Two ranks of two lanes do what one rank of four does, and continue where they stopped."""
+@pytest.fixture(scope="module")
+def ranks(tiny_options, tmp_path_factory):
+    """A training on two ranks of two lanes: its options, directory and log."""
+    directory = tmp_path_factory.mktemp("ranks")
     options = [*tiny_options, "--batch-size", 2, "--num-workers", 0, "--dropout", 0]
     options += ["--valid-subset", "valid,single"]
-    whole, _ = run_ranks("train", *options, "--save-dir", tmp_path / "whole", cwd=tmp_path)
-    one = run(
-        "train", *options, "--batch-size", 4, "--no-save", "--save-dir", tmp_path / "one", cwd=tmp_path
-    )  # the same lanes: lane g is row g // 2 of rank g % 2
+    log, _ = run_ranks("train", *options, "--save-dir", directory / "whole", cwd=directory)
+    return SimpleNamespace(options=options, checkpoint=directory / "whole" / "checkpoint_last.pt", log=log)
+
+
+def test_two_ranks_do_what_one_does(ranks, tmp_path):
+    """The same lanes: lane g is row g // 2 of rank g % 2."""
+    one = run("train", *ranks.options, "--batch-size", 4, "--save-dir", tmp_path, cwd=tmp_path)
     for figure in ("loss", "gnorm", "wpb"):
-        two_ranks, one_rank = figures(whole, "train_inner", figure), figures(one, "train_inner", figure)
+        two_ranks, one_rank = figures(ranks.log, "train_inner", figure), figures(one, "train_inner", figure)
         assert len(two_ranks) == 2 * UPDATES
         assert two_ranks == pytest.approx(one_rank, rel=2e-3, abs=2e-3)
     for split in ("valid", "single"):
-        assert figures(whole, split, "loss") == pytest.approx(figures(one, split, "loss"), abs=2e-3)
+        assert figures(ranks.log, split, "loss") == pytest.approx(figures(one, split, "loss"), abs=2e-3)
+    # A bias of the keys has no gradient but what rounding leaves of it, and so no direction.
+    ours, theirs = (
+        {name: x for name, x in weights(path).items() if not name.endswith("k_proj.bias")}
+        for path in (ranks.checkpoint, tmp_path / "checkpoint_last.pt")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
-    stopped = ["train", *options, "--save-dir", tmp_path / "stopped"]
-    run_ranks(*stopped, "--max-update", 12, cwd=tmp_path)
-    resumed = run_ranks(*stopped, cwd=tmp_path)
-    assert "rebuilt the memory" in resumed[0]
-    assert same_weights(tmp_path / "stopped" / "checkpoint_last.pt", tmp_path / "whole" / "checkpoint_last.pt")
+
+def test_two_ranks_continue_bit_by_bit(ranks, tmp_path):
+    stopped = ["train", *ranks.options, "--save-dir", tmp_path / "stopped", "--memory-snapshot"]
+    run_ranks(*stopped, "--max-update", 10, cwd=tmp_path)
+    assert len(list((tmp_path / "stopped").glob("memory_epoch1_batch10.rank*of2.safetensors"))) == 2
+    log, _ = run_ranks(*stopped, "--max-update", 16, cwd=tmp_path)  # fairseq lets only the first rank log
+    assert "memory of 2 lanes read from" in log
+    log, _ = run_ranks(*stopped, "--resume-memory", "replay", cwd=tmp_path)  # the second rank's lanes have ended
+    assert "memory of 1 lanes rebuilt by replay" in log
+    assert same_weights(tmp_path / "stopped" / "checkpoint_last.pt", ranks.checkpoint)
+
+
+def test_recomputed_activations_and_mixed_precision_change_nothing_where_nothing_is_rounded(ranks, tmp_path):
+    """On two ranks. fairseq's --amp rounds on GPUs alone; its own path through the optimizer is taken here too."""
+    options = [*ranks.options, "--checkpoint-activations", "--amp", "--save-dir", tmp_path]
+    log, _ = run_ranks("train", *options, cwd=tmp_path)
+    assert updates(log) == updates(ranks.log)
+    assert same_weights(tmp_path / "checkpoint_last.pt", ranks.checkpoint)
+
+
+def test_half_precision_keeps_all_gradients(ranks, tmp_path):
+    """Two ranks, weights and activations in 16 bits, activations recomputed."""
+    options = [*ranks.options, "--memory-efficient-fp16", "--checkpoint-activations", "--save-dir", tmp_path]
+    log, _ = run_ranks("train", *options, cwd=tmp_path)
+    assert figures(log, "train_inner", "loss") == pytest.approx(figures(ranks.log, "train_inner", "loss"), rel=0.03)
+    half, full = (torch.load(path, weights_only=False) for path in (tmp_path / "checkpoint_last.pt", ranks.checkpoint))
+    state = half["last_optimizer_state"]["state"]
+    assert len(state) == len(full["last_optimizer_state"]["state"]) > 10
+    assert all(entry["exp_avg_sq"].any() for entry in state.values())
 
 
 def test_a_missing_restore_file_is_an_error(tiny_options, tmp_path):
