@@ -221,6 +221,29 @@ def test_text_in_text_out(model_with_tokenizer, sources, tmp_path):
     assert config["eos_token_id"] == theirs.tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
 
+@torch.no_grad()
+def test_text_of_opt(gpt2_files, sources, tmp_path):
+    """Its tokenizer is GPT-2's with fairseq's special symbols first."""
+    encoder, merges = gpt2_files
+    tokens = sorted(json.loads(encoder.read_text()).items(), key=lambda item: item[1])
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *(token for token, _ in tokens)])}
+    directory, destination = tmp_path / "hf", tmp_path / "fs"
+    model = tiny_opt(vocab_size=len(vocabulary) + 3)
+    model.save_pretrained(directory)
+    (directory / "vocab.json").write_text(json.dumps(vocabulary))
+    (directory / "merges.txt").write_text(merges.read_text())
+    from_huggingface(directory, destination)
+    theirs = GPT2TokenizerFast.from_pretrained(directory)
+    ours = load_tokenizer("gpt2", destination / "encoder.json", destination / "vocab.bpe", destination / "dict.txt")
+    converted, _ = load_stock(destination)
+    for source in sources[:5]:
+        numbers, ids = theirs(source[:2000])["input_ids"], ours.encode(source[:2000])
+        assert ids == numbers and ours.decode(ids) == source[:2000]
+        window = torch.tensor([[2, *ids[: POSITIONS - 1]]])
+        torch.testing.assert_close(converted(window)[0], model(window).logits, rtol=0, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """A converted GPT-2 with documents in its dictionary to evaluate and train on."""
