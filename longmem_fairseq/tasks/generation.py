@@ -139,6 +139,7 @@ def check_generation(args, models) -> None:
         "match_source_len": "there is no source whose length could be matched",
         "constraints": "prompts are continued freely",
         "print_alignment": "there is no source to align with",
+        "score_reference": "fairseq-eval-lm scores documents",
     }
     for option, reason in refused.items():
         if getattr(args, option, None):

@@ -220,7 +220,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             ValueError: an option cannot be honoured.
         """
         own = any(hasattr(model, "memorize") for model in models)
-        if not own or seq_gen_cls is not None or getattr(args, "score_reference", False):
+        if not own or seq_gen_cls is not None:
             return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
         check_generation(args, models)
         others = {key: value for key, value in (extra_gen_cls_kwargs or {}).items() if value is not None}

@@ -187,6 +187,7 @@ def test_turns_are_remembered(model):
         (dict(match_source_len=True), "--match-source-len cannot be had"),
         (dict(constraints="ordered"), "--constraints cannot be had"),
         (dict(print_alignment="hard"), "--print-alignment cannot be had"),
+        (dict(score_reference=True), "--score-reference cannot be had"),
         (dict(lm_path="other.pt"), "--lm-path cannot be had"),
         (dict(temperature=0.0), "--temperature 0.0 is not above 0"),
         (dict(beam=0), "--beam 0 is less than one"),
