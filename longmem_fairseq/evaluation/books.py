@@ -118,25 +118,24 @@ class Books(Evaluation):
 
     def items(self) -> List[str]:
         return [
-            f"{document.name}:{begin}"
+            f"{document.name}:{begin}-{min(begin + self.block, length)}"
             for document in self.documents.values()
-            for begin in range(0, len(document.tokens[: self.args.document_tokens]), self.block)
+            for length in [len(document.tokens[: self.args.document_tokens])]
+            for begin in range(0, length, self.block)
         ]
 
     def score(self, item: str) -> Dict[str, Any]:
-        name, begin = item.rsplit(":", 1)
-        begin, document = int(begin), self.documents[name]
-        tokens = document.tokens[: self.args.document_tokens]
+        name, begin, end = _parse(item)
+        tokens, kinds = self.documents[name].tokens, self.documents[name].kinds
         if self._at != (name, begin):  # the first of a document, or where an earlier run stopped
             self.stream = Stream(self.scorer, self.sizes, self.windows)
             self.stream.replay(tokens[:begin])
-        piece = tokens[begin : begin + self.block]
+        piece = tokens[begin:end]
         losses = {system: -x.double().numpy() for system, x in self.stream.read(piece).items()}
-        self._at = (name, begin + len(piece))
-        kinds = None if document.kinds is None else document.kinds[begin : begin + len(piece)]
+        self._at = (name, end)
         result = {"tokens": len(piece), "loss": {system: float(x.sum()) for system, x in losses.items()}}
         for kind, title in enumerate(KINDS if kinds is not None else ()):
-            here = kinds == kind
+            here = kinds[begin:end] == kind
             if here.any():
                 sums = {system: float(x[here].sum()) for system, x in losses.items()}
                 result.setdefault("kinds", {})[title] = {"tokens": int(here.sum()), "loss": sums}
@@ -148,10 +147,10 @@ class Books(Evaluation):
         kinds = {title: {} for title in KINDS}
         documents = {name: {} for name in self.documents}
         for item, result in results.items():
-            name, begin = item.rsplit(":", 1)
+            name, begin, _ = _parse(item)
             places = [
                 lengths["all"], lengths[_bucket(LENGTHS, len(self.documents[name].tokens))],
-                positions[_bucket(POSITIONS, int(begin))], documents[name],
+                positions[_bucket(POSITIONS, begin)], documents[name],
             ]  # fmt: skip
             for place in places:
                 _add(place, item, result)
@@ -197,6 +196,13 @@ def _add(rows: Dict[str, Sample], item: str, part: Dict[str, Any]) -> None:
 
 def _bucket(buckets, value: float) -> str:
     return [title for begin, title in buckets if value >= begin][-1]
+
+
+def _parse(item: str) -> Tuple[str, int, int]:
+    """Document, and where in it the block begins and ends."""
+    name, place = item.rsplit(":", 1)
+    begin, end = map(int, place.split("-"))
+    return name, begin, end
 
 
 def _twice(texts) -> str:

@@ -1,6 +1,7 @@
 """What the examples' ``evaluate.py`` do: load a checkpoint, score what is left to score, write the report."""
 
 import argparse
+import ast
 import logging
 import os
 import platform
@@ -107,6 +108,10 @@ def parser_of(evaluation: Evaluation) -> argparse.ArgumentParser:
     model.add_argument("--memory-size", type=int, metavar="N", help="tokens of memory and cache (the checkpoint's)")
     model.add_argument("--k", type=int, metavar="N", help="tokens read per query and head (the checkpoint's)")
     model.add_argument("--chunk-size", type=int, metavar="N", help="tokens of a chunk (the checkpoint's)")
+    model.add_argument(
+        "--model-overrides", default="{}", metavar="DICT",
+        help="other settings of a LongMem as a Python dictionary, such as \"{'memory_dtype': 'float16'}\"",
+    )  # fmt: skip
     model.add_argument("--cpu", action="store_true", help="do not use a GPU")
     cache = parser.add_argument_group("baseline: a neural cache (kNN-LM) over the same tokens as the memory")
     cache.add_argument("--cache-lambda", type=float, metavar="X", help="its weight, instead of tuning it")
@@ -117,11 +122,16 @@ def parser_of(evaluation: Evaluation) -> argparse.ArgumentParser:
     return parser
 
 
+def quiet() -> None:
+    """Log what this package has to say of a run, on standard error, and of the libraries only warnings."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", force=True)
+    for name in ("fairseq", "faiss", "matplotlib", "longmem_fairseq.models"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def main(evaluation: Evaluation, argv: Optional[Sequence[str]] = None) -> None:
     """Run an evaluation as a command; the report's tables go to standard output."""
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", force=True)
-    for name in ("fairseq", "faiss", "longmem_fairseq.models"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet()
     parser = parser_of(evaluation)
     args = parser.parse_args(argv)
     try:
@@ -142,12 +152,15 @@ def run(evaluation: Evaluation, args: argparse.Namespace) -> Outcome:
     """
     _check(args)
     reports.need_plots()
+    overrides = _overrides(args)
     scorer = Scorer.load(
-        args.path, args.tokenizer, "cpu" if args.cpu else None, args.backbone, args.tokens_per_sample,
+        args.path, args.tokenizer, "cpu" if args.cpu else None, args.backbone, args.tokens_per_sample, **overrides,
         memory_size=args.memory_size, k=args.k, chunk_size=args.chunk_size,
     )  # fmt: skip
     evaluation.prepare(args, scorer)
-    described = {"model": scorer.describe(), **evaluation.describe(), "cache": _wanted_cache(args)}
+    described = {
+        "model": scorer.describe(), "model_overrides": overrides, **evaluation.describe(), "cache": _wanted_cache(args)
+    }  # fmt: skip
     records = Records(args.results_path, {"evaluation": evaluation.name, **described})
     tuned = _set_cache(scorer, evaluation, args, records)
     items = evaluation.items()
@@ -194,6 +207,20 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')} {value} is less than 1")
     if args.memory_size is not None and args.memory_size < 0:
         raise ValueError(f"--memory-size {args.memory_size} is less than none")
+
+
+def _overrides(args: argparse.Namespace) -> Dict[str, Any]:
+    try:
+        found = ast.literal_eval(args.model_overrides)
+        if not isinstance(found, dict):
+            raise ValueError(found)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"--model-overrides {args.model_overrides} is no Python dictionary") from error
+    twice = {"memory_size", "k", "chunk_size", "tokens_per_sample"} & set(found)
+    if twice:
+        name = min(twice)
+        raise ValueError(f"--model-overrides has {name}: give it as --{name.replace('_', '-')}")
+    return found
 
 
 def _wanted_cache(args: argparse.Namespace) -> Any:

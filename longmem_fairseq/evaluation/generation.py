@@ -51,7 +51,7 @@ class SystemDecoder(FairseqIncrementalDecoder):
 
     def memory_branches(self, rows: int, base):
         """See :meth:`longmem_fairseq.models.longmem_decoder.LongMemDecoder.memory_branches`."""
-        return self._scorer[0].decoder.memory_branches(rows, base)
+        return self._scorer[0].branches(base, rows)
 
     def side_network(self, encoded: Encoded, reader, state=None) -> List[Tensor]:
         """What the output layer is given, (B, T, D), in a list; the backbone's own hidden states are kept."""

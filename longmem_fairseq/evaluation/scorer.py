@@ -9,6 +9,7 @@
 Legend: B rows, S tokens of a window that all rows share, R tokens of a row, T tokens of a window, D width, V symbols.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -20,7 +21,10 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import Tensor
 
+from ..data.manifest import dictionary_fingerprint
 from ..hub import LongMem, _find_data, find_checkpoint
+from ..memory.bank import MemoryBank
+from ..memory.branches import MemoryBranches
 from ..models.backbone import Backbone, Encoded, load_backbone
 from ..models.longmem_decoder import LongMemDecoder
 from ..models.longmem_lm import LongMemModel
@@ -89,7 +93,8 @@ class Scorer:
             device: by default a GPU if there is one.
             backbone: checkpoint of the backbone, where it has moved.
             tokens_per_sample: T, by default that of the checkpoint's training.
-            settings: ``memory_size``, ``k``, ``chunk_size`` in place of the checkpoint's; None leaves one alone.
+            settings: of a LongMem in place of the checkpoint's, such as ``memory_size``, ``k`` and ``chunk_size``; None
+                leaves one alone. A backbone alone has but the ``memory_size`` of its neural cache.
 
         Raises:
             FileNotFoundError: the checkpoint or the dictionary is missing.
@@ -111,6 +116,9 @@ class Scorer:
             return cls(decoder.backbone, decoder, Tokenizer(task.dictionary, loaded.bpe), size, memory_size)
         if backbone is not None:
             raise ValueError(f"{checkpoint} is a {name} and has no other backbone: leave out --backbone")
+        unknown = sorted(set(settings) - {"memory_size", "k", "chunk_size"})
+        if unknown:
+            raise ValueError(f"{checkpoint} is a {name} without a memory and has no setting {unknown[0]}: leave it out")
         dictionary = Dictionary.load(os.path.join(directory, "dict.txt"))
         model = load_backbone(checkpoint, dictionary, 0).to(device)
         size = tokens_per_sample or cfg["task"].get("tokens_per_sample") or model.config["max_target_positions"]
@@ -140,6 +148,7 @@ class Scorer:
             "layers": config["decoder_layers"], "width": config["decoder_embed_dim"],
             "parameters": sum(p.numel() for p in self.backbone.parameters()),
             "tokens_per_sample": self.size, "memory_size": self.memory_size,
+            "dictionary_sha256": dictionary_fingerprint(self.tokenizer.dictionary.symbols),
         }  # fmt: skip
         if self.decoder is None:
             return found
@@ -170,12 +179,8 @@ class Scorer:
             size = min(size, at_most + self.size)
         bank = cache = None
         if self.remembers and size:
-            cfg = self.decoder.cfg
-            kept, cfg.memory_size = cfg.memory_size, max(size, cfg.chunk_size)
-            try:
+            with self._memory_of(size):
                 bank = self.decoder.new_bank()
-            finally:
-                cfg.memory_size = kept
         if size and (bool(self.cache) if cached is None else cached):
             cache = NeuralCache(size, self.backbone.decoder.output_embed_dim, self.device)
         return Past(self.tokenizer.eos, bank, cache)
@@ -244,7 +249,22 @@ class Scorer:
 
     def reader(self, past: Past, rows: int):
         """What the side network reads a past with, for a number of rows; None where it has none."""
-        return None if past.bank is None else self.decoder.memory_branches(rows, past.bank).reader()
+        return None if past.bank is None else self.branches(past.bank, rows).reader()
+
+    def branches(self, bank: MemoryBank, rows: int) -> MemoryBranches:
+        """Memories that all begin with a bank, which is only read, for a number of rows."""
+        with self._memory_of(bank.chunks * bank.chunk_size):
+            return self.decoder.memory_branches(rows, bank)
+
+    @contextlib.contextmanager
+    def _memory_of(self, size: int):
+        """Within this context the decoder makes and searches memories of so many tokens, and at least one chunk."""
+        cfg = self.decoder.cfg
+        kept, cfg.memory_size = cfg.memory_size, max(size, cfg.chunk_size)
+        try:
+            yield
+        finally:
+            cfg.memory_size = kept
 
     def features(
         self, tokens: Tensor, pasts: Dict[str, Past], states: Optional[Dict[str, dict]] = None, start: int = 0

@@ -1,0 +1,129 @@
+"""The comparison, as a command on a backbone and a LongMem: everything runs, goes on, and lands in one report."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from longmem_fairseq.evaluation.compare import main, merge, named, read_plan
+from longmem_fairseq.evaluation.dialogue import Dialogue
+from longmem_fairseq.evaluation.qa import QuestionAnswering
+from longmem_fairseq.evaluation.report import PAIRS, Table
+from longmem_fairseq.evaluation.statistics import PERCENT, PERPLEXITY, Sample
+from tests.repository import ROOT
+
+PLAN = {
+    "books": {"evaluation": "books", "arguments": ["--data", "{data}/books", "--valid", "{data}/books",
+              "--memory-sizes", "64", "--windows"]},
+    "icl": {"evaluation": "in_context", "arguments": ["--data", "{data}/icl", "--sets", "sst2", "--demonstrations", "1",
+            "--in-memory", "3", "--seeds", "2", "--chunk-size", "2"]},
+    "chapters": {"evaluation": "chapterbreak", "arguments": ["--data", "{data}/chapters.json", "--valid",
+                 "{data}/chapters.json", "--suffix-tokens", "5", "--lengths", "16", "all"]},
+    "dialogue": {"evaluation": "dialogue", "arguments": ["--data", "{data}/dialogue.jsonl", "--valid",
+                 "{data}/dialogue.jsonl", "--max-new-tokens", "4"]},
+    "qa": {"evaluation": "qa", "arguments": ["--data", "{data}/qa.jsonl", "--train", "{data}/qa.jsonl",
+           "--demonstrations", "0", "--max-new-tokens", "4"]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, text):
+    directory = tmp_path_factory.mktemp("everything")
+    for name in ("books", "icl"):
+        (directory / name).mkdir()
+    (directory / "books" / "one.txt").write_text(text[:800])
+    rows = [{"text": f"{word} film", "label": label} for word, label in zip("abcde", ["positive", "negative"] * 3)]
+    for split in ("train", "test"):
+        (directory / "icl" / f"sst2.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chapters = {"x": {"work": [{"ctx": text[:500], "pos": "He slept well.", "negs": ["It rained.", "They ran."]}] * 2}}
+    (directory / "chapters.json").write_text(json.dumps(chapters))
+    turns = [{"speaker": speaker, "text": "It is late ."} for speaker in "AB"]
+    (directory / "dialogue.jsonl").write_text(json.dumps({"id": "c", "sessions": [{"turns": turns}] * 2}) + "\n")
+    row = {"id": "1", "title": "T", "context": "Rex is a dog .", "question": "Who ?", "answers": ["Rex"]}
+    (directory / "qa.jsonl").write_text(json.dumps(row) + "\n")
+    (directory / "plan.json").write_text(json.dumps(PLAN))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def arguments(files, data, tmp_path_factory):
+    return [str(x) for x in (
+        "--path", f"alone={files.backbone}", f"first={files.longmem}", "--data", data, "--plan", data / "plan.json",
+        "--tokenizer", files.directory, "--results-path", tmp_path_factory.mktemp("comparison"),
+        "--tokens-per-sample", 32, "--tuning-tokens", 64, "--cpu",
+    )]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcome(arguments, data):
+    line = [sys.executable, str(ROOT / "examples/compare/evaluate.py"), *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=data)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return SimpleNamespace(directory=Path(arguments[arguments.index("--results-path") + 1]), output=done.stdout)
+
+
+def test_one_report(outcome):
+    """Each evaluation's main figures are those of the checkpoints' own reports."""
+    report = json.loads((outcome.directory / "report.json").read_text())
+    assert list(report["evaluations"]) == list(PLAN) and list(report["models"]) == ["alone", "first"]
+    assert outcome.output.strip() == (outcome.directory / "report.md").read_text().strip()
+    assert (outcome.directory / "report.png").stat().st_size > 50_000
+    for step, found in report["evaluations"].items():
+        merged = found["tables"][0]
+        for name in report["models"]:
+            own = json.loads((outcome.directory / "runs" / name / step / "report.json").read_text())["tables"][0]
+            for column, rows in own["figures"].items():
+                assert rows.items() == {
+                    key.split(": ")[1]: cell for key, cell in merged["figures"][column].items() if key.startswith(name)
+                }.items()
+        pairs = {(row["system"], row["against"]): row["value"] for row in merged["differences"]}
+        on = "memory 64" if step == "books" else "memory on"
+        assert (f"first: {on}", "first: memory off") in pairs
+        assert abs(pairs["first: backbone", "alone: backbone"]) < 0.01, "the first one's backbone is the one alone"
+
+
+def test_it_does_nothing_twice(outcome, arguments, data, capsys):
+    kept = {path: path.stat().st_mtime_ns for path in outcome.directory.rglob("items.jsonl")}
+    assert len(kept) == 2 * len(PLAN)
+    others = dict.fromkeys(("books", "in_context", "chapterbreak"))
+    main({"qa": QuestionAnswering, "dialogue": Dialogue, **others}, "", [*arguments, "--only", "dialogue", "qa"])
+    parts = outcome.output.split("\n## ")
+    assert capsys.readouterr().out.split("\n## ")[1:] == parts[-2:]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_plan(tmp_path, data):
+    evaluations = dict.fromkeys(("books", "in_context", "chapterbreak", "dialogue", "qa"), None)
+    shipped = str(ROOT / "examples/compare/plan.json")
+    (step,) = read_plan(str(data / "plan.json"), str(data), evaluations, ["qa"])
+    assert step.arguments[:2] == ["--data", f"{data}/qa.jsonl"]
+    with pytest.raises(FileNotFoundError, match=r"books needs .*books_test, which does not exist: .* --only"):
+        read_plan(shipped, str(tmp_path), evaluations)
+    with pytest.raises(ValueError, match="--only x is not in .*, which has books, arxiv, in_context"):
+        read_plan(shipped, str(tmp_path), evaluations, ["x"])
+    with pytest.raises(ValueError, match="there is no evaluation books: qa"):
+        read_plan(str(data / "plan.json"), str(data), {"qa": None}, ["books"])
+    (tmp_path / "plan").write_text('{"a": ["--data"]}')
+    with pytest.raises(ValueError, match="is no plan"):
+        read_plan(str(tmp_path / "plan"), str(tmp_path), evaluations)
+    assert named(["a=x=y", "b=z"], "--path") == {"a": "x=y", "b": "z"}
+    with pytest.raises(ValueError, match="--path c.pt has no name: write NAME=c.pt"):
+        named(["c.pt"], "--path")
+    with pytest.raises(ValueError, match="two are named a"):
+        named(["a=1", "a=2"], "--path")
+
+
+def test_perplexities_of_two_tokenizers_are_not_compared():
+    def outcome(dictionary, statistic):
+        columns = {"x": {"memory on": Sample({"1": (1, 2), "2": (2, 2)}, statistic)}}
+        return SimpleNamespace(report={"model": {"dictionary_sha256": dictionary}}, tables=[Table("t", columns)])
+
+    between = ("b: memory on", "a: memory on")
+    for statistic, dictionaries, expected in (
+        (PERPLEXITY, ("1", "1"), True), (PERPLEXITY, ("1", "2"), False), (PERCENT, ("1", "2"), True)
+    ):  # fmt: skip
+        (table,) = merge({name: outcome(d, statistic) for name, d in zip("ab", dictionaries)})
+        assert (between in table.pairs) == expected and len(table.pairs) == 2 * len(PAIRS) + expected
