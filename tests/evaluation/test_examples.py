@@ -1,0 +1,60 @@
+"""The examples' scripts start, and the README's commands for them have no other options than these."""
+
+import json
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+
+from longmem_fairseq.evaluation import compare
+from longmem_fairseq.evaluation.books import Books
+from longmem_fairseq.evaluation.chapterbreak import ChapterBreak
+from longmem_fairseq.evaluation.command import parser_of
+from longmem_fairseq.evaluation.dialogue import Dialogue
+from longmem_fairseq.evaluation.in_context import InContext
+from longmem_fairseq.evaluation.qa import QuestionAnswering
+from tests.repository import ROOT
+
+EVALUATIONS = {
+    "books": lambda: Books(None), "chapterbreak": ChapterBreak, "dialogue": Dialogue, "in_context": InContext,
+    "qa": QuestionAnswering,
+}  # fmt: skip
+
+
+def parser(name):
+    return compare.parser("plan.json") if name == "compare" else parser_of(EVALUATIONS[name]())
+
+
+@pytest.mark.parametrize("name", [*EVALUATIONS, "compare"])
+def test_script(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "examples" / name / "evaluate.py"), run_name="__main__")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.split() == parser(name).format_help().split()
+
+
+def test_commands_of_the_readme():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Evaluations\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").strip().split("\n")
+    seen = set()
+    for words in map(shlex.split, lines):
+        python, script, *arguments = words
+        name = re.fullmatch(r"examples/(\w+)/evaluate.py", script)[1]
+        assert python == "python" and parser(name).parse_args(arguments).path
+        seen.add(name)
+    assert seen == {*EVALUATIONS, "compare"}
+    for option in set(re.findall(r"`(--[\w-]+)", section)):
+        assert any(option in parser(name)._option_string_actions for name in seen), f"no evaluation has {option}"
+
+
+def test_shipped_plan(tmp_path):
+    """Its arguments are those of the evaluations it names."""
+    plan = json.loads((ROOT / "examples/compare/plan.json").read_text())
+    for step in plan.values():
+        arguments = ["--path", "x", "--results-path", "y", *step["arguments"]]
+        assert parser(step["evaluation"]).parse_args(arguments).data
+    assert {step["evaluation"] for step in plan.values()} == set(EVALUATIONS)
