@@ -171,16 +171,24 @@ class MemoryBank:
         other.indices = copy.deepcopy(self.indices, memo)
         return other
 
-    def tokens(self, lane: int) -> Tuple[Tensor, Tensor]:
+    def tokens(self, lane: int, dtype: Optional[torch.dtype] = None) -> Tuple[Tensor, Tensor]:
         """A copy of all that a lane was given and still has, oldest token first: keys and values (H, tokens, d).
 
-        It ends with the tokens that do not fill a chunk yet, and so with the lane's last one.
+        It ends with the tokens that do not fill a chunk yet, and so with the lane's last one. By default it has the
+        bank's precision.
         """
-        waiting = max(0, int(self.position[lane]) - int(self.written[lane]) * self.chunk_size)
-        return tuple(
-            torch.cat([chunks.flatten(1, 2), tail[lane, :, :waiting].to(chunks.dtype)], dim=1)
-            for chunks, tail in zip(self.contents(lane)[:2], self._tail)
-        )
+        C, held = self.chunk_size, int(self.held[lane])
+        waiting = max(0, int(self.position[lane]) - int(self.written[lane]) * C)
+        begin = (int(self.written[lane]) - held) % self.chunks
+        first = min(held, self.chunks - begin)  # chunks before the ring closes
+        found = []
+        for buffer, tail in zip((self.keys, self.values), self._tail):
+            x = buffer.new_empty(self.heads, held * C + waiting, self.head_dim, dtype=dtype or buffer.dtype)
+            x[:, : first * C].copy_(buffer[lane, :, begin : begin + first].flatten(1, 2))
+            x[:, first * C : held * C].copy_(buffer[lane, :, : held - first].flatten(1, 2))
+            x[:, held * C :].copy_(tail[lane, :, :waiting])
+            found.append(x)
+        return tuple(found)
 
     def spans(self, lane: int) -> Tuple[Tuple[int, int], ...]:
         """Slots that hold chunks, as one or two (begin, end) ranges; none where the lane is empty."""
