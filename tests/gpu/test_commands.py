@@ -1,0 +1,130 @@
+"""fairseq's commands on a GPU: precisions, resuming, checkpoints that change devices, search by faiss, generation.
+
+Each is a process of its own, so they are few; what they compute is compared with the same command on the CPU.
+"""
+
+import os
+import re
+
+import pytest
+import torch
+
+from longmem_fairseq.memory.search import has_faiss_gpu
+from tests.conftest import T
+from tests.fairseq_runs import TASK, figures, run, weights
+
+CPU = ["--cpu"]
+PRECISIONS = {"float32": [], "fp16": ["--fp16"], "bf16": ["--bf16"], "amp": ["--amp"]}
+needs_faiss = pytest.mark.skipif(not has_faiss_gpu(), reason="the installed faiss has no GPU support")
+
+
+@pytest.fixture(scope="module")
+def options(tiny_options):
+    """Of a training on the GPU without dropout, four lanes."""
+    return [x for x in tiny_options if x != "--cpu"] + ["--dropout", 0, "--batch-size", 4, "--num-workers", 0]
+
+
+def train(options, directory, *more):
+    return run("train", *options, "--memory-search", "torch", "--save-dir", directory, *more, cwd=directory)
+
+
+def evaluate(data, checkpoint, cwd, *more) -> float:
+    """Loss in base 2 of the validation documents."""
+    output = run(
+        "eval_lm", data, *TASK, "--path", checkpoint, "--gen-subset", "valid", "--batch-size", 2, *more, cwd=cwd
+    )
+    return float(re.search(r"Loss \(base 2\): ([\d.]+)", output)[1])
+
+
+@pytest.fixture(scope="module")
+def trained(options, tiny_data, tmp_path_factory):
+    """By precision: the directory and the log of two epochs, and what each says of the validation documents."""
+    made = {}
+
+    def trained(name):
+        if name not in made:
+            directory = tmp_path_factory.mktemp(name)
+            made[name] = directory, train(options, directory, *PRECISIONS[name])
+        return made[name]
+
+    return trained
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_training(trained, tiny_data, tmp_path, name):
+    """It learns, saves what can be read, and what a GPU made a CPU evaluates, in float32, to the same."""
+    directory, log = trained(name)
+    losses = figures(log, "train_inner", "loss")
+    assert len(losses) == 42 and losses[-1] < losses[0] and all(loss == loss for loss in losses)
+    saved = weights(directory / "checkpoint_last.pt")
+    assert all(x.isfinite().all() for x in saved.values() if x.is_floating_point())
+    assert any((x != 0).any() for key, x in saved.items() if key.endswith("memory_gate")), "the gate learned"
+    gpu = evaluate(tiny_data, directory / "checkpoint_last.pt", tmp_path, *PRECISIONS[name])
+    cpu = evaluate(tiny_data, directory / "checkpoint_last.pt", tmp_path, *CPU)
+    assert gpu == pytest.approx(cpu, abs=2e-3 if name == "float32" else 3e-2)
+
+
+def test_precisions_agree(trained):
+    """All begin with the same loss and end near each other."""
+    losses = {name: figures(trained(name)[1], "train_inner", "loss") for name in PRECISIONS}
+    for name in PRECISIONS:
+        assert losses[name][0] == pytest.approx(losses["float32"][0], abs=2e-2)
+        assert losses[name][-1] == pytest.approx(losses["float32"][-1], abs=0.3)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "amp"])
+def test_overflowing_gradients_leave_the_memory_as_it_is(options, trained, tmp_path, precision):
+    """A scale that overflows at first is lowered, and the batches that were tried again were remembered once."""
+    scale = {"fp16": ["--fp16-init-scale", 2**20], "amp": ["--amp-init-scale", 2**20]}[precision]
+    output = train(options, tmp_path, *PRECISIONS[precision], *scale)
+    assert "overflow" in output.lower()
+    expected = figures(trained(precision)[1], "train_inner", "mem_fill")
+    assert figures(output, "train_inner", "mem_fill")[-1] == pytest.approx(expected[-1], abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["float32", "fp16"])
+def test_resuming(options, trained, tmp_path, name):
+    """Stopped after 10 updates and continued, the losses are those of a training that was not stopped."""
+    train(options, tmp_path, *PRECISIONS[name], "--max-update", 10)
+    log = train(options, tmp_path, *PRECISIONS[name])
+    expected = figures(trained(name)[1], "train_inner", "loss")
+    found = figures(log, "train_inner", "loss")
+    assert len(found) == len(expected) - 10
+    # Sums on a GPU are not taken in the same order twice.
+    assert found == pytest.approx(expected[10:], abs=5e-3 if name == "float32" else 5e-2)
+
+
+def test_a_cpus_checkpoint_on_the_gpu(tiny_data, tiny_longmem, tmp_path):
+    losses = [evaluate(tiny_data, tiny_longmem.checkpoint, tmp_path, *where) for where in ([], CPU)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+@needs_faiss
+def test_search_by_faiss(options, trained, tiny_data, tmp_path):
+    """--use-gpu-to-search, as in the released training script; the same chunks are found."""
+    output = run("train", *options, "--use-gpu-to-search", "--save-dir", tmp_path, cwd=tmp_path)
+    expected = figures(trained("float32")[1], "train_inner", "loss")
+    assert figures(output, "train_inner", "loss") == pytest.approx(expected, abs=2e-2)
+
+
+def test_generation(tiny_data, tiny_longmem, tmp_path):
+    """fairseq-interactive gives the same hypotheses and scores as on the CPU."""
+    words = [f"w{i % 24}" for i in range(3 * T + 5)]
+    (tmp_path / "prompts.txt").write_text(f"{' '.join(words)}\nw3 w4\n")
+    found = []
+    for where in ([], CPU):
+        output = run(
+            "interactive", tiny_data, *TASK, "--path", tiny_longmem.checkpoint, "--input", "prompts.txt", "--beam", 3,
+            "--max-len-b", 20, "--buffer-size", 2, "--batch-size", 2, *where, cwd=tmp_path,
+        )  # fmt: skip
+        found.append(re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", output, re.MULTILINE))
+    assert len(found[0]) == 2
+    for (index, score, text), (same_index, same_score, same_text) in zip(*found):
+        assert (index, text) == (same_index, same_text)
+        assert float(score) == pytest.approx(float(same_score), abs=1e-3)
+
+
+def test_a_gpu_is_used(trained):
+    """What the other tests compare would be equal too if all of it had run on the CPU."""
+    assert "on cuda" in trained("float32")[1] and os.path.getsize(trained("float32")[0] / "checkpoint_last.pt")
+    assert torch.cuda.is_available()

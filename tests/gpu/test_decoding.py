@@ -1,0 +1,91 @@
+"""On a GPU: decoding step by step, memories on disk, the shared memory of released checkpoints."""
+
+import numpy as np
+import pytest
+import torch
+
+from longmem_fairseq.memory.snapshot import load_memory, save_memory
+from longmem_fairseq.models.live_window import prefill
+from longmem_fairseq.models.released import load_released
+from longmem_fairseq.tasks.generation import backbone_identity, new_library
+from tests.models.test_live_window import decode
+from tests.models.test_released import RECORDED, SEGMENTS
+from tests.models.tiny import documents, longmem, read
+
+T = 7
+
+
+def pair(tmp_path, **changes):
+    """The same model on the CPU and on the GPU."""
+    cpu, gpu = (longmem(tmp_path, memory_search="torch", **changes) for _ in range(2))
+    return cpu, gpu.cuda()
+
+
+@pytest.mark.parametrize("model", ["transformer_lm", "alibi_lm"])
+@pytest.mark.parametrize("past", [0, 5, 62])
+def test_decoding_over_several_windows(tmp_path, model, past):
+    """As on the CPU; beams share the memory and are reordered."""
+    cpu, gpu = pair(tmp_path, model=model)
+    (doc,) = documents([past + 4 * T])
+    wanted = decode(cpu, prefill(cpu.decoder, [doc[:past]], T), doc[None, past:])
+    found = decode(gpu, prefill(gpu.decoder, [doc[:past].cuda()], T), doc[None, past:].cuda())
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_reordered_rows(tmp_path):
+    cpu, gpu = pair(tmp_path)
+    docs = documents([20, 20, 20])
+    results = []
+    for model, device in ((cpu, "cpu"), (gpu, "cuda")):
+        on_device = [doc.to(device) for doc in docs]
+        state = prefill(model.decoder, [doc[:15] for doc in on_device], T)
+        order = torch.tensor([2, 0, 0], device=device)
+        model.decoder.reorder_incremental_state_scripting(state, order)
+        rest = torch.stack([on_device[i][15:] for i in (2, 0, 0)])
+        results.append(decode(model, state, rest).cpu())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_decoding_in_half_precision(tmp_path, dtype):
+    """It says what the same half precision says of whole segments, within a few units in the last place."""
+    _, gpu = pair(tmp_path)
+    gpu = gpu.to(dtype)
+    doc = documents([4 * T])[0].cuda()
+    wanted = read(gpu, [doc], T)[0][2 * T : 3 * T]
+    found = decode(gpu, prefill(gpu.decoder, [doc[: 2 * T]], T), doc[None, 2 * T : 3 * T])[0]
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=0, atol=0.05 * float(wanted.float().abs().max()))
+
+
+@pytest.mark.parametrize("saved, loaded", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_memories_on_disk_change_devices(tmp_path, saved, loaded):
+    """What a GPU remembered a CPU goes on from, and the other way round."""
+    model = longmem(tmp_path, memory_search="torch")
+    libraries = {}
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        libraries[device] = new_library(model.decoder)
+        (doc,) = documents([30])
+        libraries[device].memorize("text", doc.to(device), model.decoder.backbone.remember, T)
+        if device == saved:
+            save_memory(str(tmp_path / "memory"), libraries[device], *backbone_identity(model.decoder), dtype="float32")
+    model = model.to(loaded)
+    library = new_library(model.decoder)
+    load_memory(str(tmp_path / "memory"), library, *backbone_identity(model.decoder))
+    assert library.bank.keys.device.type == loaded
+    for found, wanted in zip(library.bank.contents(0), libraries["cpu"].bank.contents(0)):
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exact", [True, False])
+def test_released_checkpoint(exact):
+    """The recorded logits of the released code, with its shared memory in half precision."""
+    arrays = np.load(RECORDED / "expected.npz")
+    model = load_released(RECORDED / "sidenet.pt", exact=exact, memory_search="torch").cuda()
+    for i in range(SEGMENTS):
+        tokens = torch.from_numpy(arrays[f"b1_c4/tokens_{i}"].astype(np.int64)).cuda()
+        logits = model(tokens)[0].cpu().numpy()
+        assert np.abs(logits - arrays[f"b1_c4/logits_{i}"]).max() <= 2e-4
+        assert model.memory_contents()[0].is_cuda
