@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Se
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .command import Evaluation, name_of
 from .report import Table
@@ -87,7 +88,7 @@ class Books(Evaluation):
         if len({name for name, _ in texts}) < len(texts):
             raise ValueError(f"two documents of --data have the same name: rename one ({_twice(texts)})")
         self.digest = hashlib.sha256("".join(name + text for name, text in texts).encode()).hexdigest()
-        reference = None if args.reference is None else count_words(text for _, text in self.read_texts(args.reference))
+        reference = None if args.reference is None else count_words(text for _, text in self._reference())
         counts = {name: count_words([text]) for name, text in texts} if reference is None else {}
         everything = sum(counts.values(), count_words([]))
         self.documents = {
@@ -95,6 +96,10 @@ class Books(Evaluation):
             for name, text in texts[: args.limit]
         }
         self.located = all(document.kinds is not None for document in self.documents.values())
+
+    def _reference(self) -> Iterable[Tuple[str, str]]:
+        texts = self.read_texts(self.args.reference)
+        return tqdm(texts, desc="counting words", unit=" documents", leave=False, disable=None, delay=2)
 
     def _document(self, name: str, text: str, reference) -> Document:
         tokenizer = self.scorer.tokenizer

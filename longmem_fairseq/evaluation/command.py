@@ -139,7 +139,7 @@ def main(evaluation: Evaluation, argv: Optional[Sequence[str]] = None) -> None:
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: interrupted; the same command goes on with what is in {args.results_path}")
     except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+        sys.exit(f"{parser.prog}: {sentence(error)}")
     print(outcome.report["markdown"])
 
 
@@ -258,6 +258,13 @@ def _cache_notes(tuned: List[Dict[str, Any]], scorer: Scorer) -> List[str]:
         for row in tuned
     )
     return [f"The neural cache was tuned on {tuned[0]['tokens']:,} validation tokens: {rows}."]
+
+
+def sentence(error: Exception) -> str:
+    """What to tell the user of an error."""
+    if isinstance(error, OSError) and error.filename and error.strerror:  # the system's own wording has a number first
+        return f"{error.filename} cannot be used: {error.strerror}"
+    return str(error)
 
 
 def name_of(path: str) -> str:

@@ -8,7 +8,7 @@ import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import report as reports
-from .command import Evaluation, Outcome, parser_of, quiet, run
+from .command import Evaluation, Outcome, parser_of, quiet, run, sentence
 from .report import Table
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def main(evaluations: Evaluations, default_plan: str, argv: Optional[Sequence[st
     except KeyboardInterrupt:
         sys.exit(f"{line.prog}: interrupted; the same command goes on with what is in {args.results_path}")
     except (ValueError, OSError) as error:
-        sys.exit(f"{line.prog}: {error}")
+        sys.exit(f"{line.prog}: {sentence(error)}")
 
 
 def compare(evaluations: Evaluations, args: argparse.Namespace) -> str:

@@ -98,7 +98,7 @@ class SystemDecoder(FairseqIncrementalDecoder):
         tokens = torch.full((len(pieces), S), -1, device=self.device)
         for row, piece in enumerate(pieces):
             tokens[row, : max(0, len(piece) - 1)] = piece[1:]
-        last = hidden[torch.arange(len(pieces)), (lengths - 1).clamp(min=0)]
+        last = hidden[torch.arange(len(pieces), device=self.device), (lengths - 1).clamp(min=0)]
         return {"hidden": hidden[:, :S], "tokens": tokens, "last": last, "waits": lengths > 0}
 
     @torch.no_grad()

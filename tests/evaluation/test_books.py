@@ -93,6 +93,22 @@ def test_it_goes_on_where_it_was_interrupted(outcome, arguments, tmp_path):
                 assert value == pytest.approx(sample.interval().value, rel=1e-4)
 
 
+def test_an_interruption_is_told(arguments, tmp_path, monkeypatch):
+    scored = []
+
+    def interrupted(self, item):
+        if scored:
+            raise KeyboardInterrupt
+        scored.append(item)
+        return {"tokens": 1, "loss": {}}
+
+    monkeypatch.setattr(Books, "score", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on with what is in"):
+        main(books(), [str(x) for x in (*arguments, "--no-cache", "--results-path", tmp_path)])
+    assert [json.loads(line).get("item") for line in (tmp_path / "items.jsonl").open()] == [None, *scored]
+    assert [path.name for path in tmp_path.iterdir()] == ["items.jsonl"]
+
+
 def test_limits(outcome, arguments, tmp_path):
     directory, found = outcome
     limited = evaluate(arguments, tmp_path, "--limit", 1, "--document-tokens", 1000)

@@ -130,5 +130,6 @@ def test_errors(files, data, tmp_path):
     (tmp_path / "other.json").write_text('{"a": [1]}')
     refuses("other.json has neither the official layout", "--data", tmp_path / "other.json")
     refuses("refers to one.txt: name its directory with --books", "--data", data / "ours.jsonl", "--books", tmp_path)
+    refuses("none.json cannot be used: No such file", "--data", tmp_path / "none.json")
     refuses("--lengths 1k is neither", "--data", data / "official.json", "--lengths", "1k")
     refuses("--suffix-tokens 40 must be from 1 to 31", "--data", data / "official.json", "--suffix-tokens", 40)

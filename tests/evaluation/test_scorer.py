@@ -13,8 +13,10 @@ from longmem_fairseq.evaluation.scorer import Scorer
 from longmem_fairseq.evaluation.stream import Stream
 from longmem_fairseq.evaluation.systems import BACKBONE, OFF, ON
 from longmem_fairseq.evaluation.window import Continuation
+from longmem_fairseq.hub import LongMem
 from tests.evaluation.conftest import T
-from tests.fairseq_runs import TASK, run, write_split
+from tests.fairseq_runs import TASK, make_dictionary, run, write_split
+from tests.repository import ROOT
 
 CACHE = {BACKBONE: CacheSettings(0.3, 0.2), ON: CacheSettings(0.2, 0.1)}
 MEMORY = 128
@@ -212,12 +214,33 @@ def test_a_backbone_alone(files):
     assert scorer.describe()["backbone"] == "transformer_lm" and "k" not in scorer.describe()
 
 
+def test_a_released_model(tmp_path):
+    """Its side network takes the last hidden state normalised; its backbone alone must not be normalised twice."""
+    path = ROOT / "tests" / "models" / "released" / "sidenet.pt"
+    make_dictionary(196).save(str(tmp_path / "dict.txt"))
+    settings = dict(memory_size=32, tokens_per_sample=16)
+    scorer = Scorer.load(str(path), str(tmp_path), "cpu", **settings)
+    model = LongMem.from_pretrained(str(path), data=str(tmp_path), device="cpu", **settings)
+    tokens = tokens_of(70) % 196 + 4
+    found = Stream(scorer, [32]).read(tokens)
+    model.encode = lambda text: tokens
+    close(found["memory 32"], model.score("").log_probabilities)
+    model.model.decoder.cfg.use_external_memory, model.library = False, None
+    close(found[OFF], model.score("").log_probabilities)
+    inputs = torch.cat([torch.tensor([2]), tokens[:-1]])
+    with torch.no_grad():
+        alone = torch.cat([model.model.decoder.backbone.decoder(x[None])[0][0] for x in inputs.split(16)])
+    close(found[BACKBONE], alone.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+    assert (found["memory 32"] - found[OFF]).abs().max() > 1e-3
+
+
 def test_settings_and_errors(files, scorer):
     path, data = str(files.longmem), str(files.directory)
     changed = Scorer.load(path, data, "cpu", memory_size=64, k=9, tokens_per_sample=16, backbone=str(files.backbone))
     assert (changed.size, changed.memory_size, changed.decoder.cfg.k) == (16, 64, 9)
     assert Scorer.load(path, data, "cpu", memory_size=0).systems == [BACKBONE, OFF]
     for sentence, call in (
+        ("has no setting memory_dtype", lambda: Scorer.load(str(files.backbone), data, "cpu", memory_dtype="float16")),
         ("leave out --backbone", lambda: Scorer.load(str(files.backbone), data, "cpu", backbone=path)),
         ("longer than the backbone's 64 positions", lambda: Scorer.load(path, data, "cpu", tokens_per_sample=65)),
         ("40 tokens does not fit into a window of 32", lambda: scorer.window(scorer.new_past(), None, 40)),
