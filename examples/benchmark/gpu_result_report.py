@@ -1,0 +1,140 @@
+"""Put what gpu_result.sh made together: report.json, report.md, report.png.
+
+    python -m examples.benchmark.gpu_result_report OUT [--tiny]
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import torch
+
+from examples.benchmark.report import lines_of, machine, table, write_json
+from examples.quickstart.report import perplexity
+
+
+def documents(out: Path) -> List[Dict]:
+    """Perplexity of each test document: of the backbone, and by size of the memory."""
+    rows: Dict[str, Dict] = {}
+    for name in ("backbone", *sizes(out)):
+        folder = out / "results" / (name if name == "backbone" else f"memory-{name}")
+        for line in (folder / "documents.jsonl").read_text().splitlines():
+            found = json.loads(line)
+            row = rows.setdefault(found["name"], {"name": found["name"], "tokens": found["tokens"]})
+            row[str(name)] = found["perplexity"]
+    return sorted(rows.values(), key=lambda row: row["tokens"])
+
+
+def sizes(out: Path) -> List[int]:
+    """Memory sizes that were evaluated."""
+    return sorted(int(log.stem.split("-")[-1]) for log in out.glob("eval-memory-*.log"))
+
+
+def last_figure(log: Path, name: str) -> Optional[float]:
+    """The last value of a figure that fairseq-train printed."""
+    found = re.findall(rf"\b{name}=([0-9.e+-]+)", log.read_text())
+    return float(found[-1]) if found else None
+
+
+def collect(out: Path, tiny: bool) -> Dict:
+    """All results, as report.json holds them."""
+    by_size = {str(size): perplexity(out / f"eval-memory-{size}.log") for size in sizes(out)}
+    state = torch.load(out / "checkpoints" / "checkpoint_last.pt", map_location="cpu", weights_only=True)
+    gates = next(x for name, x in state["model"].items() if name.endswith("memory_gate"))
+    backbone = torch.load(out / "backbone" / "checkpoint_last.pt", map_location="cpu", weights_only=True)["model"]
+    recall = out / "recall" / "report.json"
+    seconds: Dict[str, int] = {}
+    for line in (out / "seconds.txt").read_text().splitlines():
+        taken, step = line.split()
+        seconds[step] = seconds.get(step, 0) + int(taken)
+    return {
+        "tiny": tiny,
+        "machine": machine(),
+        "seconds": seconds,
+        "data": {name: split["tokens"] for name, split in json.loads(manifest(out))["splits"].items()},
+        "backbone_parameters": sum(x.numel() for x in {x.data_ptr(): x for x in backbone.values()}.values()),
+        "copying": (out / "copying.log").read_text().splitlines()[-1],
+        "backbone": perplexity(out / "eval-backbone.log"),
+        "memory": by_size,
+        "gates": torch.sigmoid(gates.float()).tolist(),
+        "distance": last_figure(out / "adaptation.log", "mem_dist"),
+        "documents": documents(out),
+        "recall": json.loads(recall.read_text()) if recall.exists() else None,
+    }
+
+
+def manifest(out: Path) -> str:
+    return (out / "data" / "manifest.json").read_text()
+
+
+def markdown(report: Dict) -> str:
+    """The report for readers."""
+    off = report["memory"]["0"]
+    rows = [{"model": "backbone alone", "perplexity": f"{report['backbone']:.2f}"}]
+    for size, value in report["memory"].items():
+        name = f"LongMem, memory of {int(size):,} tokens" if int(size) else "LongMem, memory off"
+        rows.append({"model": name, "perplexity": f"{value:.2f}", "gain": f"{100 * (value / off - 1):+.1f} %"})
+    text = ["# LongMem on a backbone trained from scratch", ""]
+    if report["tiny"]:
+        text += [
+            "**A tiny run: it shows that the commands work and how the report looks. Its figures mean nothing.**", "",
+        ]  # fmt: skip
+    data = ", ".join(f"{name} {tokens:,}" for name, tokens in report["data"].items())
+    gates = ", ".join(f"{gate:.3f}" for gate in report["gates"])
+    distance = "not measured" if report["distance"] is None else f"{report['distance']:,.0f}"
+    columns = {"name": "document", "tokens": "tokens", "backbone": "backbone"}
+    columns.update({size: f"memory {int(size):,}" for size in report["memory"]})
+    documents = [
+        {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in row.items()}
+        for row in report["documents"]
+    ]
+    text += [
+        table(rows, {"model": "model", "perplexity": "perplexity", "gain": "against memory off"}), "",
+        f"Tokens: {data}. Backbone: {report['backbone_parameters']:,} parameters; {report['copying']}",
+        f"Gates of the heads: {gates}. Tokens between a query and what it reads: {distance}.", "",
+        "## Documents", "", table(documents, columns), "",
+        "## Time", "", *(f"* {step}: {taken} s" for step, taken in report["seconds"].items()), "",
+        "## Machine", "", *lines_of(report["machine"]),
+    ]  # fmt: skip
+    if report["recall"] is not None:
+        text += ["", "## Recall", "", "```", json.dumps(report["recall"], indent=1), "```"]
+    return "\n".join(text) + "\n"
+
+
+def plot(report: Dict, path: Path) -> None:
+    """Perplexity by size of the memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4), constrained_layout=True)
+    names = list(report["memory"])
+    axes.plot(range(len(names)), list(report["memory"].values()), "o-", label="LongMem")
+    axes.axhline(report["backbone"], color="grey", linestyle="--", label="backbone alone")
+    axes.set_xticks(range(len(names)), [f"{int(name):,}" if int(name) else "off" for name in names])
+    axes.set_xlabel("memory (tokens)")
+    axes.set_ylabel("perplexity of the test documents")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main(out: str, tiny: str = "") -> None:
+    directory = Path(out)
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, lets everybody's details through
+    report = collect(directory, tiny == "--tiny")
+    text = markdown(report)
+    plot(report, directory / "report.part.png")
+    os.replace(directory / "report.part.png", directory / "report.png")
+    (directory / "report.md.part").write_text(text)
+    os.replace(directory / "report.md.part", directory / "report.md")
+    write_json(str(directory / "report.json"), report)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
