@@ -10,9 +10,9 @@ from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 
 from longmem_fairseq.data.manifest import dictionary_fingerprint
-from longmem_fairseq.models.backbone import BackboneError, backbone_fingerprint, load_backbone
+from longmem_fairseq.models.backbone import BackboneError, load_backbone
 from tests.fairseq_runs import make_dictionary
-from tests.models.tiny import LAYERS, POSITIONS, VOCABULARY, longmem, stock_config, stock_model, write_checkpoint
+from tests.models.tiny import LAYERS, VOCABULARY, longmem, stock_config, stock_model, write_checkpoint
 
 
 def refusal(path, dictionary=VOCABULARY, layer=1) -> str:
@@ -72,54 +72,6 @@ def test_options_as_before_fairseq_0_11(checkpoint):
     args = argparse.Namespace(arch="transformer_lm", task="language_modeling", **values)
     found = load_backbone(checkpoint(cfg=None, args=args, name="old.pt"), VOCABULARY, 1)
     assert found.fingerprint == plain.fingerprint
-
-
-def as_fairseq_0_12_2(state):
-    """A checkpoint as fairseq-train 0.12.2 writes it: the uninitialised buffer of its sinusoidal positions, and what
-    else lies in the file."""
-    model = dict(state["model"])
-    if "decoder.embed_positions.weight" not in model:
-        model["decoder.embed_positions._float_tensor"] = torch.tensor([float("nan")])
-    sections = ["common", "common_eval", "distributed_training", "dataset", "optimization", "checkpoint", "bmuf"]
-    return {
-        **state, "model": model, "task_state": {},
-        "cfg": {
-            **{name: {"_name": None} for name in sections}, "_name": None, "model": state["cfg"]["model"],
-            "task": {"_name": "language_modeling", "data": "data", "tokens_per_sample": POSITIONS},
-        },
-        "optimizer_history": [
-            {"criterion_name": "CrossEntropyCriterion", "optimizer_name": "FairseqAdam",
-             "lr_scheduler_state": {"lr": 0.01}, "num_updates": 3}
-        ],
-        "extra_state": {
-            "metrics": {"default": [[0, "loss", "AverageMeter", {"val": 6.4, "sum": 1, "count": 1, "round": 3}]]},
-            "previous_training_time": 0.5, "train_iterator": {"version": 2, "epoch": 2, "iterations_in_epoch": 0},
-            "val_loss": 6.3, "best": 6.3,
-        },
-        "last_optimizer_state": {"state": {}, "param_groups": [{"lr": 0.01, "betas": (0.9, 0.999), "params": [0]}]},
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("learned", [True, False], ids=["learned", "sinusoidal"])
-def test_a_checkpoint_of_fairseq_0_12_2(checkpoint, learned):
-    """It is the same backbone, with the same fingerprint, so that checkpoints may be exchanged."""
-    path = checkpoint({"decoder_learned_pos": learned})
-    ours = load_backbone(path, VOCABULARY, 1)
-    state = as_fairseq_0_12_2(torch.load(path))
-    assert ("decoder.embed_positions._float_tensor" in state["model"]) != learned
-    torch.save(state, path)
-    theirs = load_backbone(path, VOCABULARY, 1)
-    assert theirs.fingerprint == ours.fingerprint
-    assert torch.equal(hidden(theirs), hidden(ours))
-
-
-def test_fingerprint_in_fairseq_0_12_2(checkpoint):
-    """There the positions of every backbone have that buffer; it is never read, so it makes no other backbone."""
-    backbone = load_backbone(checkpoint({"decoder_learned_pos": False}), VOCABULARY, 1)
-    for number in (0.0, float("nan")):
-        backbone.decoder.embed_positions.register_buffer("_float_tensor", torch.tensor([number]))
-        assert "embed_positions._float_tensor" in backbone.decoder.state_dict()
-        assert backbone_fingerprint(backbone) == backbone.fingerprint
 
 
 def test_a_missing_version_does_not_drop_the_final_norm(checkpoint):

@@ -115,17 +115,6 @@ def test_stands_alone_under_the_models_plain_name_too(built, tmp_path):
     assert same_logits(load(path), made.model)
 
 
-def test_from_fairseq_0_12_2(built, tmp_path):
-    """Its sinusoidal positions have an uninitialised buffer, which is in no checkpoint of later versions."""
-    made = built("--save-backbone", decoder_learned_pos=False)
-    path = save(made, tmp_path / "c.pt")
-    state = torch.load(path)
-    state["model"]["decoder.backbone.decoder.embed_positions._float_tensor"] = torch.tensor([float("nan")])
-    torch.save(state, path)
-    assert same_logits(load(path), made.model)
-    assert made.cfg.model.base_layers == 0  # which it asks for before it saves
-
-
 def test_training_goes_on_from_it(built, train, tmp_path):
     """A resumed training names the backbone again; the weights and the fingerprint must agree."""
     made = built("--save-backbone")
