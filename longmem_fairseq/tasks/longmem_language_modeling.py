@@ -77,13 +77,18 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         """Save the memory with each checkpoint, or read that of the one that training continues from, as asked for.
 
         Raises:
-            ValueError: checkpoints are to hold no state of the optimizer.
+            ValueError: not every rank is told when a checkpoint is due (see ``before_each_checkpoint``).
         """
         args = self.args
         if args.memory_snapshot and args.no_save_optimizer_state:
             raise ValueError(
                 "--memory-snapshot and --no-save-optimizer-state exclude each other: a training that cannot be "
                 "continued needs no memory; leave one out"
+            )
+        if args.memory_snapshot and str(args.ddp_backend) == "fully_sharded":
+            raise ValueError(
+                "--memory-snapshot does not go with --ddp-backend fully_sharded, which gathers state in its own way: "
+                "choose another, or leave it out and continue by replay"
             )
         if restored is not None and (restored.batches == 0 or args.reset_dataloader):
             restored = None  # an epoch begins, with nothing to remember

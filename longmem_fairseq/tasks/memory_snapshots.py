@@ -133,9 +133,11 @@ class MemorySnapshots:
             SnapshotError: the snapshot is damaged, or of another place, backbone or setting.
         """
         restored, self.restored = self.restored, None
+        if restored is None:
+            return
         segments = sample["net_input"]["segments"]
         rows = model.lagging(segments)
-        if restored is None or not rows.any():
+        if not rows.any():
             return
         began = time.time()
         path = _path(os.path.dirname(restored.path), iterator, restored.batches)

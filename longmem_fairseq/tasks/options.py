@@ -76,6 +76,7 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
     save_dir: str = II("checkpoint.save_dir")
     reset_dataloader: bool = II("checkpoint.reset_dataloader")
     no_save_optimizer_state: bool = II("checkpoint.no_save_optimizer_state")
+    ddp_backend: str = II("distributed_training.ddp_backend")
     path: Optional[str] = II("common_eval.path")
     input: str = II("interactive.input")
     results_path: Optional[str] = II("common_eval.results_path")

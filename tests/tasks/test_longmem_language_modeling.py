@@ -147,6 +147,8 @@ def test_memory_of_a_training_that_continues(data, tmp_path, caplog):
     assert expected(memory_snapshot=True) is False
     with pytest.raises(ValueError, match="--memory-snapshot and --no-save-optimizer-state exclude each other"):
         expected(memory_snapshot=True, no_save_optimizer_state=True)
+    with pytest.raises(ValueError, match="--memory-snapshot does not go with --ddp-backend fully_sharded"):
+        expected(memory_snapshot=True, ddp_backend="fully_sharded")
 
 
 def test_lines_of_stock_preprocessing(tmp_path, caplog):

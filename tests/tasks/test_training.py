@@ -87,6 +87,14 @@ def killed(tiny_options, tmp_path_factory):
     return directory, options
 
 
+def between(directory):
+    """A limit on the size of files that lets a snapshot be written, but no checkpoint."""
+    snapshot = max(path.stat().st_size for path in directory.glob("memory*"))
+    checkpoint = (directory / "checkpoint_1_10.pt").stat().st_size
+    assert snapshot < checkpoint
+    return ((snapshot + checkpoint) // 2,) * 2
+
+
 def test_a_killed_training_continues_bit_by_bit(killed, tiny_longmem, tmp_path):
     """Killed twice, weights and losses are those of the training that was not, dropout and memory included."""
     directory, options = killed
@@ -97,10 +105,7 @@ def test_a_killed_training_continues_bit_by_bit(killed, tiny_longmem, tmp_path):
 
     # Continues from the snapshot, and is killed by the kernel amid the bytes of the checkpoint of update 30.
     (tmp_path / "sitecustomize.py").write_text("import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)")
-    snapshot = max(path.stat().st_size for path in run_directory.glob("memory*"))
-    checkpoint = (run_directory / "checkpoint_1_10.pt").stat().st_size
-    assert snapshot < checkpoint
-    limit = ((snapshot + checkpoint) // 2,) * 2
+    limit = between(run_directory)
     ended, first = interrupt(
         28, lambda process: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit),
         *options, cwd=tmp_path, environment={"PYTHONPATH": str(tmp_path)},
@@ -143,10 +148,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(killed, tmp_path):
     directory, options = killed
     shutil.copytree(directory, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")}
-    limit = (directory / "checkpoint_1_10.pt").stat().st_size // 2
+    limit = between(directory)
     process = start(
         "train", *options[:-1], tmp_path / "run", "--num-workers", 0, cwd=tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )  # fmt: skip
     log = finish(process, succeeds=False)
     assert "File too large" in log
