@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Callable, Dict, List, Sequence
 
 import torch
 
@@ -58,6 +58,21 @@ def write_json(path: str, content: Dict) -> None:
     part = f"{path}.part"
     Path(part).write_text(json.dumps(content, indent=1) + "\n")
     os.replace(part, path)
+
+
+def save_plot(path: str, draw: Callable) -> None:
+    """Write a PNG of what ``draw`` puts into a pair of axes, whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5))
+    draw(axes)
+    figure.tight_layout()
+    figure.savefig(f"{path}.part", format="png", dpi=120)
+    plt.close(figure)
+    os.replace(f"{path}.part", path)
 
 
 def stop(message: str) -> None:

@@ -23,7 +23,6 @@ from .search import SearchFunction
 
 logger = logging.getLogger(__name__)
 
-_EVERY = 50  # searches to one that is compared with exact search
 _COMPARED = 32  # queries of each row and head that are compared
 _ADDED = 1 << 16  # chunks that are copied at a time to be added
 
@@ -130,14 +129,15 @@ class IndexSearch:
     Args:
         spec: of the indices.
         exact: search of lanes without an index, and what the index is compared with.
+        every: one of so many searches is compared with exact search; 0 for none.
 
     Attributes:
         recall: of the last search, if it was compared: chunks found that exact search finds too, and chunks that were
             looked for; of equal scores any will do. None otherwise.
     """
 
-    def __init__(self, spec: IndexSpec, exact: SearchFunction):
-        self.spec, self.exact = spec, exact
+    def __init__(self, spec: IndexSpec, exact: SearchFunction, every: int = 50):
+        self.spec, self.exact, self.every = spec, exact, every
         self.recall: Optional[Tuple[float, float]] = None
         self._searches, self._hits, self._wanted, self._compared = 0, 0.0, 0.0, 0
         self._told = False
@@ -157,7 +157,7 @@ class IndexSearch:
             slots[row] = best_of(bank.means[lanes[row]], queries[row], found, n) if self.spec.coded else found
         self.recall = None
         if indexed:
-            if self._searches % _EVERY == 0:
+            if self.every and self._searches % self.every == 0:
                 self._compare(bank, lanes, queries, slots, list(indexed))
             self._searches += 1
         return slots.to(asked)

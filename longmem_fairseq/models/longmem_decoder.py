@@ -295,11 +295,10 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         logger.info(
             "memory for %s: %d lanes x %d tokens (%s) on %s, %.1f MiB, search by %s",
             "training" if self.training else "evaluation", bank.lanes, cfg.memory_size,
-            str(bank.keys.dtype).split(".")[-1],
-            like.device, bank.nbytes / 2**20, cfg.memory_search,
+            str(bank.keys.dtype).split(".")[-1], bank.placement, bank.nbytes / 2**20,
+            cfg.memory_search if cfg.memory_index == FLAT else cfg.memory_index,
         )
-        search = choose_search(cfg.memory_search, like.device)
-        parts = bank, search, self._attention, cfg.k // cfg.chunk_size
+        parts = bank, self._search(like.device), self._attention, cfg.k // cfg.chunk_size
         # Outside a task several segments may come before one backward pass.
         return SharedMemory(*parts, keep_reads=self.goes_on) if shared else Memory(*parts)
 

@@ -1,0 +1,113 @@
+"""What a step needs at least, from the shapes: operations and bytes, and the time that a machine needs for them.
+
+The bound of a part is the larger of its operations at the machine's speed and its bytes at the machine's bandwidth; the
+parts follow each other. A backward pass costs the side network twice its forward pass.
+
+Legend: B lanes, T tokens of a segment, D width, H heads, d = D / H, V symbols, N chunks that a lane holds, S tokens of
+local attention.
+"""
+
+import argparse
+import time
+from typing import Dict
+
+import torch
+
+from examples.benchmark.variants import DTYPES
+
+
+def memory_work(options: argparse.Namespace, memory_size: int) -> Dict[str, float]:
+    """Operations and bytes that a step's exact search and reading need."""
+    queries = options.batch * options.heads * _step(options)
+    chunks, width = memory_size // options.chunk_size, options.dim // options.heads
+    element = _bytes(options.dtype if options.memory_dtype == "auto" else options.memory_dtype)
+    k = min(options.k, memory_size)
+    # In generation each token's search reads all chunk means again.
+    times = _step(options) if options.mode == "generate" else 1
+    return {
+        "search_operations": 2.0 * queries * chunks * width,
+        "read_operations": 4.0 * queries * k * width,
+        "search_bytes": 4.0 * options.batch * options.heads * chunks * width * times + 4.0 * queries * width,
+        "read_bytes": 2.0 * queries * k * width * element,
+    }
+
+
+def model_work(options: argparse.Namespace) -> Dict[str, float]:
+    """Operations and bytes that a step needs without a memory: backbone, side network, logits."""
+    tokens, D = options.batch * _step(options), options.dim
+    side = options.layers // options.reduction
+    local = options.segment * (3 / 4 if options.mode == "generate" else 1 / 2)  # keys of a query, on average
+    layer = 2.0 * 12 * D * D + 4.0 * local * D  # a token's: four projections of D, an MLP of 4 D, scores and values
+    backward = 3 if options.mode == "train" else 1
+    head = 2.0 * D * options.vocab * (2 if options.mode == "train" else 1)
+    weights = (12.0 * D * D * (options.layers + side * backward) + D * options.vocab) * _bytes(options.dtype)
+    return {
+        "model_operations": tokens * (layer * (options.layers + side * backward) + head),
+        "model_bytes": weights * (_step(options) if options.mode == "generate" else 1),
+    }
+
+
+def full_attention_work(options: argparse.Namespace, window: int) -> Dict[str, float]:
+    """Operations and bytes of the backbone alone over a window."""
+    D = options.dim
+    layer = 2.0 * 12 * D * D + 4.0 * window / 2 * D
+    return {
+        "model_operations": options.batch * window * (layer * options.layers + 2.0 * D * options.vocab),
+        "model_bytes": (12.0 * D * D * options.layers + D * options.vocab) * _bytes(options.dtype),
+    }
+
+
+def bound(work: Dict[str, float], speed: Dict[str, float]) -> float:
+    """Seconds that the work needs at least, at the machine's ``operations`` and ``bytes`` per second.
+
+    Scores of the exact search are float32, at ``search_operations`` per second.
+    """
+    seconds = 0.0
+    for part in ("model", "search", "read"):
+        if f"{part}_operations" in work:
+            rate = speed["search_operations" if part == "search" else "operations"]
+            seconds += max(work[f"{part}_operations"] / rate, work[f"{part}_bytes"] / speed["bytes"])
+    return seconds
+
+
+def machine_speed(options: argparse.Namespace) -> Dict[str, float]:
+    """Operations per second of large matrix products, in the model's precision and in float32, and bytes per second of
+    reading memory: as the options say them, or measured here."""
+    bandwidth = options.gbps * 1e9 if options.gbps else _bandwidth(options.device)
+    if options.tflops:
+        return {"operations": options.tflops * 1e12, "search_operations": options.tflops * 1e12, "bytes": bandwidth}
+    own = _products(DTYPES[options.dtype], options.device)
+    search = own if DTYPES[options.dtype] == torch.float32 else _products(torch.float32, options.device)
+    return {"operations": own, "search_operations": search, "bytes": bandwidth}
+
+
+def _products(dtype: torch.dtype, device: torch.device) -> float:
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2.0 * size**3 / _best(lambda: a @ b, device)
+
+
+def _bandwidth(device: torch.device) -> float:
+    x = torch.ones(1 << 26, device=device)  # 256 MiB, more than caches hold
+    return x.numel() * 4 / _best(lambda: x.sum(), device)
+
+
+def _best(run, device: torch.device, seconds: float = 0.5) -> float:
+    """Seconds of the fastest of several runs."""
+    found, began = [], time.perf_counter()
+    while len(found) < 3 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _step(options: argparse.Namespace) -> int:
+    """Tokens of a row in one measured step."""
+    return max(1, options.segment // 4) if options.mode == "generate" else options.segment
+
+
+def _bytes(dtype: str) -> int:
+    return torch.finfo(DTYPES[dtype]).bits // 8
