@@ -13,7 +13,7 @@ from torch import Tensor
 from .command import Evaluation, name_of
 from .records import digest
 from .report import Table
-from .statistics import PERCENT, Sample
+from .statistics import ACCURACY, Sample
 
 ALL = "all"
 LENGTHS = (256, 1024, 4096, 16384, 65536)
@@ -160,7 +160,7 @@ class ChapterBreak(Evaluation):
                     places.append(by_work.setdefault(self.examples[item].work, {}))
                 for system, (true, *false) in scores.items():
                     for place in places:
-                        sample = place.setdefault(system, Sample({}, PERCENT))
+                        sample = place.setdefault(system, Sample({}, ACCURACY))
                         sample.items[item] = (float(true > max(false)), 1)
         return [
             Table("Accuracy by tokens of context", by_length, "lines"),

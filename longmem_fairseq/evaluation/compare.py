@@ -10,10 +10,14 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 from . import report as reports
 from .command import Evaluation, Outcome, parser_of, quiet, run, sentence
 from .report import Table
+from .statistics import Sample
+from .systems import BACKBONE, WITH_CACHE
 
 logger = logging.getLogger(__name__)
 
 Evaluations = Dict[str, Callable[[], Evaluation]]
+# Where these agree backbones say the same; the last one is the size of their cache.
+_READ_ALIKE = ("backbone_fingerprint", "tokens_per_sample", "memory_size")
 _PASSED_ON = ("tokenizer", "tokens_per_sample", "memory_size", "tuning_tokens", "limit")
 
 
@@ -192,26 +196,37 @@ def _models(models: Dict[str, Dict[str, Any]]) -> str:
 def merge(outcomes: Dict[str, Outcome]) -> List[Table]:
     """The main tables of several checkpoints as one each, whose rows are named after checkpoint and system.
 
-    Differences are those within each checkpoint, and of each system between every checkpoint and those before it.
-    Perplexities of different tokenizers are not compared.
+    A backbone that several of them have stands there once, under the first one's name. Differences are those within
+    each checkpoint, and of each system between every checkpoint and those before it. Perplexities of different
+    tokenizers are not compared.
     """
-    one_tokenizer = len({outcome.report["model"]["dictionary_sha256"] for outcome in outcomes.values()}) == 1
+    models = {name: outcome.report["model"] for name, outcome in outcomes.items()}
+    one_tokenizer = len({model["dictionary_sha256"] for model in models.values()}) == 1
+
+    def label(name: str, row: str) -> str:
+        if row.startswith(BACKBONE):
+            read_alike = _READ_ALIKE if WITH_CACHE in row else _READ_ALIKE[:-1]
+            ours = [models[name].get(key) for key in read_alike]
+            name = next(other for other in models if [models[other].get(key) for key in read_alike] == ours)
+        return f"{name}: {row}"
+
     merged = []
-    first = next(iter(outcomes.values()))
-    for i, table in enumerate(first.tables):
+    for i, table in enumerate(next(iter(outcomes.values())).tables):
         if i and not table.plot:
             continue
-        columns: Dict[str, Dict[str, Any]] = {}
-        pairs: List[Tuple[str, str]] = []
-        rows: Dict[str, List[str]] = {}
+        columns: Dict[str, Dict[str, Sample]] = {}
+        pairs: Dict[Tuple[str, str], None] = {}  # in order, each once
+        before: Dict[str, List[str]] = {}
         for name, outcome in outcomes.items():
             theirs = outcome.tables[i]
             for column, samples in theirs.columns.items():
-                columns.setdefault(column, {}).update({f"{name}: {row}": x for row, x in samples.items()})
-            pairs += [(f"{name}: {a}", f"{name}: {b}") for a, b in theirs.pairs]
+                for row, sample in samples.items():
+                    columns.setdefault(column, {}).setdefault(label(name, row), sample)
+            pairs.update({(label(name, a), label(name, b)): None for a, b in theirs.pairs})
             relative = any(statistic.relative for statistic in theirs.statistics)
             for row in theirs.rows if one_tokenizer or not relative else ():
-                pairs += [(f"{name}: {row}", f"{other}: {row}") for other in rows.get(row, [])]
-                rows.setdefault(row, []).append(name)
-        merged.append(Table(table.title, columns, table.plot, pairs))
+                ours = label(name, row)
+                pairs.update({(ours, other): None for other in before.get(row, []) if other != ours})
+                before.setdefault(row, []).append(ours)
+        merged.append(Table(table.title, columns, table.plot, list(pairs)))
     return merged

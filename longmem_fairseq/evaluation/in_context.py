@@ -12,7 +12,7 @@ from torch import Tensor
 from .command import Evaluation
 from .records import digest
 from .report import PAIRS, Table
-from .statistics import PERCENT, Sample
+from .statistics import ACCURACY, Sample
 from .systems import BACKBONE, OFF, ON
 from .window import Continuation
 
@@ -221,8 +221,8 @@ class InContext(Evaluation):
                 columns[name] = {}
                 for system, right in self._right(name, runs).items():  # (seeds, tested)
                     counts = np.stack([right, np.ones_like(right)], axis=-1).swapaxes(0, 1)  # (tested, seeds, 2)
-                    columns[name][system] = Sample({str(i): x for i, x in enumerate(counts)}, PERCENT)
-                    average = averages[f"{k} + {n:,}"].setdefault(system, Sample({}, PERCENT))
+                    columns[name][system] = Sample({str(i): x for i, x in enumerate(counts)}, ACCURACY)
+                    average = averages[f"{k} + {n:,}"].setdefault(system, Sample({}, ACCURACY))
                     # Each set counts the same, however many of its sentences are tested.
                     average.items.update({f"{name} {i}": x / len(counts) for i, x in enumerate(counts)})
             title = f"Accuracy with {k} demonstrations in the window and {n:,} in the memory, ± over seeds"

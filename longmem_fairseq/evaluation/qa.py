@@ -13,11 +13,11 @@ from .command import Evaluation, name_of
 from .generation import generate
 from .records import digest
 from .report import Table
-from .statistics import PERCENT, PERPLEXITY, Sample
+from .statistics import ACCURACY, PERPLEXITY, Sample
 
 MEMORY, WINDOW = "passages in the memory", "the right passage in the window"
 _TOGETHER = 16  # questions of an item
-EXACT, F1 = PERCENT._replace(name="exact match"), PERCENT._replace(name="F1")
+EXACT, F1 = ACCURACY._replace(name="exact match"), ACCURACY._replace(name="F1")
 
 
 class Question(NamedTuple):

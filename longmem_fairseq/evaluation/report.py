@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -152,7 +153,7 @@ def draw(tables: Sequence[Table], path: str) -> None:
 
     tables = [table for table in tables if table.plot and table.columns]
     figure, all_axes = plt.subplots(
-        len(tables), 1, figsize=(8, 4.2 * len(tables)), squeeze=False, constrained_layout=True
+        len(tables), 1, figsize=(10.5, 4.2 * len(tables)), squeeze=False, constrained_layout=True
     )
     for table, (axes,) in zip(tables, all_axes):
         _plot(table, axes)
@@ -178,11 +179,13 @@ def _plot(table: Table, axes) -> None:
         else:
             width = 0.8 / len(rows)
             axes.bar([x + (i + 0.5) * width - 0.4 for x in places], values, width, yerr=error, capsize=2, label=row)
-    axes.set_xticks(range(len(columns)), columns, rotation=15 if len(columns) > 5 else 0)
-    axes.set_ylabel(", ".join(dict.fromkeys(statistic.name for statistic in table.statistics)))
+    width = max(8, 80 // len(columns))  # characters that find room below a place
+    axes.set_xticks(range(len(columns)), [textwrap.fill(column, width) for column in columns], fontsize=9)
+    axes.set_ylabel(", ".join(dict.fromkeys(f"{x.name}{x.unit and ' (%)'}" for x in table.statistics)))
     axes.set_title(table.title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def write(directory: str, report: Dict[str, Any], text: str, tables: Sequence[Table]) -> None:

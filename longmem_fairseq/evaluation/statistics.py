@@ -38,7 +38,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
         return sums[..., 0] / sums[..., 1]
 
 
-PERCENT = Statistic("per cent", " %", lambda sums: 100 * _ratio(sums))
+ACCURACY = Statistic("accuracy", " %", lambda sums: 100 * _ratio(sums))
 PERPLEXITY = Statistic("perplexity", "", lambda sums: np.exp(np.minimum(_ratio(sums), 700.0)), relative=True, digits=2)
 
 
