@@ -10,12 +10,15 @@ import os
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(HERE, "..", ".."))
+sys.path[:0] = [os.path.join(HERE, "..", ".."), os.path.join(HERE, "..", "recall")]
+from needle import make_haystack  # noqa: E402
+
 from longmem_fairseq.evaluation.books import Books  # noqa: E402
 from longmem_fairseq.evaluation.chapterbreak import ChapterBreak  # noqa: E402
 from longmem_fairseq.evaluation.compare import main  # noqa: E402
 from longmem_fairseq.evaluation.dialogue import Dialogue  # noqa: E402
 from longmem_fairseq.evaluation.in_context import InContext  # noqa: E402
+from longmem_fairseq.evaluation.needle import Needle  # noqa: E402
 from longmem_fairseq.evaluation.qa import QuestionAnswering  # noqa: E402
 from preprocess.documents import iter_documents  # noqa: E402
 
@@ -24,6 +27,7 @@ EVALUATIONS = {
     "in_context": InContext,
     "chapterbreak": ChapterBreak,
     "dialogue": Dialogue,
+    "needle": lambda: Needle(make_haystack),
     "qa": QuestionAnswering,
 }
 

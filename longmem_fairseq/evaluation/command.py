@@ -32,10 +32,12 @@ class Evaluation:
     Attributes:
         name: of its example.
         title: of its report.
+        script: the command, by default ``examples/NAME/evaluate.py``.
     """
 
     name: str
     title: str
+    script = ""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add ``--data`` and whatever else it has."""
@@ -93,7 +95,8 @@ class Outcome(NamedTuple):
 
 def parser_of(evaluation: Evaluation) -> argparse.ArgumentParser:
     """The command line of an evaluation."""
-    parser = argparse.ArgumentParser(prog=f"examples/{evaluation.name}/evaluate.py", description=evaluation.title)
+    prog = evaluation.script or f"examples/{evaluation.name}/evaluate.py"
+    parser = argparse.ArgumentParser(prog=prog, description=evaluation.title)
     parser.add_argument("--path", required=True, help="checkpoint, or its directory: a LongMem, or a backbone alone")
     parser.add_argument("--results-path", required=True, help="directory of the report; a stopped run goes on there")
     evaluation.add_arguments(parser)

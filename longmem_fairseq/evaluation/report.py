@@ -27,7 +27,7 @@ class Table:
     Attributes:
         title: what the figures are.
         columns: condition -> system -> what it achieved; a system may be missing.
-        plot: how they are drawn: "lines" over the conditions, "bars", or None.
+        plot: how they are drawn: "lines" over the conditions, "bars", a "heat" map of systems and conditions, or None.
         pairs: systems whose difference is of interest, as far as there are such rows.
         upright: in Markdown a line for each condition, without differences, where these are many.
     """
@@ -169,6 +169,12 @@ def draw(tables: Sequence[Table], path: str) -> None:
 
 def _plot(table: Table, axes) -> None:
     figures, rows, columns = table.intervals, table.rows, list(table.columns)
+    axes.set_title(table.title, fontsize=10)
+    width = max(8, 80 // len(columns))  # characters that find room below a place
+    axes.set_xticks(range(len(columns)), [textwrap.fill(column, width) for column in columns], fontsize=9)
+    if table.plot == "heat":
+        _heat(table, axes)
+        return
     for i, row in enumerate(rows):
         places = [x for x, column in enumerate(columns) if row in figures[column]]
         cells = [figures[columns[x]][row] for x in places]
@@ -179,13 +185,24 @@ def _plot(table: Table, axes) -> None:
         else:
             width = 0.8 / len(rows)
             axes.bar([x + (i + 0.5) * width - 0.4 for x in places], values, width, yerr=error, capsize=2, label=row)
-    width = max(8, 80 // len(columns))  # characters that find room below a place
-    axes.set_xticks(range(len(columns)), [textwrap.fill(column, width) for column in columns], fontsize=9)
     axes.set_ylabel(", ".join(dict.fromkeys(f"{x.name}{x.unit and ' (%)'}" for x in table.statistics)))
-    axes.set_title(table.title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _heat(table: Table, axes) -> None:
+    """One field for each system and condition, its figure written in it."""
+    figures, rows = table.intervals, table.rows
+    values = [[of[row].value if row in of else math.nan for of in figures.values()] for row in rows]
+    top = 100.0 if all(statistic.unit for statistic in table.statistics) else None
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=top)
+    axes.set_yticks(range(len(rows)), rows, fontsize=9)
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            bright = value > 0.6 * image.get_clim()[1]
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color="black" if bright else "white")
+    axes.figure.colorbar(image, ax=axes)
 
 
 def write(directory: str, report: Dict[str, Any], text: str, tables: Sequence[Table]) -> None:

@@ -10,7 +10,6 @@ Legend: B rows, S tokens of a window that all rows share, R tokens of a row, T t
 """
 
 import contextlib
-import hashlib
 import os
 import pickle
 from typing import Any, Dict, List, Optional, Tuple
@@ -21,7 +20,6 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import Tensor
 
-from ..data.manifest import dictionary_fingerprint
 from ..hub import LongMem, _find_data, find_checkpoint
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
@@ -31,6 +29,7 @@ from ..models.longmem_lm import LongMemModel
 from ..models.safe_load import why_unreadable
 from ..progress import token_bar
 from .cache import CacheSettings, NeuralCache
+from .description import describe
 from .past import Past
 from .systems import BACKBONE, OFF, ON, WITH_CACHE
 from .tokenizer import Tokenizer
@@ -142,27 +141,7 @@ class Scorer:
 
     def describe(self) -> Dict[str, Any]:
         """What is evaluated, plain JSON types: which weights, what sizes, how they read."""
-        config = self.backbone.config
-        found = {
-            "backbone": config["model"], "backbone_fingerprint": self.backbone.fingerprint,
-            "layers": config["decoder_layers"], "width": config["decoder_embed_dim"],
-            "parameters": sum(p.numel() for p in self.backbone.parameters()),
-            "tokens_per_sample": self.size, "memory_size": self.memory_size,
-            "dictionary_sha256": dictionary_fingerprint(self.tokenizer.dictionary.symbols),
-        }  # fmt: skip
-        if self.decoder is None:
-            return found
-        cfg, layers = self.decoder.cfg, self.decoder.layers
-        trained = [p for p in self.decoder.parameters() if p.requires_grad]
-        gates = torch.sigmoid(layers[self.decoder.reading_layer].self_attn.memory_gate.detach().float())
-        weights = hashlib.sha256()
-        for parameter in trained:
-            weights.update(parameter.detach().float().cpu().numpy().tobytes())
-        return {
-            **found, "side_network_fingerprint": weights.hexdigest(),
-            "side_network_parameters": sum(p.numel() for p in trained), "k": cfg.k, "chunk_size": cfg.chunk_size,
-            "retrieval_layer_index": cfg.retrieval_layer_index, "mean_gate": round(float(gates.mean()), 4),
-        }  # fmt: skip
+        return describe(self)
 
     def new_past(
         self, memory_size: Optional[int] = None, at_most: Optional[int] = None, cached: Optional[bool] = None

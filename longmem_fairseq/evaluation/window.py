@@ -8,11 +8,12 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Union
 import torch
 from torch import Tensor
 
-from .cache import causal_log_sums, log_sums, mix
+from .cache import causal_log_sums, distribution, log_sums, mix
 from .past import Past
 from .systems import BACKBONE, ON, WITH_CACHE
 
 _TOKENS_AT_ONCE = 16384  # rows times tokens of the window
+_SYMBOLS_AT_ONCE = 1 << 23  # rows times symbols of the dictionary
 
 
 class Continuation(NamedTuple):
@@ -96,6 +97,46 @@ class Window:
             batch, order = order[:at_once], order[at_once:]
             for i, scores in zip(batch, self._score([rows[i] for i in batch])):
                 found[i] = scores
+        return found
+
+    @torch.no_grad()
+    def likeliest(self, prompts: Sequence[Tensor]) -> Dict[str, Tensor]:
+        """The likeliest symbol behind each prompt, by each system: shape (prompts,), int64, on the CPU.
+
+        Raises:
+            ValueError: a prompt leaves no room for a symbol.
+        """
+        found: Dict[str, List[Tensor]] = {name: [] for name in self.scorer.systems}
+        for prompt in prompts:
+            if len(prompt) >= self.room:
+                raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room of {self.room} for a symbol")
+        longest = self.shared + max(map(len, prompts), default=0) + 1
+        at_once = max(1, min(_TOKENS_AT_ONCE // longest, _SYMBOLS_AT_ONCE // len(self.scorer.tokenizer.dictionary)))
+        for begin in range(0, len(prompts), at_once):
+            for name, log_probs in self._next_symbols(prompts[begin : begin + at_once]).items():
+                found[name].append(log_probs.argmax(1).cpu())
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _next_symbols(self, prompts: Sequence[Tensor]) -> Dict[str, Tensor]:
+        """Log-probabilities (B, V) of what follows each prompt."""
+        scorer, device = self.scorer, self.scorer.device
+        rows = [torch.cat([self.last, prompt.to(device)]) for prompt in prompts]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, R)
+        states = {name: _expand(state, len(rows)) for name, state in self._states.items()}
+        features, _ = scorer.features(padded.clamp(min=0), self._pasts, states, self.shared)
+        ends = torch.tensor([len(row) - 1 for row in rows], device=device)
+        each = torch.arange(len(rows), device=device)
+        found = {name: scorer.log_probs(x[each, ends]) for name, x in features.items()}
+        for name, setting in scorer.cache.items():
+            if name not in found:
+                continue
+            hidden, cache = features[BACKBONE], self.past.cache
+            parts = [] if cache is None else [(cache.hidden, cache.tokens)]
+            parts += [] if self._hidden is None else [(self._hidden, self._followers)]
+            parts += [(hidden[:, :-1], padded[:, 1:])]  # each row's own; what is padding follows nothing
+            cached = distribution(hidden[each, ends], parts, setting.theta, found[name].size(1))
+            cached = cached.log().masked_fill(~cached.any(dim=1, keepdim=True), float("nan"))
+            found[name + WITH_CACHE] = mix(found[name], cached, setting.weight)
         return found
 
     def _score(self, rows: List[Continuation]) -> List[Dict[str, Tensor]]:

@@ -14,12 +14,13 @@ from longmem_fairseq.evaluation.chapterbreak import ChapterBreak
 from longmem_fairseq.evaluation.command import parser_of
 from longmem_fairseq.evaluation.dialogue import Dialogue
 from longmem_fairseq.evaluation.in_context import InContext
+from longmem_fairseq.evaluation.needle import Needle
 from longmem_fairseq.evaluation.qa import QuestionAnswering
 from tests.repository import ROOT
 
 EVALUATIONS = {
     "books": lambda: Books(None), "chapterbreak": ChapterBreak, "dialogue": Dialogue, "in_context": InContext,
-    "qa": QuestionAnswering,
+    "needle": lambda: Needle(None), "qa": QuestionAnswering,
 }  # fmt: skip
 
 
@@ -27,11 +28,15 @@ def parser(name):
     return compare.parser("plan.json") if name == "compare" else parser_of(EVALUATIONS[name]())
 
 
-@pytest.mark.parametrize("name", [*EVALUATIONS, "compare"])
-def test_script(name, monkeypatch, capsys):
+SCRIPTS = {f"examples/{name}/evaluate.py": name for name in [*EVALUATIONS, "compare"] if name != "needle"}
+SCRIPTS["examples/recall/needle.py"] = "needle"
+
+
+@pytest.mark.parametrize("script, name", SCRIPTS.items())
+def test_script(script, name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "examples" / name / "evaluate.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     assert stopped.value.code == 0
     assert capsys.readouterr().out.split() == parser(name).format_help().split()
 
@@ -43,7 +48,7 @@ def test_commands_of_the_readme():
     seen = set()
     for words in map(shlex.split, lines):
         python, script, *arguments = words
-        name = re.fullmatch(r"examples/(\w+)/evaluate.py", script)[1]
+        name = SCRIPTS[script]
         assert python == "python" and parser(name).parse_args(arguments).path
         seen.add(name)
     assert seen == {*EVALUATIONS, "compare"}
@@ -56,5 +61,5 @@ def test_shipped_plan(tmp_path):
     plan = json.loads((ROOT / "examples/compare/plan.json").read_text())
     for step in plan.values():
         arguments = ["--path", "x", "--results-path", "y", *step["arguments"]]
-        assert parser(step["evaluation"]).parse_args(arguments).data
+        assert parser(step["evaluation"]).parse_args(arguments).path
     assert {step["evaluation"] for step in plan.values()} == set(EVALUATIONS)

@@ -1,0 +1,159 @@
+"""The needle test: facts stated far back amid filler are asked for, over distance, memory size and number of facts."""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+import numpy as np
+import torch
+from fairseq.data import Dictionary
+from torch import Tensor
+
+from .command import Evaluation
+from .report import Table
+from .statistics import ACCURACY, Sample
+from .stream import with_cache, with_memory
+from .systems import BACKBONE, OFF, ON, WITH_CACHE
+
+_TUNING_DOCUMENTS = 4
+_TUNING_SEED = 1_000_000  # of documents that are not tested
+
+
+class Haystack(NamedTuple):
+    """Filler in which facts are stated.
+
+    Attributes:
+        tokens: shape (length,), int64.
+        names, values: of the facts, one token each, shape (facts,), int64.
+        places: where each name stands, shape (facts,), int64.
+    """
+
+    tokens: np.ndarray
+    names: np.ndarray
+    values: np.ndarray
+    places: np.ndarray
+
+
+MakeHaystack = Callable[[Dictionary, int, int, int], Haystack]  # dictionary, facts, length, seed
+
+
+class Needle(Evaluation):
+    """Asks for every fact of a haystack at its end.
+
+    Args:
+        make_haystack: gives one, for a dictionary, a number of facts, a length and a seed.
+    """
+
+    name, title = "needle", "Facts recalled over distance, memory size and number of facts"
+    script = "examples/recall/needle.py"
+
+    def __init__(self, make_haystack: MakeHaystack):
+        self.make_haystack = make_haystack
+
+    def add_arguments(self, parser) -> None:
+        parser.add_argument(
+            "--facts", nargs="+", type=int, default=[30, 120, 470], metavar="N", help="in a document (30 120 470)"
+        )
+        parser.add_argument("--length", type=int, default=60_000, metavar="N", help="tokens of a document (60000)")
+        parser.add_argument(
+            "--distances", nargs="+", type=int, default=[1024, 4096, 16384, 32768], metavar="N",
+            help="where buckets of distances end, in tokens (1024 4096 16384 32768)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--memory-sizes", nargs="+", type=int, metavar="N",
+            help="tokens of each memory, and of the cache beside it (default: --memory-size, else 4096 16384 65536)",
+        )  # fmt: skip
+        parser.add_argument("--documents", type=int, default=4, metavar="N", help="of each number of facts (4)")
+
+    def prepare(self, args, scorer) -> None:
+        self.args, self.scorer = args, scorer
+        default = [args.memory_size] if args.memory_size else [4096, 16384, 65536]
+        self.sizes = sorted(set(args.memory_sizes or default))
+        for option, least in (("facts", 1), ("distances", 1), ("length", 2), ("documents", 1)):
+            value = getattr(args, option)
+            if (min(value) if isinstance(value, list) else value) < least:
+                raise ValueError(f"--{option} {value} must be {least} and more")
+        if self.sizes[0] < scorer.size:
+            raise ValueError(
+                f"--memory-sizes {self.sizes[0]} is smaller than one segment of {scorer.size} tokens: raise it"
+            )
+        if max(args.facts) * 2 > args.length:
+            raise ValueError(f"--facts {max(args.facts)} do not fit into --length {args.length}: two tokens each")
+        scorer.memory_size = self.sizes[-1]
+        inner = sorted(set(args.distances))
+        self.buckets = [f"to {end:,}" for end in inner] + [f"above {inner[-1]:,}"]
+        self.ends = np.array(inner)
+
+    def describe(self) -> Dict[str, Any]:
+        return {"length": self.args.length, "distances": sorted(set(self.args.distances)), "memory_sizes": self.sizes}
+
+    def tuning_documents(self) -> List[Tensor]:
+        documents = []
+        for seed in range(_TUNING_DOCUMENTS):
+            found = self._haystack(max(self.args.facts), _TUNING_SEED + seed)
+            order = np.random.default_rng(seed).permutation(len(found.names))
+            asked = np.stack([found.names, found.values], axis=1)[order].reshape(-1)
+            documents.append(torch.from_numpy(np.concatenate([found.tokens, asked])))
+        return documents
+
+    def _haystack(self, facts: int, seed: int) -> Haystack:
+        return self.make_haystack(self.scorer.tokenizer.dictionary, facts, self.args.length, seed)
+
+    def items(self) -> List[str]:
+        documents = range(self.args.documents)[: self.args.limit]
+        return [f"{facts} facts, document {seed}" for facts in sorted(set(self.args.facts)) for seed in documents]
+
+    def score(self, item: str) -> Dict[str, Any]:
+        facts, seed = _parse(item)
+        found, scorer = self._haystack(facts, seed), self.scorer
+        tokens, answers = torch.from_numpy(found.tokens), torch.from_numpy(found.values)
+        questions = [torch.tensor([name]) for name in found.names.tolist()]
+        here = len(tokens) - min(len(tokens), scorer.size - 2)  # what is memorised; the rest is in the window
+        right: Dict[str, List[int]] = {}
+        for size in self.sizes:
+            past = scorer.new_past(size, at_most=here)
+            scorer.memorize(past, tokens[:here])
+            best = scorer.window(past, tokens[here:], room=2).likeliest(questions)
+            for system, symbols in best.items():
+                right[_with_size(system, size)] = (symbols == answers).int().tolist()
+        return {"distances": (len(tokens) - found.places).tolist(), "right": right}
+
+    def tables(self, results: Dict[str, Any]) -> List[Table]:
+        tables = []
+        last = self.sizes[-1]
+        on, cache = with_memory(last), BACKBONE + with_cache(last)
+        pairs = [(on, OFF), (cache, BACKBONE), (on, cache), (on + with_cache(last), cache)]
+        for facts in sorted(set(self.args.facts)):
+            columns: Dict[str, Dict[str, Sample]] = {bucket: {} for bucket in self.buckets}
+            for item, result in results.items():
+                if _parse(item)[0] != facts:
+                    continue
+                bucket_of = np.searchsorted(self.ends, result["distances"])
+                for system, flags in result["right"].items():
+                    for i, (bucket, flag) in enumerate(zip(bucket_of, flags)):
+                        sample = columns[self.buckets[bucket]].setdefault(system, Sample({}, ACCURACY))
+                        sample.items[f"{item}, fact {i}"] = (flag, 1)
+            columns = {bucket: rows for bucket, rows in columns.items() if rows}
+            tables.append(Table(f"Right answers by tokens back, {facts:,} facts a document", columns, "heat", pairs))
+        return tables
+
+    def notes(self) -> List[str]:
+        return [
+            f"{len(range(self.args.documents)[: self.args.limit])} documents of {self.args.length:,} tokens for each "
+            "number of facts; a fact is a name and a value, one token each, at a random place amid filler.",
+            "At a document's end each name is asked by itself, right behind the document; an answer is right if it is "
+            "the likeliest of all symbols.",
+            f"The window of {self.scorer.size} tokens holds the document's end; memory and cache of N tokens hold the "
+            "N tokens before it, and facts farther back are out of reach.",
+        ]
+
+
+def _with_size(system: str, size: int) -> str:
+    """A system's name with the size of its memory and cache; those that have none are the same for all sizes."""
+    base = system[: -len(WITH_CACHE)] if system.endswith(WITH_CACHE) else system
+    named = with_memory(size) if base == ON else base
+    return named if base == system else named + with_cache(size)
+
+
+def _parse(item: str) -> Tuple[int, int]:
+    """Number of facts, and number of the document."""
+    facts, _, _, seed = item.split()
+    return int(facts), int(seed)
