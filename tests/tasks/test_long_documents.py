@@ -8,7 +8,7 @@ import pytest
 from tests.fairseq_runs import TASK, figures, make_dictionary, random_documents, run, write_data
 from tests.models.tiny import stock_config, stock_model, write_checkpoint
 
-T = 1024
+T = 256
 LENGTHS = [70_001, 1, T - 1]  # of the first shard of the data
 MORE = [T, T + 1, 2]  # of the second
 STEPS = -(-LENGTHS[0] // T)
