@@ -117,23 +117,26 @@ class Needle(Evaluation):
         return {"distances": (len(tokens) - found.places).tolist(), "right": right}
 
     def tables(self, results: Dict[str, Any]) -> List[Table]:
-        tables = []
+        tables, systems = [], self._systems()
         last = self.sizes[-1]
         on, cache = with_memory(last), BACKBONE + with_cache(last)
         pairs = [(on, OFF), (cache, BACKBONE), (on, cache), (on + with_cache(last), cache)]
         for facts in sorted(set(self.args.facts)):
-            columns: Dict[str, Dict[str, Sample]] = {bucket: {} for bucket in self.buckets}
+            columns = {bucket: {system: Sample({}, ACCURACY) for system in systems} for bucket in self.buckets}
             for item, result in results.items():
                 if _parse(item)[0] != facts:
                     continue
                 bucket_of = np.searchsorted(self.ends, result["distances"])
                 for system, flags in result["right"].items():
                     for i, (bucket, flag) in enumerate(zip(bucket_of, flags)):
-                        sample = columns[self.buckets[bucket]].setdefault(system, Sample({}, ACCURACY))
-                        sample.items[f"{item}, fact {i}"] = (flag, 1)
-            columns = {bucket: rows for bucket, rows in columns.items() if rows}
+                        columns[self.buckets[bucket]][system].items[f"{item}, fact {i}"] = (flag, 1)
+            columns = {bucket: rows for bucket, rows in columns.items() if all(map(len, rows.values()))}
             tables.append(Table(f"Right answers by tokens back, {facts:,} facts a document", columns, "heat", pairs))
         return tables
+
+    def _systems(self) -> List[str]:
+        """All systems with their sizes, those of a kind together."""
+        return list(dict.fromkeys(_with_size(system, size) for system in self.scorer.systems for size in self.sizes))
 
     def notes(self) -> List[str]:
         return [

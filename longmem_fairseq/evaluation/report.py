@@ -152,9 +152,11 @@ def draw(tables: Sequence[Table], path: str) -> None:
     import matplotlib.pyplot as plt
 
     tables = [table for table in tables if table.plot and table.columns]
+    heights = [max(4.2, 1.2 + 0.32 * len(table.rows)) for table in tables]
     figure, all_axes = plt.subplots(
-        len(tables), 1, figsize=(10.5, 4.2 * len(tables)), squeeze=False, constrained_layout=True
-    )
+        len(tables), 1, figsize=(10.5, sum(heights)), gridspec_kw={"height_ratios": heights}, squeeze=False,
+        constrained_layout=True,
+    )  # fmt: skip
     for table, (axes,) in zip(tables, all_axes):
         _plot(table, axes)
     part = f"{path}.part.png"

@@ -16,7 +16,7 @@ from .systems import BACKBONE, ON
 logger = logging.getLogger(__name__)
 
 # Values of theta times the mean squared length of a hidden state, so that they fit models of any scale.
-SHARPNESS = (1, 2, 4, 8, 16, 32, 64, 128)
+SHARPNESS = (0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 WEIGHTS = tuple(i / 50 for i in range(50))  # 0 (no cache) to 0.98
 
 

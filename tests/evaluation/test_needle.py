@@ -113,8 +113,8 @@ def test_command(make_haystack, files, tmp_path):
     ]  # fmt: skip
     found = run(evaluation, parser_of(evaluation).parse_args([str(x) for x in line]))
     assert list(found.tables[0].columns["to 100"]) == [
-        "backbone", "memory off", "memory 64", "backbone + cache 64", "memory 64 + cache 64", "memory 128",
-        "backbone + cache 128", "memory 128 + cache 128",
+        "backbone", "memory off", "memory 64", "memory 128", "backbone + cache 64", "backbone + cache 128",
+        "memory 64 + cache 64", "memory 128 + cache 128",
     ]  # fmt: skip
     items = [json.loads(text)["result"] for text in (tmp_path / "items.jsonl").open() if "right" in text]
     assert [len(item["distances"]) for item in items] == [4, 9]
