@@ -13,7 +13,7 @@ done
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 cd "$(dirname "$0")/../.."
-updates=900
+updates=600
 [ ${#quick[@]} -eq 0 ] || updates=90
 device=(--cpu)
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
