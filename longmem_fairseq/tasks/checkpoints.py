@@ -5,6 +5,7 @@ import collections
 import glob
 import logging
 import os
+import pickle
 import shutil
 import typing
 import zipfile
@@ -17,6 +18,7 @@ from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 
 from ..data.manifest import dictionary_fingerprint
+from ..models.safe_load import load_safely, why_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -151,15 +153,15 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     """
     try:
         if not zipfile.is_zipfile(path):  # a file of torch before 1.6, or one that is cut short
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_safely(path)
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
         if wrong is not None:
             raise zipfile.BadZipFile(f"checksum of {wrong} is wrong")
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # whatever a damaged file makes of its reader
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({reason})") from error
+        reason = why_unreadable(error) if isinstance(error, pickle.UnpicklingError) else str(error) or repr(error)
+        raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({reason.splitlines()[0]})") from error
 
 
 def _remove_unfinished(save_dir: str) -> None:

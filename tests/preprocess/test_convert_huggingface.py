@@ -43,8 +43,8 @@ def randomize(model, seed=0):
 
 def tiny_gpt2(vocab_size=97, heads=2, width=24, layers=2, **config):
     config = transformers.GPT2Config(
-        vocab_size=vocab_size, n_embd=width, n_head=heads, n_layer=layers, n_positions=POSITIONS,
-        bos_token_id=vocab_size - 1, eos_token_id=vocab_size - 1, **config,
+        vocab_size=vocab_size, n_embd=width, n_head=heads, n_layer=layers, bos_token_id=vocab_size - 1,
+        eos_token_id=vocab_size - 1, **{"n_positions": POSITIONS, **config},
     )  # fmt: skip
     return randomize(GPT2(config))
 
@@ -74,7 +74,7 @@ def difference(theirs, directory):
     """Largest difference between logits of a GPT-2 and of what it was converted to, over the whole window."""
     model, dictionary = load_stock(directory)
     index = numbers_of(dictionary)
-    numbers = torch.randint(len(index), (3, POSITIONS), generator=torch.Generator().manual_seed(1))
+    numbers = torch.randint(len(index), (3, theirs.config.n_positions), generator=torch.Generator().manual_seed(1))
     expected = theirs(numbers).logits[..., : len(index)]
     assert expected.std() > 0.5  # or the comparison would say nothing
     return (model(index[numbers])[0][..., index] - expected).abs().max().item()
@@ -84,7 +84,7 @@ def difference(theirs, directory):
     "config",
     [
         dict(heads=2), dict(heads=12, width=48, vocab_size=103), dict(heads=16, width=32, layers=3, vocab_size=131),
-        dict(n_inner=20), dict(activation_function="relu"), dict(activation_function="gelu"),
+        dict(n_inner=20), dict(n_positions=1024), dict(activation_function="relu"), dict(activation_function="gelu"),
         dict(activation_function="gelu_pytorch_tanh"), dict(tie_word_embeddings=False),
     ],
     ids=str,

@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -89,6 +90,23 @@ def test_one_changed_byte_is_found(tmp_path):
     path.write_bytes(bytes(data))
     with pytest.raises(DamagedCheckpoint, match="named.pt cannot be read .*--restore-file"):
         prepare(tmp_path, str(path))
+
+
+class Code:
+    """What no checkpoint needs: a call, when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_with_code_is_refused(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Code()}, tmp_path / "named.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(DamagedCheckpoint, match=r"\(it asks for posix.mkdir, which may run code\)") as refused:
+        prepare(tmp_path, str(tmp_path / "named.pt"))
+    assert "weights_only" not in str(refused.value)
+    assert not (tmp_path / "made").exists()
 
 
 def test_another_dictionary_of_the_same_size_is_refused(tmp_path):
