@@ -33,6 +33,7 @@ from examples.benchmark.variants import RealKeys
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.index import IndexSearch, LaneIndex, chunk_products, found_too
 from longmem_fairseq.memory.index_spec import IndexSpec, index_spec
+from longmem_fairseq.memory.native import Unavailable, load_kernel, native_search
 from longmem_fairseq.memory.search import faiss_search, has_faiss_gpu, torch_search
 
 _BLOCK = 1 << 26  # scores held at a time by plain topk
@@ -94,6 +95,11 @@ def backends(bank: MemoryBank, options: argparse.Namespace) -> Dict[str, Callabl
     found = {"torch product alone": product_only, "torch topk": plain_topk, "torch two-level": torch_search}
     if options.device.type == "cpu":
         found["faiss knn"] = faiss_search
+        try:
+            load_kernel()
+            found["native"] = native_search
+        except Unavailable as error:
+            print(f"without the native kernel: {error}", file=sys.stderr)
     elif has_faiss_gpu():
         found["faiss knn_gpu"] = faiss_search
         found["faiss GpuIndexFlatIP"] = FlatIndices(bank, options.device)

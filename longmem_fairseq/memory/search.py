@@ -4,6 +4,7 @@ Legend: B rows of a batch, H heads, T queries, d width of a head, N slots of the
 """
 
 import itertools
+import logging
 from typing import Callable, Dict, Tuple
 
 import numpy as np
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 
 from .bank import MemoryBank
+
+logger = logging.getLogger(__name__)
+
+SEARCHES = ("auto", "native", "faiss", "torch")
 
 SearchFunction = Callable[[MemoryBank, np.ndarray, Tensor, int], Tensor]
 
@@ -156,22 +161,38 @@ def choose_search(name: str, device: torch.device) -> SearchFunction:
     """The search function for ``--memory-search`` on the device where the bank lies.
 
     Args:
-        name: ``faiss`` or ``torch``.
+        name: one of ``SEARCHES``. ``auto`` is ``native`` for a bank in main memory where that can be built and run, and
+            ``faiss`` otherwise.
         device: of the bank.
 
     Raises:
-        ValueError: for another name, or faiss on a GPU that the installed faiss cannot use.
+        ValueError: for another name, or one that cannot be used here.
     """
+    if name not in SEARCHES:
+        raise ValueError(f"--memory-search {name} is unknown: it is {', '.join(SEARCHES[:-1])} or {SEARCHES[-1]}")
     if name == "torch":
         return torch_search
-    if name != "faiss":
-        raise ValueError(f"--memory-search {name} is unknown: it is faiss or torch")
+    if name == "native" and device.type != "cpu":
+        raise ValueError(
+            f"--memory-search native searches in main memory, but the memory lies on {device}: choose --memory-search "
+            "faiss or torch, or --memory-device cpu"
+        )
     try:
         import faiss  # noqa: F401
     except ImportError:
         raise ValueError(
-            "--memory-search faiss needs faiss: pip install faiss-cpu or faiss-gpu, or choose --memory-search torch"
+            f"--memory-search {name} needs faiss: pip install faiss-cpu or faiss-gpu, or choose --memory-search torch"
         ) from None
+    if name != "faiss" and device.type == "cpu":
+        from .native import Unavailable, load_kernel, native_search
+
+        try:
+            load_kernel()
+            return native_search
+        except Unavailable as error:
+            if name == "native":
+                raise ValueError(f"--memory-search native: {error}: choose --memory-search faiss") from None
+            logger.info("search by faiss, as %s", error)
     if device.type == "cuda" and not has_faiss_gpu():
         raise ValueError(
             "the memory lies on a GPU but the installed faiss has no GPU support: pip uninstall faiss-cpu and "

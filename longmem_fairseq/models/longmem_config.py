@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..memory.index_spec import FLAT, index_spec
 from ..memory.placement import DEVICES, choose_placement
-from ..memory.search import has_faiss_gpu
+from ..memory.search import SEARCHES, has_faiss_gpu
 from .frozen_backbone import Backbone
 from .longmem_decoder import MEMORY_DTYPES
 
@@ -48,9 +48,12 @@ class LongMemConfig(FairseqDataclass):
         default=True,
         metadata={"help": "start the side network from backbone layers (random instead: --no-reload-ptm-layer)"},
     )
-    memory_search: ChoiceEnum(["faiss", "torch"]) = field(
-        default="faiss",
-        metadata={"help": "exact search by faiss (on the GPU if the memory lies there), or by plain PyTorch"},
+    memory_search: ChoiceEnum(SEARCHES) = field(
+        default="auto",
+        metadata={
+            "help": "exact search by faiss (on the GPU if the memory lies there), by plain torch, or by a native "
+            "kernel for processors with AVX-512 VNNI; auto: native where it can be, faiss otherwise"
+        },
     )
     memory_dtype: ChoiceEnum(["auto", *MEMORY_DTYPES]) = field(
         default="auto", metadata={"help": "precision of remembered keys and values; auto: the model's"}

@@ -255,7 +255,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     def new_bank(self, lanes: int = 1, like: Optional[Tensor] = None) -> MemoryBank:
         """An empty memory bank, by default for keys as the backbone makes them."""
         cfg = self.cfg
-        like = next(self.backbone.parameters()) if like is None else like
+        like = self.backbone.decoder.layers[0].self_attn_layer_norm.weight if like is None else like
         dtype = like.dtype if cfg.memory_dtype == "auto" else MEMORY_DTYPES[cfg.memory_dtype]
         return MemoryBank(
             lanes, self.backbone.num_heads, self.backbone.head_dim, cfg.memory_size, cfg.chunk_size, dtype,
@@ -296,7 +296,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             "memory for %s: %d lanes x %d tokens (%s) on %s, %.1f MiB, search by %s",
             "training" if self.training else "evaluation", bank.lanes, cfg.memory_size,
             str(bank.keys.dtype).split(".")[-1], bank.placement, bank.nbytes / 2**20,
-            cfg.memory_search if cfg.memory_index == FLAT else cfg.memory_index,
+            getattr(self._search(like.device), "__name__", cfg.memory_index).replace("_search", ""),
         )
         parts = bank, self._search(like.device), self._attention, cfg.k // cfg.chunk_size
         # Outside a task several segments may come before one backward pass.

@@ -1,5 +1,6 @@
-"""Exact search against scoring every chunk: faiss and torch, on lanes filled in every way."""
+"""Exact search against scoring every chunk: faiss, torch and native, on lanes filled in every way."""
 
+import itertools
 import sys
 
 import numpy as np
@@ -8,15 +9,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem_fairseq.memory import search
+from longmem_fairseq.memory import native, search
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search import choose_search, faiss_search, torch_search
+from tests.memory.kernel import needs_kernel
 
 H, D = 3, 5
-SEARCHES = {"torch": torch_search, "faiss": faiss_search}
+
+
+def kernel_search(*arguments):
+    """The native search, by its kernel however few the queries are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "FEWEST_QUERIES", 1)
+        return native.native_search(*arguments)
+
+
+SEARCHES = {"torch": torch_search, "faiss": faiss_search, "native": kernel_search}
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and search.has_faiss_gpu() else [])
-each_search = pytest.mark.parametrize("name", SEARCHES)
-each_device = pytest.mark.parametrize("device", DEVICES)
+names = ["torch", "faiss", pytest.param("native", marks=needs_kernel)]
+each_search = pytest.mark.parametrize("name", names)
+each_search_and_device = pytest.mark.parametrize(
+    "name, device",
+    [*itertools.product(names[:2], DEVICES), pytest.param("native", "cpu", marks=needs_kernel)],
+)
 
 
 def filled_bank(fills, N, C, seed=0, duplicates=False, dtype=torch.float32, device="cpu"):
@@ -72,8 +87,7 @@ def test_finds_the_best_chunks(name, fills, N, C, T, n, seed, duplicates, data):
     check(bank, lanes, queries, n, SEARCHES[name](bank, np.array(lanes), queries, n))
 
 
-@each_device
-@each_search
+@each_search_and_device
 def test_finds_the_best_of_many(name, device):
     """No size is a round number; one lane is full, one has wrapped, one is part-full, one joined midway, one empty."""
     fills = [(0, 997 * 3), (0, 5000), (0, 100), (997 * 3 - 30, 90), (0, 0)]
@@ -84,8 +98,7 @@ def test_finds_the_best_of_many(name, device):
     check(bank, lanes, queries, 17, SEARCHES[name](bank, lanes, queries, 17))
 
 
-@each_device
-@each_search
+@each_search_and_device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_searched_in_float32(name, dtype, device):
     bank = filled_bank([(0, 30), (0, 11)], 8, 3, dtype=dtype, device=device)
@@ -134,8 +147,26 @@ def test_gradients_do_not_flow_through_the_search(name):
 def test_choice_by_name():
     assert choose_search("torch", torch.device("cpu")) is torch_search
     assert choose_search("faiss", torch.device("cpu")) is faiss_search
-    with pytest.raises(ValueError, match="--memory-search annoy is unknown: it is faiss or torch"):
+    with pytest.raises(ValueError, match="--memory-search annoy is unknown: it is auto, native, faiss or torch"):
         choose_search("annoy", torch.device("cpu"))
+    with pytest.raises(ValueError, match="native searches in main memory, but the memory lies on cuda:0: choose --mem"):
+        choose_search("native", torch.device("cuda:0"))
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["auto", "native"])
+def test_choice_of_the_kernel(name):
+    assert choose_search(name, torch.device("cpu")) is native.native_search
+
+
+def test_where_there_is_no_kernel_faiss_is_chosen_and_said(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.load_kernel.cache_clear()
+    with caplog.at_level("INFO"):
+        assert choose_search("auto", torch.device("cpu")) is faiss_search
+    assert "search by faiss, as there is no C++ compiler no-such-compiler" in caplog.text
+    with pytest.raises(ValueError, match="native: there is no C.. compiler no-such-compiler: choose --memory-search"):
+        choose_search("native", torch.device("cpu"))
 
 
 def test_faiss_that_is_not_installed_is_an_error_not_another_search(monkeypatch):

@@ -1,0 +1,118 @@
+"""Exact search on the CPU by a kernel in 8-bit integers (native_search.cpp), compiled when it is first needed.
+
+It finds what faiss finds and takes a fifth of the time or less at the sizes of a segment. It needs a processor with
+AVX-512 VNNI (Intel since Cascade Lake, AMD since Zen 4) and a C++ compiler.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bank import MemoryBank
+from .search import faiss_search
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native_search.cpp")
+FLAGS = [
+    "-O3", "-std=c++17", "-shared", "-fPIC", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+    "-mavx512vnni",
+]  # fmt: skip
+# Fewer queries are not worth making integers of a whole memory for.
+FEWEST_QUERIES = 16
+WIDEST_HEAD = 1024
+
+
+class Unavailable(ValueError):
+    """The kernel cannot be built or run here; the message is the reason."""
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: ``longmem_fairseq`` in ``$XDG_CACHE_HOME``, by default in ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longmem_fairseq"
+
+
+@functools.lru_cache(maxsize=None)
+def load_kernel() -> ctypes.CDLL:
+    """The compiled kernel; it is built where the cache has none of this source.
+
+    Raises:
+        Unavailable: no compiler is found, or it fails; the processor lacks the instructions.
+    """
+    source = SOURCE.read_bytes()
+    command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "clang++"]
+    name = hashlib.sha256(b"\0".join([source, *(part.encode() for part in command + FLAGS)])).hexdigest()[:16]
+    library = cache_directory() / f"native_search-{name}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+                made = os.path.join(directory, library.name)
+                subprocess.run([*command, *FLAGS, str(SOURCE), "-o", made], check=True, capture_output=True, text=True)
+                os.replace(made, library)
+            logger.info("compiled %s", library)
+        kernel = ctypes.CDLL(str(library))
+    except FileNotFoundError:
+        raise Unavailable(f"there is no C++ compiler {command[0]}") from None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or ["no reason given"]
+        raise Unavailable(f"{' '.join(command)} fails ({lines[0]})") from None
+    except OSError as error:
+        raise Unavailable(f"{library} cannot be made or loaded ({error})") from None
+    if not kernel.longmem_supported():
+        raise Unavailable("this processor has no AVX-512 VNNI")
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    kernel.longmem_search.argtypes = [pointer, number, pointer, number, pointer, number, number, pointer]
+    kernel.longmem_search.restype = None
+    return kernel
+
+
+def native_search(bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
+    """Exact search by the compiled kernel, over PyTorch's number of threads; by faiss for a few queries.
+
+    Arguments and result as for :func:`longmem_fairseq.memory.search.torch_search`, of a bank in main memory.
+
+    Raises:
+        Unavailable: the kernel cannot be built or run here.
+    """
+    B, H, T, d = queries.shape
+    if T < FEWEST_QUERIES or d > WIDEST_HEAD:
+        return faiss_search(bank, lanes, queries, n)
+    kernel = load_kernel()
+    queries = queries.detach().float().contiguous()
+    slots = torch.full((B, H, T, n), -1, dtype=torch.int64)
+    threads = torch.get_num_threads()
+    # A head is one piece of work unless there are too few of them; the integers of its chunks are made for each piece.
+    step = max(FEWEST_QUERIES, -(-T // -(-threads // max(1, B * H))))
+
+    def search(piece: Tuple[int, int, int]) -> None:
+        row, head, begin = piece
+        lane = int(lanes[row])
+        spans = np.array(bank.spans(lane), dtype=np.int64)  # (S, 2)
+        asked, found = (x[row, head, begin : begin + step] for x in (queries, slots))
+        kernel.longmem_search(
+            asked.data_ptr(), asked.size(0), bank.means[lane, head].data_ptr(), d, spans.ctypes.data, len(spans), n,
+            found.data_ptr(),
+        )  # fmt: skip
+
+    pieces = [(row, head, begin) for row in range(B) for head in range(H) for begin in range(0, T, step)]
+    if threads == 1:
+        for piece in pieces:
+            search(piece)
+    else:
+        with ThreadPoolExecutor(threads) as pool:  # the kernel runs without Python's lock
+            list(pool.map(search, pieces))  # raises what a piece raised
+    return slots
