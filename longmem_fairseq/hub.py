@@ -90,13 +90,15 @@ class LongMem:
         if not state.get("cfg"):
             raise ValueError(f"{checkpoint} is no checkpoint of fairseq 0.11 or later: it lacks its configuration")
         cfg, name = state["cfg"], state["cfg"]["model"]["_name"]
+        with open_dict(cfg):
+            # Of another task, as in a checkpoint of the released LongMem, or from before the task had some option.
+            cfg["task"] = _own_task(cfg["task"])
+            cfg["task"]["fp16"] = False  # it was trained so, which is no wish for today
         unknown = [key for key in settings if key not in cfg["model"] and key not in cfg["task"]]
         if unknown:
             raise ValueError(f"{checkpoint} has no setting {unknown[0]}: leave it out")
         data = _find_data(data, checkpoint, cfg["task"].get("data"))
         with open_dict(cfg):
-            if cfg["task"]["_name"] != TASK:  # as in a checkpoint of the released LongMem
-                cfg["task"] = _own_task(cfg["task"])
             # Each setting goes wherever the configuration has it, as with --model-overrides.
             overwrite_args_by_name(cfg, {"data": data, **settings})
         models, _, task = checkpoint_utils.load_model_ensemble_and_task([checkpoint], state=state)
@@ -278,7 +280,7 @@ class LongMem:
 
 
 def _own_task(settings):
-    """The settings of another language modelling task as those of ours."""
+    """The settings of a language modelling task in those of ours."""
     ours = OmegaConf.to_container(OmegaConf.structured(LongMemLanguageModelingConfig()), enum_to_str=True)
     shared = {name: value for name, value in settings.items() if name in ours and name != "data_no_shuffle"}
     return {**ours, **shared, "_name": TASK}

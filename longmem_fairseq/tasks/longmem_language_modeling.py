@@ -19,6 +19,7 @@ from ..data.documents import DocumentDataset
 from ..data.lane_dataset import LaneDataset
 from ..data.lane_iterator import LaneIterator
 from ..data.manifest import dictionary_fingerprint
+from ..modules.mixed_precision import compute_products_in
 from .catch_up import catch_up
 from .checkpoints import Restored, check_dictionary, check_space, prepare_restore, read_checkpoint
 from .evaluation import Evaluation
@@ -66,6 +67,11 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             for path in filter(os.path.isfile, utils.split_paths(args.path)):
                 read_checkpoint(path)
         elif not kwargs.get("from_checkpoint"):  # training
+            if str(args.inference_dtype) != "float32":
+                raise ValueError(
+                    f"--inference-dtype {args.inference_dtype} is for evaluation and generation: leave it out, and "
+                    "train in half precision with --fp16, --bf16 or --amp"
+                )
             paths = utils.split_paths(args.data)
             if len(paths) > 1:  # what an epoch days from now will read is looked at today
                 open_split(paths, args.train_subset, task.dictionary, combine=True)
@@ -135,6 +141,8 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
                     logger.info("--%s: %s, from the checkpoint (change it with --model-overrides)", option, there)
                     self.args[name] = there
         model = super().build_model(args, from_checkpoint)
+        if from_checkpoint and str(self.args.inference_dtype) != "float32":
+            compute_products_in(model, getattr(torch, str(self.args.inference_dtype)))
         positions = model.max_positions()
         if positions is not None and self.args.tokens_per_sample > positions:
             raise ValueError(
@@ -424,4 +432,5 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         dataset = lanes.documents
         file = [os.path.getsize(checkpoint), os.path.getmtime(checkpoint)] if checkpoint else None
         data = [dataset.split, len(dataset), dataset.tokens, lanes.n_lanes, lanes.T, lanes.scope, lanes.seed]
-        return {"checkpoint": file, "model": json.loads(json.dumps(cfg, default=str)), "data": data}
+        model = {**json.loads(json.dumps(cfg, default=str)), "inference_dtype": str(self.args.inference_dtype)}
+        return {"checkpoint": file, "model": model, "data": data}

@@ -209,6 +209,16 @@ def test_from_python_with_text(released):
     assert one.score("w1 w2 w3").perplexity == pytest.approx(other.score("w1 w2 w3").perplexity)
 
 
+def test_half_precision(released):
+    """Products in bfloat16, with the backbone in the checkpoint and beside it."""
+    text = " ".join(f"w{i % 36}" for i in range(60))
+    options = {"data": str(released.data), "tokens_per_sample": T}
+    exact = LongMem.from_pretrained(str(released.side), **options).score(text).perplexity
+    for path in (released.side, released.bare, released.converted):
+        half = LongMem.from_pretrained(str(path), inference_dtype="bfloat16", **options).score(text).perplexity
+        assert half != exact and half == pytest.approx(exact, rel=5e-3)
+
+
 def test_refusals_of_the_converter(released, tmp_path):
     with pytest.raises(SystemExit, match="convert_released.py: error: .*backbone.pt holds no side network"):
         convert([str(released.backbone), str(tmp_path / "plain")])
