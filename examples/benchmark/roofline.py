@@ -13,14 +13,15 @@ from typing import Dict
 
 import torch
 
-from examples.benchmark.variants import DTYPES
+from examples.benchmark.variants import DTYPES, products_only
 
 
 def memory_work(options: argparse.Namespace, memory_size: int) -> Dict[str, float]:
     """Operations and bytes that a step's exact search and reading need."""
     queries = options.batch * options.heads * _step(options)
     chunks, width = memory_size // options.chunk_size, options.dim // options.heads
-    element = _bytes(options.dtype if options.memory_dtype == "auto" else options.memory_dtype)
+    auto = "float32" if products_only(options) else options.dtype
+    element = _bytes(auto if options.memory_dtype == "auto" else options.memory_dtype)
     k = min(options.k, memory_size)
     # In generation each token's search reads all chunk means again.
     times = _step(options) if options.mode == "generate" else 1

@@ -223,7 +223,8 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     add("--keys", help="fill memories with these real keys and search for these real queries (see real_keys.py)")
     add("--full-windows", type=int, nargs="*", default=[], help="also the backbone alone over windows of these lengths")
     add("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="of weights and activations")
+    add("--dtype", choices=tuple(DTYPES), default="float32",
+        help="of weights and activations; bf16 on the CPU as with --inference-dtype, except to train")  # fmt: skip
     add("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda (default: %(default)s)")
     add("--steps", type=int, default=10, help="measurements of each variant (default: %(default)s)")
     add("--mode", choices=("eval", "train", "generate"), default="eval",

@@ -24,6 +24,7 @@ from longmem_fairseq.models.backbone import Backbone, build_backbone
 from longmem_fairseq.models.live_window import WINDOW, LiveWindow
 from longmem_fairseq.models.longmem_decoder import MEMORY_DTYPES, LongMemDecoder
 from longmem_fairseq.models.longmem_lm import LongMemConfig
+from longmem_fairseq.modules.mixed_precision import compute_products_in
 
 DTYPES = {**MEMORY_DTYPES, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _FILLED = 1 << 13  # chunks of real keys written at a time
@@ -57,8 +58,16 @@ def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
     )  # fmt: skip
     decoder = LongMemDecoder(cfg, dictionary, backbone)
     decoder.start_from_backbone()
-    decoder.to(options.device, DTYPES[options.dtype])
+    if products_only(options):
+        compute_products_in(decoder, DTYPES[options.dtype])
+    else:
+        decoder.to(options.device, DTYPES[options.dtype])
     return decoder.train(options.mode == "train")
+
+
+def products_only(options: argparse.Namespace) -> bool:
+    """Whether ``--dtype`` is that of the weights' products alone, as with --inference-dtype: bfloat16 on the CPU."""
+    return DTYPES[options.dtype] == torch.bfloat16 and options.mode != "train" and options.device.type == "cpu"
 
 
 def with_memory_size(decoder: LongMemDecoder, memory_size: int) -> LongMemDecoder:

@@ -142,12 +142,14 @@ def test_refusals(changes, message):
 
 
 def test_the_work_of_search_and_reading():
-    work = throughput.memory_work(throughput.parse([*TINY.split(), "--batch", "3", "--dtype", "bfloat16"]), 64)
+    work = throughput.memory_work(throughput.parse([*TINY.split(), "--batch", "3", "--dtype", "float16"]), 64)
     queries = 3 * 2 * 16
     assert work["search_operations"] == queries * 16 * 8 * 2  # 16 chunks, width 8
     assert work["read_operations"] == queries * 8 * 8 * 4
     assert work["search_bytes"] == 4 * (3 * 2 * 16 * 8 + queries * 8)
     assert work["read_bytes"] == queries * 8 * 8 * 2 * 2
+    half = throughput.memory_work(throughput.parse([*TINY.split(), "--batch", "3", "--dtype", "bfloat16"]), 64)
+    assert half == {**work, "read_bytes": 2 * work["read_bytes"]}, "its memory is float32"
 
 
 def test_the_report_of_all_parts_shows_what_failed(tmp_path, capsys):
