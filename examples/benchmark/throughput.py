@@ -45,6 +45,7 @@ from examples.benchmark.roofline import bound, full_attention_work, machine_spee
 from examples.benchmark.variants import DTYPES, FullAttention, RealKeys, build_decoder, variant_of
 from longmem_fairseq.memory.index_spec import FLAT, index_spec
 from longmem_fairseq.memory.placement import DEVICES, choose_placement
+from longmem_fairseq.memory.search import SEARCHES
 from longmem_fairseq.modules.self_attention import _square_mask
 
 
@@ -214,7 +215,7 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     add("--k", type=int, default=64, help="tokens read per query and head (default: %(default)s)")
     add("--chunk-size", type=int, default=4, help="tokens of a chunk (default: %(default)s)")
     add("--memory-sizes", type=int, nargs="+", default=[0, 4096, 65536], help="tokens; 0: memory off")
-    add("--memory-search", default="faiss", help="as in training (default: %(default)s)")
+    add("--memory-search", choices=SEARCHES, default="auto", help="as in training (default: %(default)s)")
     add("--memory-dtype", choices=("auto", *DTYPES), default="auto", help="of remembered keys and values")
     add("--memory-index", default=FLAT, help="as in training; memories too small for it are searched exactly")
     add("--memory-index-parameters", default="", help="as in training")
