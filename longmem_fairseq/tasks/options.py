@@ -71,8 +71,8 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
     inference_dtype: ChoiceEnum(["float32", "bfloat16"]) = field(
         default="float32",
         metadata={
-            "help": "evaluation and generation: precision in which weights are held and multiplied; bfloat16 is about "
-            "twice as fast on CPUs that compute in it, less where one token is generated at a time"
+            "help": "evaluation and generation: precision in which weights are held and multiplied; bfloat16 is up to "
+            "twice as fast on CPUs that compute in it, least where a single row is generated; all else stays in float32"
         },
     )
 
