@@ -76,7 +76,7 @@ class LongMem:
             bpe, tokenizer: fairseq's, in place of what ``data`` has.
             device: where to run, by default a GPU if there is one.
             settings: of the model in place of the checkpoint's, such as ``memory_size=16384`` or
-                ``pretrained_model_path="backbone.pt"``.
+                ``pretrained_model_path="backbone.pt"``; or of the task, such as ``inference_dtype="bfloat16"``.
 
         Raises:
             ValueError: the checkpoint is of another model, or holds code; a setting does not fit.
