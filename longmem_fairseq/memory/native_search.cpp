@@ -5,7 +5,8 @@
 // products are taken twice, and so the time, depends on the numbers.
 //
 // With q = sq * a + dq and k = sk * b + dk, where a and b are integers between -127 and 127 and each |dq| <= sq / 2 and
-// |dk| <= sk / 2:    |q . k - sq * sk * (a . b)|  <=  sk / 2 * |q|_1  +  sq / 2 * sk * |b|_1.
+// |dk| <= sk / 2:    |q . k - sq * sk * (a . b)|  <=  sk / 2 * |q|_1  +  sq / 2 * sk * |b|_1,
+// so that    q . k / sq  <=  sk * (a . b + |q|_1 / (2 sq)) + sk * |b|_1 / 2,    where all but a . b is known before.
 // Rows are quantized less a centre, since what all of them have in common takes bits and ranks nothing.
 
 #include <immintrin.h>
@@ -73,11 +74,10 @@ bool quantize(const float* x, const float* centre, int64_t d, int64_t width, int
 }
 
 struct Query {
-  float scale;     // sq
-  float half_sum;  // |q|_1 / 2
-  float shift;     // q . centre, less what rounding may take
-  float least;     // score of the n-th best row so far; -inf while there are fewer, inf where nothing is to be found
-  int32_t start;   // takes the rows' offset of 128 back
+  float inverse;  // 1 / sq
+  float shift;    // q . centre, less what rounding may take
+  float least;    // score of the n-th best row so far; -inf while there are fewer, inf where nothing is to be found
+  int32_t start;  // |q|_1 / (2 sq), and takes the rows' offset of 128 back
 };
 
 // Takes the place of the lowest of `room` scores, a multiple of 16, and gives the lowest then; without a branch that
@@ -127,7 +127,7 @@ extern "C" void longmem_search(const float* queries, int64_t T, const float* tab
   }
 
   const int64_t padded = (T + QUERIES - 1) / QUERIES * QUERIES;
-  std::vector<Query> about(padded, Query{0.0f, 0.0f, 0.0f, INF, 0});
+  std::vector<Query> about(padded, Query{0.0f, 0.0f, INF, 0});
   std::vector<uint8_t> bytes(padded * width, 0);
   const int64_t room = (n + 15) / 16 * 16;
   std::vector<float> scores(T * room, -INF);
@@ -135,9 +135,10 @@ extern "C" void longmem_search(const float* queries, int64_t T, const float* tab
   for (int64_t t = 0; t < T; ++t) {
     const float* q = queries + t * d;
     int32_t amounts;
+    float scale;
     Query& x = about[t];
     std::fill(&scores[t * room + n], &scores[t * room] + room, INF);  // stays
-    if (!quantize(q, nullptr, d, width, 0, &bytes[t * width], &x.scale, &amounts)) continue;
+    if (!quantize(q, nullptr, d, width, 0, &bytes[t * width], &scale, &amounts)) continue;
     float sum = 0.0f, rounding = 0.0f;
     int32_t whole = 0;
     for (int64_t i = 0; i < d; ++i) {
@@ -145,10 +146,11 @@ extern "C" void longmem_search(const float* queries, int64_t T, const float* tab
       rounding += std::fabs(q[i] * centre[i]);
       whole += static_cast<int8_t>(bytes[t * width + i]);
     }
-    x.half_sum = SLACK * sum / 2.0f;
+    scale = std::max(scale, 1e-30f);  // of a query of zeros
+    x.inverse = 1.0f / scale;
     x.shift = dot(q, centre.data(), d) + 1e-5f * rounding;
     x.least = -INF;
-    x.start = -128 * whole;
+    x.start = static_cast<int32_t>(std::ceil(SLACK * sum / (2.0f * scale))) - 128 * whole;
   }
 
   std::vector<uint8_t> storage(BLOCK * width * ROWS + 64);
@@ -198,15 +200,13 @@ extern "C" void longmem_search(const float* queries, int64_t T, const float* tab
 #pragma GCC unroll 4
             for (int i = 0; i < QUERIES; ++i) {
               const Query& x = about[t + i];
-              const __m512 sq = _mm512_set1_ps(x.scale), half = _mm512_set1_ps(x.half_sum);
-              const __m512 least = _mm512_set1_ps(x.least - x.shift);
+              const __m512 least = _mm512_set1_ps((x.least - x.shift) * x.inverse);
 #pragma GCC unroll 4
               for (int j = 0; j < TILES; ++j) {
                 const __m512 sk = _mm512_loadu_ps(&scales[(tile + j) * ROWS]);
                 const __m512 bound = _mm512_loadu_ps(&halves[(tile + j) * ROWS]);
-                // sk * (sq * a . b + |q|_1 / 2) + sq * (sk * |b|_1 / 2): no true score less q . centre is above it
-                __m512 most = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[i][j]), sq, half);
-                most = _mm512_fmadd_ps(most, sk, _mm512_mul_ps(bound, sq));
+                // No true score is above q . centre and sq times this.
+                const __m512 most = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[i][j]), sk, bound);
                 may[i][j] = _mm512_cmp_ps_mask(most, least, _CMP_GE_OQ);
               }
             }
