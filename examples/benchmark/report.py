@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import sys
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence
@@ -35,6 +36,18 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def peak_resident() -> int:
+    """Peak resident memory of this process so far, in bytes.
+
+    ``ru_maxrss`` begins with the peak of the process that started this one, so Linux is asked for its own.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def table(rows: Sequence[Dict[str, object]], columns: Dict[str, str]) -> str:

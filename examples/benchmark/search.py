@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, Iterator, List, Optional
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
@@ -90,16 +90,23 @@ class FlatIndices:
         return torch.stack([index.search(q, n)[1] for index, q in zip(self.indices, queries[0])])[None]
 
 
+def has_native() -> bool:
+    """Whether the native kernel can run here; says why where it cannot."""
+    try:
+        load_kernel()
+    except Unavailable as error:
+        print(f"without the native kernel: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def backends(bank: MemoryBank, options: argparse.Namespace) -> Dict[str, Callable]:
     """Name and function of each exact backend that can run here."""
     found = {"torch product alone": product_only, "torch topk": plain_topk, "torch two-level": torch_search}
     if options.device.type == "cpu":
         found["faiss knn"] = faiss_search
-        try:
-            load_kernel()
+        if has_native():
             found["native"] = native_search
-        except Unavailable as error:
-            print(f"without the native kernel: {error}", file=sys.stderr)
     elif has_faiss_gpu():
         found["faiss knn_gpu"] = faiss_search
         found["faiss GpuIndexFlatIP"] = FlatIndices(bank, options.device)
@@ -147,17 +154,29 @@ def measure(name: str, search: Callable, bank: MemoryBank, queries: Tensor, opti
     return row
 
 
-def measure_index(named: str, bank: MemoryBank, queries: Tensor, options: argparse.Namespace) -> Optional[Dict]:
-    """Recall and times of one index on the CPU; None where the memory is too small to train it."""
+def measure_index(named: str, bank: MemoryBank, queries: Tensor, options: argparse.Namespace) -> Iterator[Dict]:
+    """Recall and times of one index on the CPU, by faiss and by the native kernel where it knows such indices; nothing
+    where the memory is too small to train it."""
     try:
         spec = spec_of(named, bank.head_dim, bank.chunks)
     except ValueError:
-        return None
-    search, index = IndexSearch(spec, torch_search, every=0), LaneIndex(spec)
+        return
+    index = LaneIndex(spec)
     bank.indices = {0: index}
     began = time.perf_counter()
     index.follow(bank, 0)
     made = time.perf_counter() - began
+    search = IndexSearch(spec, torch_search, every=0)
+    yield {"backend": str(spec), "made_s": made, **measure_lists(search, bank, queries, options)}
+    if index.is_native(queries.size(2)) and has_native():
+        search = IndexSearch(spec, native_search, every=0)
+        yield {"backend": f"{spec}, native", "made_s": made, **measure_lists(search, bank, queries, options)}
+    bank.indices = {}
+
+
+def measure_lists(search: IndexSearch, bank: MemoryBank, queries: Tensor, options: argparse.Namespace) -> Dict:
+    """Recall and times of a search by an index that is made."""
+    index = bank.indices[0]
     few = slice(0, None, max(1, queries.size(2) // 64))
     slots = [
         search(bank, LANE, queries, options.n)[0][:, few], torch_search(bank, LANE, queries[:, :, few], options.n)[0]
@@ -169,10 +188,9 @@ def measure_index(named: str, bank: MemoryBank, queries: Tensor, options: argpar
         began = time.perf_counter()
         index.follow(bank, 0)
         added.append(1000 * (time.perf_counter() - began))
-    bank.indices = {}
     return {
-        "backend": str(spec), "milliseconds": statistics.median(taken), "fastest": min(taken),
-        "recall": found_too(*scores) / slots[1].numel(), "made_s": made, "add_ms": statistics.median(added),
+        "milliseconds": statistics.median(taken), "fastest": min(taken),
+        "recall": found_too(*scores) / slots[1].numel(), "add_ms": statistics.median(added),
     }  # fmt: skip
 
 
@@ -258,9 +276,7 @@ def main() -> None:
         if options.indices:
             bank = filled_bank(argparse.Namespace(**{**vars(options), "device": torch.device("cpu")}), tokens, real)
             for named in options.indices:
-                row = measure_index(named, bank, queries.cpu(), options)
-                if row is not None:
-                    rows.append({"tokens": tokens, **row})
+                rows += [{"tokens": tokens, **row} for row in measure_index(named, bank, queries.cpu(), options)]
             del bank
     columns = {
         "tokens": "tokens", "backend": "backend", "milliseconds": "median ms", "fastest": "fastest ms",

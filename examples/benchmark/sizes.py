@@ -10,13 +10,12 @@ Computed, in bytes, for B lanes of T tokens in float32 and GPT-2's own settings 
 
 with hidden states 4 B T D (N + 1 + N/2 + 1), logits 16 B T V (with and without memory, and a softmax of each), and
 activations N/2 * 4 B T (9 D + 5 F), which the side layers keep for the backward pass, where F = 4 D. Measured is what
-the peak resident memory of a process (ru_maxrss) grows by, from before the model is built, in two updates with Adam or
+the peak resident memory of a process grows by, from before the model is built, in two updates with Adam or
 two segments of evaluation, with a full memory; it includes what the allocator keeps of freed pieces.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 from fairseq.data import Dictionary
 from tqdm import tqdm
 
-from examples.benchmark.report import lines_of, machine, stop, table, write_json
+from examples.benchmark.report import lines_of, machine, peak_resident, stop, table, write_json
 from longmem_fairseq.criterions.longmem_cross_entropy import LongMemCrossEntropyCriterion
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
@@ -96,14 +95,9 @@ def computed(name: str, options: argparse.Namespace) -> Dict:
     }  # fmt: skip
 
 
-def peak() -> int:
-    """Peak resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def print_measured(name: str, mode: str, options: argparse.Namespace) -> None:
     """Take two steps and print by how much this process's peak memory grew."""
-    before = peak()
+    before = peak_resident()
     model = build(name, options, "cpu").train(mode == "train")
     criterion = LongMemCrossEntropyCriterion(
         argparse.Namespace(target_dictionary=model.decoder.dictionary), sentence_avg=False
@@ -129,7 +123,7 @@ def print_measured(name: str, mode: str, options: argparse.Namespace) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    print(peak() - before)
+    print(peak_resident() - before)
 
 
 def fill_with_noise(decoder) -> None:

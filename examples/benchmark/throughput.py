@@ -18,13 +18,12 @@ large matrix products (--tflops, otherwise measured) and of reading memory (--gb
 fewer operations than the roofline of exact search counts.
 
 Peak memory: on CUDA what PyTorch allocated at most during a variant's steps, less the memories of the other variants;
-on the CPU the resident memory (ru_maxrss) of a process of its own that does one step.
+on the CPU the resident memory of a process of its own that does one step.
 """
 
 import argparse
 import gc
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,7 +39,7 @@ if "--threads" in sys.argv[:-1]:  # before torch
 import torch
 from tqdm import tqdm
 
-from examples.benchmark.report import lines_of, machine, save_plot, stop, table, write_json
+from examples.benchmark.report import lines_of, machine, peak_resident, save_plot, stop, table, write_json
 from examples.benchmark.roofline import bound, full_attention_work, machine_speed, memory_work, model_work
 from examples.benchmark.variants import DTYPES, FullAttention, RealKeys, build_decoder, variant_of
 from longmem_fairseq.memory.index_spec import FLAT, index_spec
@@ -122,8 +121,7 @@ def print_peak(options: argparse.Namespace) -> None:
     if not isinstance(variant, FullAttention) and variant.memory_size:
         variant.fill_with_noise()  # what a memory holds has no part in the peak
     variant.step()
-    scale = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale)
+    print(peak_resident())
 
 
 def compare(rows: List[Dict], full: List[Dict], options: argparse.Namespace, speed: Dict[str, float]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..modules.bags import bag_products
 from .bank import MemoryBank
 from .index_spec import IndexSpec, innermost
+from .native import native_list_search, native_search, suits
 from .search import SearchFunction
 
 logger = logging.getLogger(__name__)
@@ -61,12 +62,21 @@ class LaneIndex:
             self._add(bank, lane, end)
         return True
 
-    def search(self, queries: np.ndarray, n: int) -> np.ndarray:
-        """Numbers of the chunks found, best first, for queries (H, T, d) float32: (H, T, n) int64, -1 for none."""
-        parameters = self._hide_what_left()
-        found = [index.search(x, n, params=parameters)[1] for index, x in zip(self.heads, queries)]
-        found = np.stack(found)
+    def search(self, queries: np.ndarray, n: int, native: bool) -> np.ndarray:
+        """Numbers of the chunks found, best first, for queries (H, T, d) float32: (H, T, n) int64, -1 for none.
+
+        ``native``: by the native kernel, where that is possible and faster.
+        """
+        if native and self.is_native(queries.shape[1]):
+            found = native_list_search(self.heads, queries, n)
+        else:
+            parameters = self._hide_what_left()
+            found = np.stack([index.search(x, n, params=parameters)[1] for index, x in zip(self.heads, queries)])
         return np.where(found < 0, -1, found + self.base)
+
+    def is_native(self, queries: int) -> bool:
+        """Whether the native kernel can look into these lists, and is the faster way for so many queries of a head."""
+        return self.spec.removes and not self.spec.coded and suits(queries, self.spec.width)
 
     def __deepcopy__(self, memo) -> "LaneIndex":
         import faiss
@@ -128,7 +138,8 @@ class IndexSearch:
 
     Args:
         spec: of the indices.
-        exact: search of lanes without an index, and what the index is compared with.
+        exact: search of lanes without an index, and what the index is compared with; the native search also looks
+            into the lists of indices of whole keys in inverted lists (``IVFn,Flat``).
         every: one of so many searches is compared with exact search; 0 for none.
 
     Attributes:
@@ -151,8 +162,9 @@ class IndexSearch:
         if exactly:
             slots[exactly] = self.exact(bank, lanes[exactly], queries[exactly], n)
         indexed = {row: index for row, index in indices.items() if index is not None}
+        native = self.exact is native_search
         for row, index in indexed.items():
-            numbers = torch.from_numpy(index.search(queries[row].numpy(), self.spec.candidates(n)))
+            numbers = torch.from_numpy(index.search(queries[row].numpy(), self.spec.candidates(n), native))
             found = torch.where(numbers < 0, numbers, numbers % bank.chunks)
             slots[row] = best_of(bank.means[lanes[row]], queries[row], found, n) if self.spec.coded else found
         self.recall = None

@@ -1,4 +1,5 @@
-// Exact search of one head: the rows of a table with the largest inner products with each query.
+// Search of one head: the rows of a table, or of those lists of an inverted file that a query is to look into, with the
+// largest inner products with each query.
 //
 // All products are first taken in 8-bit integers, four times as fast as in float. How far such a product can be from
 // the true one is known, so only rows that may be among the n best are compared in float. The result is exact; how many
@@ -73,13 +74,6 @@ bool quantize(const float* x, const float* centre, int64_t d, int64_t width, int
   return true;
 }
 
-struct Query {
-  float inverse;  // 1 / sq
-  float shift;    // q . centre, less what rounding may take
-  float least;    // score of the n-th best row so far; -inf while there are fewer, inf where nothing is to be found
-  int32_t start;  // |q|_1 / (2 sq), and takes the rows' offset of 128 back
-};
-
 // Takes the place of the lowest of `room` scores, a multiple of 16, and gives the lowest then; without a branch that
 // depends on the scores, since nobody could foresee it.
 float replace_lowest(float score, int64_t row, int64_t room, float lowest, float* scores, int64_t* rows) {
@@ -99,6 +93,168 @@ float replace_lowest(float score, int64_t row, int64_t room, float lowest, float
   return _mm512_reduce_min_ps(least);
 }
 
+// The best rows of some queries so far.
+class Search {
+ public:
+  Search(const float* queries, int64_t T, int64_t d, int64_t n);
+
+  // Look among rows of a table, numbered from `first`, or by `names`, for what `count` of the queries look for.
+  void scan(const float* table, int64_t rows, int64_t first, const int64_t* names, const int32_t* asking, int64_t count);
+
+  // The numbers of the best rows of each query, best first, (T, n); -1 where there are none.
+  void finish(int64_t* found) const;
+
+ private:
+  const float* queries_;
+  const int64_t T_, d_, n_;
+  const int64_t width_;  // d in whole registers of 16
+  const int64_t room_;   // n likewise
+  // Of each query, and of one behind them that finds nothing.
+  std::vector<uint8_t> bytes_;   // a
+  std::vector<float> inverse_;   // 1 / sq
+  std::vector<float> least_;     // score of the n-th best row so far; -inf while there are fewer, inf: finds nothing
+  std::vector<int32_t> start_;   // |q|_1 / (2 sq), and takes the rows' offset of 128 back
+  std::vector<float> scores_;    // of the best rows, (T, room)
+  std::vector<int64_t> best_;    // their numbers
+  // Of the rows that are scanned.
+  std::vector<float> centre_, shift_, scales_, halves_;  // shift: q . centre; halves: sk * |b|_1 / 2
+  std::vector<int32_t> asking_;
+  std::vector<uint8_t> line_, storage_;
+  uint8_t* tiles_;
+};
+
+Search::Search(const float* queries, int64_t T, int64_t d, int64_t n)
+    : queries_(queries), T_(T), d_(d), n_(n), width_((d + 15) / 16 * 16), room_((n + 15) / 16 * 16),
+      bytes_((T + 1) * width_, 0), inverse_(T + 1, 0.0f), least_(T + 1, INF), start_(T + 1, 0),
+      scores_(T * room_, -INF), best_(T * room_, -1), centre_(d), scales_(BLOCK * ROWS), halves_(BLOCK * ROWS),
+      line_(width_), storage_(BLOCK * width_ * ROWS + 64) {
+  tiles_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(storage_.data()) + 63) / 64 * 64);
+  for (int64_t t = 0; t < T; ++t) {
+    std::fill(&scores_[t * room_] + n, &scores_[t * room_] + room_, INF);  // stays
+    float scale;
+    int32_t amounts, whole = 0;
+    const float* q = queries + t * d;
+    if (!quantize(q, nullptr, d, width_, 0, &bytes_[t * width_], &scale, &amounts)) continue;
+    float sum = 0.0f;
+    for (int64_t i = 0; i < d; ++i) {
+      sum += std::fabs(q[i]);
+      whole += static_cast<int8_t>(bytes_[t * width_ + i]);
+    }
+    scale = std::max(scale, 1e-30f);  // of a query of zeros
+    inverse_[t] = 1.0f / scale;
+    start_[t] = static_cast<int32_t>(std::ceil(SLACK * sum / (2.0f * scale))) - 128 * whole;
+    least_[t] = -INF;
+  }
+}
+
+void Search::scan(const float* table, int64_t rows, int64_t first, const int64_t* names, const int32_t* asking,
+                  int64_t count) {
+  if (rows == 0 || count == 0) return;
+  const int64_t d = d_, groups = width_ / 4;
+  const int64_t step = std::max<int64_t>(1, rows / SAMPLE);
+  std::fill(centre_.begin(), centre_.end(), 0.0f);
+  for (int64_t row = 0; row < rows; row += step)
+    for (int64_t i = 0; i < d; ++i) centre_[i] += table[row * d + i];
+  for (float& x : centre_) {
+    x /= (rows + step - 1) / step;
+    if (!(std::fabs(x) < INF)) x = 0.0f;
+  }
+  asking_.assign(asking, asking + count);
+  asking_.resize((count + QUERIES - 1) / QUERIES * QUERIES, T_);
+  shift_.assign(asking_.size(), 0.0f);
+  for (int64_t t = 0; t < count; ++t) {
+    const float* q = queries_ + asking_[t] * d;
+    // A sum of d products is wrong by less than this.
+    const float rounding = 1e-5f * std::sqrt(dot(q, q, d) * dot(centre_.data(), centre_.data(), d));
+    shift_[t] = dot(q, centre_.data(), d) + rounding;
+  }
+
+  for (int64_t begin = 0; begin < rows; begin += BLOCK * ROWS) {
+    const int64_t held = std::min(BLOCK * ROWS, rows - begin);
+    const int64_t tiles = ((held + ROWS - 1) / ROWS + TILES - 1) / TILES * TILES;
+    for (int64_t row = 0; row < tiles * ROWS; ++row) {
+      int32_t amounts = 0;
+      scales_[row] = 0.0f;
+      halves_[row] = NAN;  // compares false: never found
+      if (row < held && quantize(table + (begin + row) * d, centre_.data(), d, width_, 128, line_.data(), &scales_[row],
+                                 &amounts)) {
+        halves_[row] = SLACK * scales_[row] * static_cast<float>(amounts) / 2.0f;
+        uint8_t* to = tiles_ + row / ROWS * width_ * ROWS + row % ROWS * 4;
+        for (int64_t g = 0; g < groups; ++g) std::memcpy(to + g * ROWS * 4, &line_[g * 4], 4);
+      }
+    }
+    for (size_t t = 0; t < asking_.size(); t += QUERIES) {
+      const int32_t* who = &asking_[t];
+      for (int64_t tile = 0; tile < tiles; tile += TILES) {
+        unsigned may[QUERIES][TILES];  // rows of each tile that may be among the best, as bits
+        {
+          // All loops are unrolled, so that the sums stay in registers.
+          __m512i sums[QUERIES][TILES];
+#pragma GCC unroll 4
+          for (int i = 0; i < QUERIES; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < TILES; ++j) sums[i][j] = _mm512_set1_epi32(start_[who[i]]);
+          const uint8_t* bytes[QUERIES];
+#pragma GCC unroll 4
+          for (int i = 0; i < QUERIES; ++i) bytes[i] = &bytes_[who[i] * width_];
+          for (int64_t g = 0; g < groups; ++g) {
+            __m512i four[TILES];
+#pragma GCC unroll 4
+            for (int j = 0; j < TILES; ++j) four[j] = _mm512_load_si512(tiles_ + ((tile + j) * groups + g) * 64);
+#pragma GCC unroll 4
+            for (int i = 0; i < QUERIES; ++i) {
+              int32_t x;
+              std::memcpy(&x, bytes[i] + g * 4, 4);
+              const __m512i same = _mm512_set1_epi32(x);
+#pragma GCC unroll 4
+              for (int j = 0; j < TILES; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], four[j], same);
+            }
+          }
+#pragma GCC unroll 4
+          for (int i = 0; i < QUERIES; ++i) {
+            const __m512 least = _mm512_set1_ps((least_[who[i]] - shift_[t + i]) * inverse_[who[i]]);
+#pragma GCC unroll 4
+            for (int j = 0; j < TILES; ++j) {
+              const __m512 sk = _mm512_loadu_ps(&scales_[(tile + j) * ROWS]);
+              const __m512 bound = _mm512_loadu_ps(&halves_[(tile + j) * ROWS]);
+              // No true score is above q . centre and sq times this.
+              const __m512 most = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[i][j]), sk, bound);
+              may[i][j] = _mm512_cmp_ps_mask(most, least, _CMP_GE_OQ);
+            }
+          }
+        }
+        for (int i = 0; i < QUERIES; ++i) {
+          const int64_t query = who[i];
+          for (int j = 0; j < TILES; ++j) {
+            for (; may[i][j]; may[i][j] &= may[i][j] - 1) {
+              const int64_t row = begin + (tile + j) * ROWS + __builtin_ctz(may[i][j]);
+              const float score = dot(queries_ + query * d, table + row * d, d);
+              float& least = least_[query];
+              if (score > least) {
+                const int64_t number = names ? names[row] : first + row;
+                least = replace_lowest(score, number, room_, least, &scores_[query * room_], &best_[query * room_]);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+void Search::finish(int64_t* found) const {
+  std::vector<int64_t> order(n_);
+  for (int64_t t = 0; t < T_; ++t) {
+    const float* score = &scores_[t * room_];
+    const int64_t* row = &best_[t * room_];
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return score[a] != score[b] ? score[a] > score[b] : static_cast<uint64_t>(row[a]) < static_cast<uint64_t>(row[b]);
+    });
+    for (int64_t i = 0; i < n_; ++i) found[t * n_ + i] = row[order[i]];
+  }
+}
+
 }  // namespace
 
 // Whether this processor has what is used here.
@@ -111,132 +267,34 @@ extern "C" int longmem_supported() {
 // each query the numbers of the n best rows, best first, go into found (T, n), which is -1 where there are none.
 // Queries that are not finite find nothing, and rows that are not are not found.
 extern "C" void longmem_search(const float* queries, int64_t T, const float* table, int64_t d, const int64_t* spans,
-                              int64_t n_spans, int64_t n, int64_t* found) {
-  const int64_t width = (d + 15) / 16 * 16, groups = width / 4;
-
-  std::vector<float> centre(d, 0.0f);
-  int64_t held = 0, sampled = 0;
-  for (int64_t s = 0; s < n_spans; ++s) held += spans[2 * s + 1] - spans[2 * s];
-  const int64_t step = std::max<int64_t>(1, held / SAMPLE);
-  for (int64_t s = 0; s < n_spans; ++s)
-    for (int64_t row = spans[2 * s]; row < spans[2 * s + 1]; row += step, ++sampled)
-      for (int64_t i = 0; i < d; ++i) centre[i] += table[row * d + i];
-  for (float& x : centre) {
-    x /= std::max<int64_t>(1, sampled);
-    if (!(std::fabs(x) < INF)) x = 0.0f;
-  }
-
-  const int64_t padded = (T + QUERIES - 1) / QUERIES * QUERIES;
-  std::vector<Query> about(padded, Query{0.0f, 0.0f, INF, 0});
-  std::vector<uint8_t> bytes(padded * width, 0);
-  const int64_t room = (n + 15) / 16 * 16;
-  std::vector<float> scores(T * room, -INF);
-  std::vector<int64_t> best(T * room, -1);
-  for (int64_t t = 0; t < T; ++t) {
-    const float* q = queries + t * d;
-    int32_t amounts;
-    float scale;
-    Query& x = about[t];
-    std::fill(&scores[t * room + n], &scores[t * room] + room, INF);  // stays
-    if (!quantize(q, nullptr, d, width, 0, &bytes[t * width], &scale, &amounts)) continue;
-    float sum = 0.0f, rounding = 0.0f;
-    int32_t whole = 0;
-    for (int64_t i = 0; i < d; ++i) {
-      sum += std::fabs(q[i]);
-      rounding += std::fabs(q[i] * centre[i]);
-      whole += static_cast<int8_t>(bytes[t * width + i]);
-    }
-    scale = std::max(scale, 1e-30f);  // of a query of zeros
-    x.inverse = 1.0f / scale;
-    x.shift = dot(q, centre.data(), d) + 1e-5f * rounding;
-    x.least = -INF;
-    x.start = static_cast<int32_t>(std::ceil(SLACK * sum / (2.0f * scale))) - 128 * whole;
-  }
-
-  std::vector<uint8_t> storage(BLOCK * width * ROWS + 64);
-  uint8_t* tiles = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 63) / 64 * 64);
-  std::vector<float> scales(BLOCK * ROWS), halves(BLOCK * ROWS);  // sk, and sk * |b|_1 / 2
-  std::vector<uint8_t> line(width);
-
+                               int64_t n_spans, int64_t n, int64_t* found) {
+  Search search(queries, T, d, n);
+  std::vector<int32_t> all(T);
+  std::iota(all.begin(), all.end(), 0);
   for (int64_t s = 0; s < n_spans; ++s) {
-    for (int64_t first = spans[2 * s]; first < spans[2 * s + 1]; first += BLOCK * ROWS) {
-      const int64_t rows = std::min(BLOCK * ROWS, spans[2 * s + 1] - first);
-      const int64_t used = (rows + ROWS - 1) / ROWS, whole = (used + TILES - 1) / TILES * TILES;
-      for (int64_t row = 0; row < whole * ROWS; ++row) {
-        int32_t amounts = 0;
-        scales[row] = 0.0f;
-        halves[row] = NAN;  // compares false: never found
-        if (row < rows && quantize(table + (first + row) * d, centre.data(), d, width, 128, line.data(), &scales[row],
-                                   &amounts)) {
-          halves[row] = SLACK * scales[row] * static_cast<float>(amounts) / 2.0f;
-          uint8_t* to = tiles + row / ROWS * width * ROWS + row % ROWS * 4;
-          for (int64_t g = 0; g < groups; ++g) std::memcpy(to + g * ROWS * 4, &line[g * 4], 4);
-        }
-      }
-      for (int64_t t = 0; t < padded; t += QUERIES) {
-        for (int64_t tile = 0; tile < whole; tile += TILES) {
-          unsigned may[QUERIES][TILES];  // rows of each tile that may be among the best, as bits
-          {
-            // All loops are unrolled, so that the sums stay in registers.
-            __m512i sums[QUERIES][TILES];
-#pragma GCC unroll 4
-            for (int i = 0; i < QUERIES; ++i)
-#pragma GCC unroll 4
-              for (int j = 0; j < TILES; ++j) sums[i][j] = _mm512_set1_epi32(about[t + i].start);
-            for (int64_t g = 0; g < groups; ++g) {
-              __m512i four[TILES];
-#pragma GCC unroll 4
-              for (int j = 0; j < TILES; ++j)
-                four[j] = _mm512_load_si512(tiles + ((tile + j) * groups + g) * 64);
-#pragma GCC unroll 4
-              for (int i = 0; i < QUERIES; ++i) {
-                int32_t x;
-                std::memcpy(&x, &bytes[(t + i) * width + g * 4], 4);
-                const __m512i same = _mm512_set1_epi32(x);
-#pragma GCC unroll 4
-                for (int j = 0; j < TILES; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], four[j], same);
-              }
-            }
-#pragma GCC unroll 4
-            for (int i = 0; i < QUERIES; ++i) {
-              const Query& x = about[t + i];
-              const __m512 least = _mm512_set1_ps((x.least - x.shift) * x.inverse);
-#pragma GCC unroll 4
-              for (int j = 0; j < TILES; ++j) {
-                const __m512 sk = _mm512_loadu_ps(&scales[(tile + j) * ROWS]);
-                const __m512 bound = _mm512_loadu_ps(&halves[(tile + j) * ROWS]);
-                // No true score is above q . centre and sq times this.
-                const __m512 most = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[i][j]), sk, bound);
-                may[i][j] = _mm512_cmp_ps_mask(most, least, _CMP_GE_OQ);
-              }
-            }
-          }
-          for (int i = 0; i < QUERIES; ++i) {
-            for (int j = 0; j < TILES; ++j) {
-              for (; may[i][j]; may[i][j] &= may[i][j] - 1) {
-                const int64_t row = first + (tile + j) * ROWS + __builtin_ctz(may[i][j]);
-                const float score = dot(queries + (t + i) * d, table + row * d, d);
-                float& least = about[t + i].least;
-                if (score > least) {
-                  const int64_t at = (t + i) * room;
-                  least = replace_lowest(score, row, room, least, &scores[at], &best[at]);
-                }
-              }
-            }
-          }
-        }
-      }
-    }
+    const int64_t begin = spans[2 * s];
+    search.scan(table + begin * d, spans[2 * s + 1] - begin, begin, nullptr, all.data(), T);
   }
+  search.finish(found);
+}
 
-  std::vector<int64_t> order(n);
-  for (int64_t t = 0; t < T; ++t) {
-    const float* score = &scores[t * room];
-    const int64_t* row = &best[t * room];
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-      return score[a] != score[b] ? score[a] > score[b] : static_cast<uint64_t>(row[a]) < static_cast<uint64_t>(row[b]);
-    });
-    for (int64_t i = 0; i < n; ++i) found[t * n + i] = row[order[i]];
-  }
+// The same among lists of rows: list l has sizes[l] rows at tables[l], called names[l], and each query looks into its
+// lists of `probes` (T, n_probes), each once; -1 for none.
+extern "C" void longmem_search_lists(const float* queries, int64_t T, int64_t d, const float* const* tables,
+                                     const int64_t* const* names, const int64_t* sizes, int64_t n_lists,
+                                     const int64_t* probes, int64_t n_probes, int64_t n, int64_t* found) {
+  // The queries that look into each list, list by list.
+  std::vector<int64_t> ends(n_lists + 1, 0);
+  for (int64_t i = 0; i < T * n_probes; ++i)
+    if (probes[i] >= 0) ++ends[probes[i] + 1];
+  std::partial_sum(ends.begin(), ends.end(), ends.begin());
+  std::vector<int64_t> next(ends.begin(), ends.end() - 1);
+  std::vector<int32_t> asking(ends[n_lists]);
+  for (int64_t i = 0; i < T * n_probes; ++i)
+    if (probes[i] >= 0) asking[next[probes[i]]++] = static_cast<int32_t>(i / n_probes);
+
+  Search search(queries, T, d, n);
+  for (int64_t list = 0; list < n_lists; ++list)
+    search.scan(tables[list], sizes[list], 0, names[list], asking.data() + ends[list], ends[list + 1] - ends[list]);
+  search.finish(found);
 }

@@ -6,9 +6,10 @@ import logging
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from longmem_fairseq.memory import native
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.branches import MemoryBranches
 from longmem_fairseq.memory.index import IndexSearch, found_too
@@ -17,6 +18,7 @@ from longmem_fairseq.memory.library import Library
 from longmem_fairseq.memory.search import faiss_search, torch_search
 from longmem_fairseq.memory.snapshot import load_memory, save_memory
 from longmem_fairseq.modules.joint_attention import memory_attention
+from tests.memory.kernel import needs_kernel
 
 H, D, C = 2, 8, 3
 # Each of them looks at everything, so that what it finds is exact; needed to train, in chunks: 4 lists * 39, or one.
@@ -69,14 +71,24 @@ events = st.lists(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("factory", WHOLE)
-@settings(max_examples=12, deadline=None)
+@pytest.fixture
+def every_query(monkeypatch):
+    """The native search leaves no query to faiss."""
+    monkeypatch.setattr(native, "FEWEST_QUERIES", 1)
+
+
+@pytest.mark.parametrize(
+    "factory, exact",
+    [(factory, torch_search) for factory in WHOLE]
+    + [pytest.param("IVF4,Flat", native.native_search, marks=needs_kernel, id="IVF4,Flat-native")],
+)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=events, seed=st.integers(0, 10**6), copies=st.booleans())
-def test_follows_the_bank(factory, events, seed, copies):
+def test_follows_the_bank(every_query, factory, exact, events, seed, copies):
     """Written, evicted, overwritten, reset, copied: after each the index finds what exact search finds."""
     generator = torch.Generator().manual_seed(seed)
     bank = MemoryBank(LANES, H, D, 300 * C + 1, C)
-    search = search_of(factory, WHOLE[factory], 300)
+    search = search_of(factory, WHOLE[factory], 300, exact)
     for event, lane, n in events:
         if event == "append":
             write(bank, lane, n, generator, copies)

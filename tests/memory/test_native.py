@@ -1,5 +1,6 @@
 """The native search on numbers of every kind against plain top-k, and how its kernel is made."""
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from longmem_fairseq.memory import native
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.native import Unavailable, load_kernel, native_search
+from longmem_fairseq.memory.native import Unavailable, load_kernel, native_list_search, native_search
 from tests.memory.kernel import needs_kernel
 
 pytestmark = needs_kernel
@@ -83,6 +84,29 @@ def test_threads_change_nothing(H, T):
         assert torch.equal(native_search(bank, ONE, queries, 20), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("nprobe", [1, 5, 32])
+@pytest.mark.parametrize("factory", ["IVF32,Flat", "IVF32_HNSW4,Flat"])
+def test_finds_in_inverted_lists_what_faiss_finds(factory, nprobe):
+    """Lists of every length, empty ones too; few rows in the lists of some queries, and rows that were taken out."""
+    rng, indices = np.random.default_rng(0), []
+    centres = rng.normal(size=(32, 12)).astype("float32")
+    for _ in range(3):
+        x = np.repeat(centres, rng.integers(0, 40, 32), axis=0)
+        x += rng.normal(size=x.shape).astype("float32") / 3
+        index = faiss.index_factory(12, factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(np.concatenate([x, centres + 0.1]))
+        index.add_with_ids(x, 7 * np.arange(len(x)))
+        index.remove_ids(7 * np.arange(50))
+        index.nprobe = nprobe
+        indices.append(index)
+    queries = rng.normal(size=(3, 20, 12)).astype("float32")
+    found = native_list_search(indices, queries, 40)
+    for index, asked, mine in zip(indices, queries, found):
+        theirs = index.search(asked, 40)[1]
+        assert nprobe > 1 or (theirs < 0).any()
+        assert np.array_equal(mine, theirs)
 
 
 def test_few_queries_are_left_to_faiss(monkeypatch):
