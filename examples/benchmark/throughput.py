@@ -14,8 +14,8 @@ same machine; figures are medians.
 
 Beside each figure: its ratio to memory off; by how much a token costs more than with the smallest memory; and the share
 of the roofline, the time that the machine needs at least for the operations and bytes of the shapes, at the speed of
-large matrix products (--tflops, otherwise measured) and of reading memory (--gbps, otherwise measured). An index needs
-fewer operations than the roofline of exact search counts.
+large matrix products (--tflops, otherwise measured) and of reading memory (--gbps, otherwise measured). It counts exact
+search in float32, of which an index needs fewer operations and the native search cheaper ones: they can be above it.
 
 Peak memory: on CUDA what PyTorch allocated at most during a variant's steps, less the memories of the other variants;
 on the CPU the resident memory of a process of its own that does one step.

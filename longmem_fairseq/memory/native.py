@@ -63,8 +63,8 @@ def load_kernel() -> ctypes.CDLL:
     source = SOURCE.read_bytes()
     command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "clang++"]
     name = hashlib.sha256(b"\0".join([source, *(part.encode() for part in command + FLAGS)])).hexdigest()[:16]
-    library = cache_directory() / f"native_search-{name}.so"
     try:
+        library = cache_directory() / f"native_search-{name}.so"
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=library.parent) as directory:
@@ -78,8 +78,8 @@ def load_kernel() -> ctypes.CDLL:
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no reason given"]
         raise Unavailable(f"{' '.join(command)} fails ({lines[0]})") from None
-    except OSError as error:
-        raise Unavailable(f"{library} cannot be made or loaded ({error})") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        raise Unavailable(f"native_search-{name}.so cannot be made or loaded ({error})") from None
     if not kernel.longmem_supported():
         raise Unavailable("this processor has no AVX-512 VNNI")
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
