@@ -41,8 +41,9 @@ def site(tmp_path_factory) -> Path:
 
 def test_installs_the_package_and_nothing_else(site):
     assert [p.name for p in site.iterdir() if p.suffix != ".dist-info"] == ["longmem_fairseq"]
-    installed = {str(path.relative_to(site)) for path in (site / "longmem_fairseq").rglob("*.py")}
-    assert installed == {str(p) for p in repository_files() if p.parts[0] == "longmem_fairseq" and p.suffix == ".py"}
+    installed = {str(path.relative_to(site)) for path in (site / "longmem_fairseq").rglob("*.*")}
+    installed = {path for path in installed if "__pycache__" not in path}
+    assert installed == {str(path) for path in repository_files() if path.parts[0] == "longmem_fairseq"}
 
 
 def test_installed_package_registers_itself(site):
