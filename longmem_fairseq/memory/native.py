@@ -1,8 +1,8 @@
 """Search on the CPU by a kernel in 8-bit integers (native_search.cpp), compiled when it is first needed.
 
-It finds what faiss finds, in all chunks or in the inverted lists of a faiss index, and takes a fifth of the time or
-less at the sizes of a segment. It needs a processor with AVX-512 VNNI (Intel since Cascade Lake, AMD since Zen 4) and a
-C++ compiler.
+It finds what faiss finds, in all chunks or in the inverted lists of a faiss index, in a third of the time for 65,536
+tokens and a twentieth for a million. It needs a processor with AVX-512 VNNI (Intel since Cascade Lake, AMD since Zen 4)
+and a C++ compiler.
 
 Legend: B rows of a batch, H heads, T queries, d width of a head, n chunks wanted.
 """
@@ -63,6 +63,8 @@ def load_kernel() -> ctypes.CDLL:
     source = SOURCE.read_bytes()
     command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "clang++"]
     name = hashlib.sha256(b"\0".join([source, *(part.encode() for part in command + FLAGS)])).hexdigest()[:16]
+    if shutil.which(command[0]) is None:
+        raise Unavailable(f"there is no C++ compiler {command[0]}")
     try:
         library = cache_directory() / f"native_search-{name}.so"
         if not library.exists():
@@ -73,8 +75,6 @@ def load_kernel() -> ctypes.CDLL:
                 os.replace(made, library)
             logger.info("compiled %s", library)
         kernel = ctypes.CDLL(str(library))
-    except FileNotFoundError:
-        raise Unavailable(f"there is no C++ compiler {command[0]}") from None
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no reason given"]
         raise Unavailable(f"{' '.join(command)} fails ({lines[0]})") from None
