@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ _PROBE = (
 )
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Common to all tokenizers. Subclasses give ``kind``, ``lossless``, ``_encode`` and ``_decode``.
 
     Args:
@@ -60,13 +61,13 @@ class Tokenizer:
         """The ids of ``text``, without an end-of-sentence symbol."""
         return self.encode_array(text).tolist()
 
+    @abstractmethod
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of ``text`` as an array of shape (tokens,), dtype int32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; bos, pad and eos have none, an unknown symbol reads ``<unk>``."""
-        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """SHA-256 of what decides how text is encoded: the same for the same files wherever they lie."""

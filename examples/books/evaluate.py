@@ -21,4 +21,4 @@ def read_texts(paths):
 
 
 if __name__ == "__main__":
-    main(Books(read_texts))
+    print(main(Books(read_texts)))

@@ -14,4 +14,4 @@ from longmem_fairseq.evaluation.chapterbreak import ChapterBreak  # noqa: E402
 from longmem_fairseq.evaluation.command import main  # noqa: E402
 
 if __name__ == "__main__":
-    main(ChapterBreak())
+    print(main(ChapterBreak()))

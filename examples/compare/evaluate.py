@@ -32,4 +32,4 @@ EVALUATIONS = {
 }
 
 if __name__ == "__main__":
-    main(EVALUATIONS, os.path.join(HERE, "plan.json"))
+    print(main(EVALUATIONS, os.path.join(HERE, "plan.json")))

@@ -14,4 +14,4 @@ from longmem_fairseq.evaluation.command import main  # noqa: E402
 from longmem_fairseq.evaluation.in_context import InContext  # noqa: E402
 
 if __name__ == "__main__":
-    main(InContext())
+    print(main(InContext()))

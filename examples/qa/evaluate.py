@@ -13,4 +13,4 @@ from longmem_fairseq.evaluation.command import main  # noqa: E402
 from longmem_fairseq.evaluation.qa import QuestionAnswering  # noqa: E402
 
 if __name__ == "__main__":
-    main(QuestionAnswering())
+    print(main(QuestionAnswering()))

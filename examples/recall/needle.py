@@ -28,4 +28,4 @@ def make_haystack(dictionary, facts: int, length: int, seed: int) -> Haystack:
 
 
 if __name__ == "__main__":
-    main(Needle(make_haystack))
+    print(main(Needle(make_haystack)))

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from abc import ABC, abstractmethod
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 _CACHE = "neural cache"  # the item under which its settings are kept
 
 
-class Evaluation:
+class Evaluation(ABC):
     """One evaluation; subclasses say what is scored and what is made of it.
 
     Attributes:
@@ -39,10 +40,11 @@ class Evaluation:
     title: str
     script = ""
 
+    @abstractmethod
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add ``--data`` and whatever else it has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, args: argparse.Namespace, scorer: Scorer) -> None:
         """Read the data.
 
@@ -50,31 +52,30 @@ class Evaluation:
             ValueError: the data are not what they should be.
             OSError: they cannot be read.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> Dict[str, Any]:
         """The data and the settings that decide the results, plain JSON types, without places of this machine."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tuning_documents(self) -> List[Tensor]:
         """Tokens of documents for tuning the neural cache; none where the user named none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def items(self) -> List[str]:
         """What is to be scored, by names that stay the same from run to run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, item: str) -> Dict[str, Any]:
         """The result of one item, plain JSON types."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tables(self, results: Dict[str, Any]) -> List[Table]:
         """What was found, from the results by item; the first table has the main figures."""
-        raise NotImplementedError
 
+    @abstractmethod
     def notes(self) -> List[str]:
         """Sentences that say what was done."""
-        raise NotImplementedError
 
     def figures(self, results: Dict[str, Any]) -> Dict[str, Any]:
         """What else the report's JSON shall hold."""
@@ -132,8 +133,8 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def main(evaluation: Evaluation, argv: Optional[Sequence[str]] = None) -> None:
-    """Run an evaluation as a command; the report's tables go to standard output."""
+def main(evaluation: Evaluation, argv: Optional[Sequence[str]] = None) -> str:
+    """Run an evaluation as a command: the report's tables, in Markdown; exits with a sentence where it cannot."""
     quiet()
     parser = parser_of(evaluation)
     args = parser.parse_args(argv)
@@ -143,7 +144,7 @@ def main(evaluation: Evaluation, argv: Optional[Sequence[str]] = None) -> None:
         sys.exit(f"{parser.prog}: interrupted; the same command goes on with what is in {args.results_path}")
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {sentence(error)}")
-    print(outcome.report["markdown"])
+    return outcome.report["markdown"]
 
 
 def run(evaluation: Evaluation, args: argparse.Namespace) -> Outcome:

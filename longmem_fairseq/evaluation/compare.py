@@ -109,8 +109,8 @@ def parser(default_plan: str) -> argparse.ArgumentParser:
     return parser
 
 
-def main(evaluations: Evaluations, default_plan: str, argv: Optional[Sequence[str]] = None) -> None:
-    """Run everything and write the report; its text goes to standard output.
+def main(evaluations: Evaluations, default_plan: str, argv: Optional[Sequence[str]] = None) -> str:
+    """Run everything and write the report: its text; exits with a sentence where it cannot.
 
     Args:
         evaluations: name -> makes one.
@@ -121,7 +121,7 @@ def main(evaluations: Evaluations, default_plan: str, argv: Optional[Sequence[st
     line = parser(default_plan)
     args = line.parse_args(argv)
     try:
-        print(compare(evaluations, args))
+        return compare(evaluations, args)
     except KeyboardInterrupt:
         sys.exit(f"{line.prog}: interrupted; the same command goes on with what is in {args.results_path}")
     except (ValueError, OSError) as error:

@@ -86,13 +86,13 @@ def test_one_report(outcome):
         assert {(f"first: {on}", "first: memory off"), (f"first: {on}", "alone: backbone")} <= pairs
 
 
-def test_it_does_nothing_twice(outcome, arguments, data, capsys):
+def test_it_does_nothing_twice(outcome, arguments, data):
     kept = {path: path.stat().st_mtime_ns for path in outcome.directory.rglob("items.jsonl")}
     assert len(kept) == 2 * len(PLAN)
     others = dict.fromkeys(("books", "in_context", "chapterbreak"))
-    main({"qa": QuestionAnswering, "dialogue": Dialogue, **others}, "", [*arguments, "--only", "dialogue", "qa"])
+    text = main({"qa": QuestionAnswering, "dialogue": Dialogue, **others}, "", [*arguments, "--only", "dialogue", "qa"])
     parts = outcome.output.split("\n## ")
-    assert capsys.readouterr().out.split("\n## ")[1:] == parts[-2:]
+    assert f"{text}\n".split("\n## ")[1:] == parts[-2:]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
