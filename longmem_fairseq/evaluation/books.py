@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .command import Evaluation, name_of
+from .command import Evaluation, add_memory_sizes, memory_sizes, name_of
 from .report import Table
 from .statistics import PERPLEXITY, Sample
 from .stream import Stream, with_cache, with_memory, with_window
@@ -21,7 +21,6 @@ from .words import KINDS, MOST, count_words, kinds_of_characters
 
 LENGTHS = ((0, "< 5k"), (5e3, "5-10k"), (1e4, "10-100k"), (1e5, "100-500k"), (5e5, "500k-1M"), (1e6, "> 1M"))
 POSITIONS = ((0, "0-1k"), (2**10, "1-4k"), (2**12, "4-16k"), (2**14, "16-64k"), (2**16, "64-256k"), (2**18, "> 256k"))
-MEMORY_SIZES = (4096, 16384, 65536)
 _BLOCK = 1024  # tokens of an item, at least
 
 ReadTexts = Callable[[Sequence[str]], Iterable[Tuple[str, str]]]
@@ -58,10 +57,7 @@ class Books(Evaluation):
             "--reference", nargs="+", metavar="PATH",
             help="text by which words are rare, best the training's (default: the other documents of --data)",
         )  # fmt: skip
-        parser.add_argument(
-            "--memory-sizes", nargs="+", type=int, metavar="N",
-            help="tokens of each memory, and of the cache beside it (default: --memory-size, else 4096 16384 65536)",
-        )  # fmt: skip
+        add_memory_sizes(parser)
         parser.add_argument(
             "--windows", nargs="*", type=int, metavar="N",
             help="longer windows of the backbone alone (default: that of its training, where it is longer)",
@@ -70,11 +66,7 @@ class Books(Evaluation):
 
     def prepare(self, args, scorer) -> None:
         self.scorer, self.args = scorer, args
-        self.sizes = sorted(set(args.memory_sizes or ([args.memory_size] if args.memory_size else MEMORY_SIZES)))
-        if self.sizes[0] < scorer.size:
-            raise ValueError(
-                f"--memory-sizes {self.sizes[0]} is smaller than one segment of {scorer.size} tokens: raise it"
-            )
+        self.sizes = memory_sizes(args, scorer)
         if args.document_tokens is not None and args.document_tokens < 1:
             raise ValueError(f"--document-tokens {args.document_tokens} is less than 1")
         scorer.memory_size = self.sizes[-1]

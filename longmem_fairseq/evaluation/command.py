@@ -24,6 +24,7 @@ from .tuning import tune
 
 logger = logging.getLogger(__name__)
 
+MEMORY_SIZES = (4096, 16384, 65536)
 _CACHE = "neural cache"  # the item under which its settings are kept
 
 
@@ -262,6 +263,26 @@ def _cache_notes(tuned: List[Dict[str, Any]], scorer: Scorer) -> List[str]:
         for row in tuned
     )
     return [f"The neural cache was tuned on {tuned[0]['tokens']:,} validation tokens: {rows}."]
+
+
+def add_memory_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add the option of evaluations that compare memories of several sizes."""
+    parser.add_argument(
+        "--memory-sizes", nargs="+", type=int, metavar="N",
+        help="tokens of each memory, and of the cache beside it (default: --memory-size, else 4096 16384 65536)",
+    )  # fmt: skip
+
+
+def memory_sizes(args: argparse.Namespace, scorer: Scorer) -> List[int]:
+    """The sizes that are asked for, in tokens, each once, smallest first.
+
+    Raises:
+        ValueError: one is smaller than a segment.
+    """
+    sizes = sorted(set(args.memory_sizes or ([args.memory_size] if args.memory_size else MEMORY_SIZES)))
+    if sizes[0] < scorer.size:
+        raise ValueError(f"--memory-sizes {sizes[0]} is smaller than one segment of {scorer.size} tokens: raise it")
+    return sizes
 
 
 def sentence(error: Exception) -> str:

@@ -7,7 +7,7 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from .command import Evaluation
+from .command import Evaluation, add_memory_sizes, memory_sizes
 from .report import Table
 from .statistics import ACCURACY, Sample
 from .stream import with_cache, with_memory
@@ -57,24 +57,16 @@ class Needle(Evaluation):
             "--distances", nargs="+", type=int, default=[1024, 4096, 16384, 32768], metavar="N",
             help="where buckets of distances end, in tokens (1024 4096 16384 32768)",
         )  # fmt: skip
-        parser.add_argument(
-            "--memory-sizes", nargs="+", type=int, metavar="N",
-            help="tokens of each memory, and of the cache beside it (default: --memory-size, else 4096 16384 65536)",
-        )  # fmt: skip
+        add_memory_sizes(parser)
         parser.add_argument("--documents", type=int, default=4, metavar="N", help="of each number of facts (4)")
 
     def prepare(self, args, scorer) -> None:
         self.args, self.scorer = args, scorer
-        default = [args.memory_size] if args.memory_size else [4096, 16384, 65536]
-        self.sizes = sorted(set(args.memory_sizes or default))
         for option, least in (("facts", 1), ("distances", 1), ("length", 2), ("documents", 1)):
             value = getattr(args, option)
             if (min(value) if isinstance(value, list) else value) < least:
                 raise ValueError(f"--{option} {value} must be {least} and more")
-        if self.sizes[0] < scorer.size:
-            raise ValueError(
-                f"--memory-sizes {self.sizes[0]} is smaller than one segment of {scorer.size} tokens: raise it"
-            )
+        self.sizes = memory_sizes(args, scorer)
         if max(args.facts) * 2 > args.length:
             raise ValueError(f"--facts {max(args.facts)} do not fit into --length {args.length}: two tokens each")
         scorer.memory_size = self.sizes[-1]

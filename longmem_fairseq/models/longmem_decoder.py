@@ -255,6 +255,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     def new_bank(self, lanes: int = 1, like: Optional[Tensor] = None) -> MemoryBank:
         """An empty memory bank, by default for keys as the backbone makes them."""
         cfg = self.cfg
+        # A LayerNorm's weight has the precision of the activations, also under --inference-dtype.
         like = self.backbone.decoder.layers[0].self_attn_layer_norm.weight if like is None else like
         dtype = like.dtype if cfg.memory_dtype == "auto" else MEMORY_DTYPES[cfg.memory_dtype]
         return MemoryBank(
