@@ -96,8 +96,8 @@ def targets(found: List[Dict]) -> List[Dict]:
 def fastest(found: List[Dict]) -> List[Dict]:
     """Of each number of remembered tokens, the exact search that is fastest: what the default should be."""
     results = [part["result"]["rows"] for part in found if part["part"] == "search" and part["result"]]
-    # What only multiplies has no result to be off, and an approximate index is further off.
-    rows = [row for result in results for row in result if row["worst"] is not None and row["worst"] <= EXACT]
+    # What only multiplies has no result to be off, and an approximate index is not measured by scores.
+    rows = [row for result in results for row in result if row.get("worst") is not None and row["worst"] <= EXACT]
     by_size: Dict[int, Dict] = {}
     for row in sorted(rows, key=lambda row: (row["tokens"], row["milliseconds"])):
         by_size.setdefault(row["tokens"], row)
