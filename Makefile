@@ -1,7 +1,7 @@
 # make            set up the environment in .venv (once)
 # make demo       the whole main job on small real input; TEXT=directory-or-file: on your own documents
 # make test       lint and run the tests
-# make lint       ruff only
+# make lint       ruff: rules and format
 # make clean      remove what demo and tests made; the environment stays
 # make distclean  remove the environment too
 #
@@ -48,6 +48,7 @@ test: lint
 
 lint: env
 	ruff check .
+	ruff format --check .
 
 # fairseq is compiled here, against the torch and numpy that lie in the environment. With pip's build isolation it would
 # first download a second torch of several GB, and with CUDA_HOME set it would compile CUDA extensions nobody uses.

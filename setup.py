@@ -36,7 +36,7 @@ setup(
     author="The longmem_fairseq authors",
     license="MIT",
     packages=find_packages(include=["longmem_fairseq", "longmem_fairseq.*"]),
-    package_data={"longmem_fairseq.memory": ["*.cpp"]},
+    package_data={"longmem_fairseq.memory.search": ["*.cpp"]},
     python_requires=">=3.9",
     install_requires=[
         "numpy>=1.21",

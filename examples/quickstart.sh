@@ -38,7 +38,7 @@ mv "$demo/source.new" "$demo/source"
 
 if [ ! -e "$data/manifest.json" ]; then
   say "1. Documents: ${TEXT:-the modules of the standard library}"
-  python examples/quickstart/documents.py ${TEXT:+--text "$TEXT"} --destdir "$demo/documents"
+  python examples/quickstart/standard_library.py ${TEXT:+--text "$TEXT"} --destdir "$demo/documents"
   python preprocess/binarize_documents.py --train "$demo/documents/train.jsonl" \
     --valid "$demo/documents/valid.jsonl" --test "$demo/documents/test.jsonl" \
     --tokenizer $shipped/sentencepiece.model --dict $shipped/dict.txt --destdir "$data"
@@ -76,4 +76,4 @@ for memory in "${memories[@]}"; do
   evaluate "memory-$memory" "$demo/checkpoints/checkpoint_last.pt" --model-overrides "{'memory_size': $memory}"
 done
 
-python examples/quickstart/report.py --demo "$demo" --seconds $(($(date +%s) - began))
+python examples/quickstart/demo_report.py --demo "$demo" --seconds $(($(date +%s) - began))

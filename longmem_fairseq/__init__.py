@@ -3,6 +3,8 @@
 Importing the package registers its models, task and criterion with fairseq; nothing else happens.
 """
 
+from .backbones import alibi_lm  # noqa: F401
 from .criterions import longmem_cross_entropy  # noqa: F401
-from .models import alibi_lm, longmem_lm, parallel_lm, released  # noqa: F401
+from .models import longmem_lm  # noqa: F401
+from .released import parallel_lm, released_model  # noqa: F401
 from .tasks import longmem_language_modeling  # noqa: F401

@@ -14,20 +14,19 @@ from typing import List, NamedTuple, Optional, Union
 
 import torch
 from fairseq import checkpoint_utils
-from fairseq.data import encoders
 from fairseq.dataclass.utils import overwrite_args_by_name
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 import longmem_fairseq  # noqa: F401  (registers task and model)
 
-from .memory.library import Library
-from .memory.snapshot import load_memory, save_memory
-from .models.safe_load import why_unreadable
+from .memory.document_memory import DocumentMemory
+from .memory.memory_file import load_memory, save_memory
 from .models.trace import Trace, trace_reads
-from .tasks.generation import LongMemGenerator, backbone_identity, new_library
+from .safe_load import why_unreadable
+from .tasks.generator import LongMemGenerator, backbone_identity, new_document_memory
 from .tasks.options import LongMemLanguageModelingConfig
-from .tasks.prompts import decode_text, encode_text, token_texts
+from .text import decode_text, encode_text, find_bpe, token_texts
 
 TASK = "longmem_language_modeling"
 CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt", "model.pt")
@@ -60,7 +59,7 @@ class LongMem:
 
     def __init__(self, model, task, bpe=None, tokenizer=None):
         self.model, self.task, self.bpe, self.tokenizer = model, task, bpe, tokenizer
-        self.library: Optional[Library] = new_library(model.decoder)
+        self.document_memory: Optional[DocumentMemory] = new_document_memory(model.decoder)
 
     @classmethod
     def from_pretrained(
@@ -106,12 +105,12 @@ class LongMem:
             raise ValueError(f"{checkpoint} is a {name}, which has no memory: name a checkpoint of longmem_lm")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = models[0].to(device).eval()
-        return cls(model, task, _find_bpe(data) if bpe is None else bpe, tokenizer)
+        return cls(model, task, find_bpe(data) if bpe is None else bpe, tokenizer)
 
     @property
     def documents(self) -> List[str]:
         """Names of what the memory has something left of, oldest first."""
-        return [] if self.library is None else [document.name for document in self.library.documents]
+        return [] if self.document_memory is None else [document.name for document in self.document_memory.documents]
 
     def memorize(self, text: str, name: Optional[str] = None) -> None:
         """Remember a text; a progress bar shows from the first second on.
@@ -134,11 +133,11 @@ class LongMem:
         Raises:
             ValueError: there is no text of this name, or the memory is off.
         """
-        library = self._library()
+        document_memory = self._library()
         if name is not None:
-            library.forget(name)
+            document_memory.forget(name)
         else:
-            self.library = new_library(self.model.decoder)
+            self.document_memory = new_document_memory(self.model.decoder)
 
     def generate(
         self,
@@ -174,18 +173,32 @@ class LongMem:
         if isinstance(prompt, str):
             prompt = [prompt]
             return self.generate(
-                prompt, max_new_tokens, min_new_tokens, beam, sampling, top_k, top_p, temperature,
-                no_repeat_ngram_size, length_penalty,
-            )[0]  # fmt: skip
+                prompt,
+                max_new_tokens,
+                min_new_tokens,
+                beam,
+                sampling,
+                top_k,
+                top_p,
+                temperature,
+                no_repeat_ngram_size,
+                length_penalty,
+            )[0]
         if (top_k > 0 or top_p > 0) and not sampling:
             raise ValueError("top_k and top_p choose among samples: set sampling=True")
         if beam < 1:
             raise ValueError(f"beam={beam} is less than one hypothesis")
         generator = self._generator(
-            beam=beam, max_len_b=max_new_tokens, min_len=min_new_tokens, sampling=sampling, sampling_topk=top_k,
-            sampling_topp=top_p, temperature=temperature, no_repeat_ngram_size=no_repeat_ngram_size,
+            beam=beam,
+            max_len_b=max_new_tokens,
+            min_len=min_new_tokens,
+            sampling=sampling,
+            sampling_topk=top_k,
+            sampling_topp=top_p,
+            temperature=temperature,
+            no_repeat_ngram_size=no_repeat_ngram_size,
             lenpen=length_penalty,
-        )  # fmt: skip
+        )
         texts = [self.encode(text) if text else torch.zeros(0, dtype=torch.int64) for text in prompt]
         dataset = self.task.build_dataset_for_inference(texts, [len(text) for text in texts])
         sample = dataset.collater([dataset[i] for i in range(len(dataset))])
@@ -203,8 +216,8 @@ class LongMem:
         decoder, size = self.model.decoder, self.task.args.tokens_per_sample
         tokens = self.encode(text).to(decoder.device)
         inputs = torch.cat([tokens.new_tensor([self.task.dictionary.eos()]), tokens[:-1]])
-        base = self.library and self.library.bank
-        branches = decoder.memory_branches(1, base) if decoder.remembers else None
+        base = self.document_memory and self.document_memory.bank
+        branches = decoder.memory_branches(1, base) if decoder.has_memory else None
         parts = []
         for piece, target in zip(inputs[None].split(size, dim=1), tokens.split(size)):
             encoded = decoder.backbone(piece)
@@ -226,8 +239,8 @@ class LongMem:
         Raises:
             ValueError: the text is empty or has no such part, or the memory is off.
         """
-        size, library = self.task.args.tokens_per_sample, self._library()
-        return trace_reads(self.model.decoder, self.encode(text), size, library, begin, tokens, reads)
+        size, document_memory = self.task.args.tokens_per_sample, self._library()
+        return trace_reads(self.model.decoder, self.encode(text), size, document_memory, begin, tokens, reads)
 
     def save_memory(self, path: str, dtype: str = "float16") -> None:
         """Write what was memorised to a file, in ``float16``, ``bfloat16`` or ``float32``.
@@ -262,16 +275,15 @@ class LongMem:
         """What each token, shape (length,), adds to the text."""
         return token_texts(tokens, self.task.dictionary, self.bpe)
 
-    def _library(self) -> Library:
-        if self.library is None:
+    def _library(self) -> DocumentMemory:
+        if self.document_memory is None:
             raise ValueError("the model's memory is off: load it with use_external_memory=True and memory_size above 0")
-        return self.library
+        return self.document_memory
 
     def _generator(self, **options) -> LongMemGenerator:
         return self.task.build_generator(
-            [self.model], SimpleNamespace(**options), extra_gen_cls_kwargs={"libraries": [self.library]}
+            [self.model], SimpleNamespace(**options), extra_gen_cls_kwargs={"document_memories": [self.document_memory]}
         )
-
 
     def _continuation(self, prompt: Tensor, answer: Tensor) -> str:
         # Decoded by itself, an answer would lose the space that it begins with.
@@ -309,14 +321,3 @@ def _find_data(data: Optional[str], checkpoint: str, trained_on: Optional[str]) 
             return place
     nowhere = " nor in ".join(filter(None, places))
     raise FileNotFoundError(f"no dictionary: dict.txt is not in {nowhere}: name its directory with data=")
-
-
-def _find_bpe(data: str):
-    """fairseq's BPE for the model files in a data directory, None where there are none."""
-    sentencepiece, *gpt2 = (os.path.join(data, name) for name in ("sentencepiece.model", "encoder.json", "vocab.bpe"))
-    if os.path.isfile(sentencepiece):
-        return encoders.build_bpe(OmegaConf.create({"_name": "sentencepiece", "sentencepiece_model": sentencepiece}))
-    if all(map(os.path.isfile, gpt2)):
-        options = {"_name": "gpt2", "gpt2_encoder_json": gpt2[0], "gpt2_vocab_bpe": gpt2[1]}
-        return encoders.build_bpe(OmegaConf.create(options))
-    return None

@@ -12,6 +12,11 @@ def token_bar(total: int, what: str, delay: float = 1.0) -> tqdm:
     """
     notebook = "ipykernel" in sys.modules
     return tqdm(
-        total=total, desc=what, unit=" tokens", unit_scale=True, leave=False, disable=False if notebook else None,
+        total=total,
+        desc=what,
+        unit=" tokens",
+        unit_scale=True,
+        leave=False,
+        disable=False if notebook else None,
         delay=delay,
-    )  # fmt: skip
+    )

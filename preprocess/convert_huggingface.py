@@ -83,9 +83,13 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
     settings = model_settings(config)
     logger.info(
         "%s: %s, %d layers of width %d, %d heads, %s symbols",
-        source, config["model_type"], settings["decoder_layers"], settings["decoder_embed_dim"],
-        settings["decoder_attention_heads"], f"{len(rows):,}",
-    )  # fmt: skip
+        source,
+        config["model_type"],
+        settings["decoder_layers"],
+        settings["decoder_embed_dim"],
+        settings["decoder_attention_heads"],
+        f"{len(rows):,}",
+    )
     convert = convert_opt if config["model_type"] == "opt" else convert_gpt2
     weights = convert(_read_weights(source), settings, rows, vocabulary)
     destination.mkdir(parents=True, exist_ok=True)
@@ -120,7 +124,7 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
     Raises:
         InputError: where the model is none that GPT-2 can express, or does not fit the dictionary.
     """
-    from longmem_fairseq.models.backbone import BackboneError, read_backbone
+    from longmem_fairseq.backbones.loading import BackboneError, read_backbone
 
     checkpoint, destination = Path(checkpoint), Path(destination)
     try:
@@ -215,7 +219,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    from longmem_fairseq.models.safe_load import load_safely
+    from longmem_fairseq.safe_load import load_safely
 
     try:
         weights = load_safely(str(path))

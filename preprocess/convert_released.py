@@ -26,8 +26,8 @@ if not __package__:  # run as a script: find the packages beside this folder
 from torch import nn
 
 from longmem_fairseq.models.longmem_lm import LongMemConfig
-from longmem_fairseq.models.released import load_released
-from longmem_fairseq.models.released_directory import write_directory
+from longmem_fairseq.models.model_directory import write_directory
+from longmem_fairseq.released.released_model import load_released
 from preprocess.checkpoint_file import write_checkpoint
 
 logger = logging.getLogger("preprocess.convert_released")
@@ -60,9 +60,13 @@ def to_checkpoint(directory: Path, checkpoint: Path) -> None:
     settings = {name: value for name, value in vars(model.cfg).items() if name in LongMemConfig.__dataclass_fields__}
     memory = model.cfg.memory_size
     settings.update(
-        _name="longmem_lm", pretrained_model_path=None, save_backbone=True, memory_scope="document",
-        memory_dtype="auto", tokens_per_sample=min(SEGMENT, memory) if memory else SEGMENT,
-    )  # fmt: skip
+        _name="longmem_lm",
+        pretrained_model_path=None,
+        save_backbone=True,
+        memory_scope="document",
+        memory_dtype="auto",
+        tokens_per_sample=min(SEGMENT, memory) if memory else SEGMENT,
+    )
     task = {"_name": "longmem_language_modeling", "tokens_per_sample": settings["tokens_per_sample"]}
     write_checkpoint(checkpoint, settings, task, nn.Module.state_dict(model), {})
     logger.info("wrote %s", checkpoint)

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from longmem_fairseq.models.safe_load import load_safely
+from longmem_fairseq.safe_load import load_safely
 from preprocess.checkpoint_file import write_checkpoint, write_whole
 
 

@@ -43,7 +43,7 @@ class Settings:
 
 
 @dataclass
-class Encoded:
+class EncodedSegment:
     """The documents of one block: ids one after the other with eos after each, and what is known about each."""
 
     ids: np.ndarray  # (tokens,) of the settings' dtype
@@ -62,7 +62,7 @@ class Encoder:
         self.settings = settings
         self.tokenizer = tokenizer or load_tokenizer(**settings.tokenizer)
 
-    def encode(self, block, selection: Selection | None = None) -> Encoded:
+    def encode(self, block, selection: Selection | None = None) -> EncodedSegment:
         """Encode the documents of a block that are in the ``selection``.
 
         Raises:
@@ -87,7 +87,7 @@ class Encoder:
             count = subsets.setdefault(document.subset, [0, 0])
             count[0] += 1
             count[1] += size
-        return Encoded(
+        return EncodedSegment(
             ids=np.concatenate(arrays).astype(self.settings.dtype),  # (tokens,)
             sizes=np.array(sizes, dtype=np.int32),  # (documents,)
             # a file name that is not UTF-8 reaches Python as lone surrogates

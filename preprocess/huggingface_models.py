@@ -18,8 +18,12 @@ SUPPORTED = "gpt2 (any size, also distilgpt2) and opt (all but opt-350m, which i
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 
 _ACTIVATIONS = {
-    "gelu_new": "gelu_accurate", "gelu_pytorch_tanh": "gelu_accurate", "gelu": "gelu", "relu": "relu", "tanh": "tanh",
-}  # fmt: skip
+    "gelu_new": "gelu_accurate",
+    "gelu_pytorch_tanh": "gelu_accurate",
+    "gelu": "gelu",
+    "relu": "relu",
+    "tanh": "tanh",
+}
 _EPS = 1e-5  # of all of fairseq's LayerNorms
 
 Config = dict[str, Any]
@@ -50,13 +54,18 @@ def check_config(config: Config) -> None:
 
 
 _GPT2_SETTINGS = {
-    "layer_norm_epsilon": _EPS, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False, "pruned_heads": {},
-}  # fmt: skip
+    "layer_norm_epsilon": _EPS,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+}
 _OPT_SETTINGS = {
-    "do_layer_norm_before": True, "enable_bias": True, "layer_norm_elementwise_affine": True,
+    "do_layer_norm_before": True,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
     "_remove_final_layer_norm": False,
-}  # fmt: skip
+}
 _DEFAULT_ACTIVATION = {"gpt2": "gelu_new", "opt": "relu"}
 
 
@@ -90,9 +99,13 @@ def model_settings(config: Config) -> Config:
 
 # What all of them share with each other.
 FIXED = {
-    "decoder_normalize_before": True, "no_decoder_final_norm": False, "decoder_learned_pos": True,
-    "no_token_positional_embeddings": False, "no_scale_embedding": True, "layernorm_embedding": False,
-}  # fmt: skip
+    "decoder_normalize_before": True,
+    "no_decoder_final_norm": False,
+    "decoder_learned_pos": True,
+    "no_token_positional_embeddings": False,
+    "no_scale_embedding": True,
+    "layernorm_embedding": False,
+}
 
 _LAYER = "decoder.layers.{}."
 _NORMS = (("ln_1", "self_attn_layer_norm"), ("ln_2", "final_layer_norm"))
@@ -247,10 +260,17 @@ def export_gpt2(weights: Weights, settings: Config, rows: Sequence[int]) -> tupl
     if not tied:
         exported["lm_head.weight"] = weights["output_projection.weight"][index]
     config = {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": len(rows), "n_embd": width,
-        "n_layer": settings["decoder_layers"], "n_head": settings["decoder_attention_heads"],
-        "n_inner": settings["decoder_ffn_embed_dim"], "n_positions": len(exported["transformer.wpe.weight"]),
-        "activation_function": activation, "layer_norm_epsilon": _EPS, "tie_word_embeddings": tied,
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": len(rows),
+        "n_embd": width,
+        "n_layer": settings["decoder_layers"],
+        "n_head": settings["decoder_attention_heads"],
+        "n_inner": settings["decoder_ffn_embed_dim"],
+        "n_positions": len(exported["transformer.wpe.weight"]),
+        "activation_function": activation,
+        "layer_norm_epsilon": _EPS,
+        "tie_word_embeddings": tied,
         "torch_dtype": "float32",
-    }  # fmt: skip
+    }
     return config, {name: tensor.float().contiguous() for name, tensor in exported.items()}

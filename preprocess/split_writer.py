@@ -47,7 +47,7 @@ class SplitWriter:
         return self.workspace.path(f"{self.split}.{end}")
 
     def append(self, encoded) -> None:
-        """Add an ``Encoded`` block."""
+        """Add an ``EncodedSegment`` block."""
         self._files["bin"].write(encoded.ids.tobytes())
         self._files["sizes"].write(encoded.sizes.tobytes())
         self._files["documents.jsonl"].write(encoded.records)

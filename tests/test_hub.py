@@ -11,7 +11,7 @@ from fairseq.data import Dictionary
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 
 from longmem_fairseq.hub import LongMem
-from longmem_fairseq.tasks.prompts import decode_text, encode_text
+from longmem_fairseq.text import decode_text, encode_text
 from tests.fairseq_runs import TASK, run
 from tests.repository import ROOT
 from tests.text_models import sentencepiece_model

@@ -74,7 +74,7 @@ tests() { # name, limit, what
 part environment 60 bash -c "(nvidia-smi || true); '$python' -m examples.benchmark.report"
 tests tests 150 -k "(gpu or cuda) and not commands" tests/gpu tests/memory tests/modules
 throughput eval-8 90 eval 8 --memory-search torch --memory-sizes "${sizes[@]}" --full-windows "${windows[@]}"
-part search 80 "$python" examples/benchmark/search.py --device $device "${search[@]}" --json "$work/search.json"
+part search 80 "$python" examples/benchmark/search_speed.py --device $device "${search[@]}" --json "$work/search.json"
 throughput train-8 80 train 8 --memory-search torch --memory-sizes "${sizes[@]}"
 part training 120 bash examples/benchmark/short_training.sh "$work/training" $tiny
 if [ -z "$tiny" ]; then # the same commands once more, on other shapes

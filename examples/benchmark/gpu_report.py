@@ -1,6 +1,6 @@
 """Join what the parts of gpu_check.sh left into report.json and report.md, and hold the figures against the targets.
 
-    python -m examples.benchmark.gpu_report WORK OUT [--tiny]
+python -m examples.benchmark.gpu_report WORK OUT [--tiny]
 """
 
 import json
@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from examples.benchmark.report import lines_of, machine, table, write_json
+from examples.benchmark.tables import lines_of, machine, table, write_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -1,6 +1,6 @@
 """Put what gpu_result.sh made together: report.json, report.md, report.png.
 
-    python -m examples.benchmark.gpu_result_report OUT [--tiny]
+python -m examples.benchmark.gpu_result_report OUT [--tiny]
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Dict, List, Optional
 
 import torch
 
-from examples.benchmark.report import lines_of, machine, table, write_json
-from examples.quickstart.report import perplexity, plot
+from examples.benchmark.tables import lines_of, machine, table, write_json
+from examples.quickstart.demo_report import perplexity, plot
 
 
 def documents(out: Path) -> List[Dict]:
@@ -81,8 +81,9 @@ def markdown(report: Dict) -> str:
     text = ["# LongMem on a backbone trained from scratch", ""]
     if report["tiny"]:
         text += [
-            "**A tiny run: it shows that the commands work and how the report looks. Its figures mean nothing.**", "",
-        ]  # fmt: skip
+            "**A tiny run: it shows that the commands work and how the report looks. Its figures mean nothing.**",
+            "",
+        ]
     data = ", ".join(f"{name} {tokens:,}" for name, tokens in report["data"].items())
     gates = ", ".join(f"{gate:.3f}" for gate in report["gates"])
     distance = "not measured" if report["distance"] is None else f"{report['distance']:,.0f}"
@@ -93,13 +94,23 @@ def markdown(report: Dict) -> str:
         for row in report["documents"]
     ]
     text += [
-        table(rows, {"model": "model", "perplexity": "perplexity", "gain": "against memory off"}), "",
+        table(rows, {"model": "model", "perplexity": "perplexity", "gain": "against memory off"}),
+        "",
         f"Tokens: {data}. Backbone: {report['backbone_parameters']:,} parameters; {report['copying']}",
-        f"Gates of the heads: {gates}. Tokens between a query and what it reads: {distance}.", "",
-        "## Documents", "", table(documents, columns), "",
-        "## Time", "", *(f"* {step}: {taken} s" for step, taken in report["seconds"].items()), "",
-        "## Machine", "", *lines_of(report["machine"]),
-    ]  # fmt: skip
+        f"Gates of the heads: {gates}. Tokens between a query and what it reads: {distance}.",
+        "",
+        "## Documents",
+        "",
+        table(documents, columns),
+        "",
+        "## Time",
+        "",
+        *(f"* {step}: {taken} s" for step, taken in report["seconds"].items()),
+        "",
+        "## Machine",
+        "",
+        *lines_of(report["machine"]),
+    ]
     if report["recall"] is not None:
         text += ["", "## Recall", "", "```", json.dumps(report["recall"], indent=1), "```"]
     return "\n".join(text) + "\n"

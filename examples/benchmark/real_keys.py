@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from examples.benchmark.report import stop
-from examples.quickstart.documents import standard_library
+from examples.benchmark.tables import stop
+from examples.quickstart.standard_library import standard_library
 from longmem_fairseq.hub import LongMem
-from longmem_fairseq.tasks.generation import read_text
+from longmem_fairseq.text import read_text
 
 
 def texts(paths: List[str]) -> Iterator[str]:
@@ -52,13 +52,13 @@ def tokens_of(model: LongMem, options: argparse.Namespace) -> Tensor:
 def keys_and_queries(model: LongMem, tokens: Tensor, options: argparse.Namespace):
     """Means (H, N, d) and queries (H, T, d)."""
     decoder, size = model.model.decoder, model.task.args.tokens_per_sample
-    model.library.memorize("texts", tokens[: options.tokens], decoder.backbone.remember, size)
+    model.document_memory.memorize("texts", tokens[: options.tokens], decoder.backbone.encode_for_memory, size)
     found: List[Tensor] = []
-    branches = decoder.memory_branches(1, model.library.bank)
+    branches = decoder.memory_branches(1, model.document_memory.bank)
     branches.watch = lambda rows, bank, queries, slots, scaling: found.append(queries[0].clone())
     for piece in tokens[options.tokens :][None].split(size, dim=1):
         decoder.side_network(decoder.backbone(piece), branches.reader())
-    return model.library.bank.contents(0)[2].contiguous(), torch.cat(found, dim=1).float()
+    return model.document_memory.bank.contents(0)[2].contiguous(), torch.cat(found, dim=1).float()
 
 
 def main() -> None:

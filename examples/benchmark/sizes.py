@@ -28,7 +28,7 @@ import torch
 from fairseq.data import Dictionary
 from tqdm import tqdm
 
-from examples.benchmark.report import lines_of, machine, peak_resident, stop, table, write_json
+from examples.benchmark.tables import lines_of, machine, peak_resident, stop, table, write_json
 from longmem_fairseq.criterions.longmem_cross_entropy import LongMemCrossEntropyCriterion
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
@@ -47,16 +47,30 @@ def build(name: str, options: argparse.Namespace, device: str) -> LongMemModel:
     for i in range(SYMBOLS - len(dictionary)):
         dictionary.add_symbol(str(i))
     backbone = {
-        "model": "transformer_lm", "vocabulary": SYMBOLS, "activation_fn": "gelu_accurate", "decoder_embed_dim": width,
-        "decoder_input_dim": width, "decoder_output_dim": width, "decoder_ffn_embed_dim": 4 * width,
-        "decoder_layers": layers, "decoder_attention_heads": heads, "decoder_normalize_before": True,
-        "decoder_learned_pos": True, "share_decoder_input_output_embed": True, "no_scale_embedding": True,
+        "model": "transformer_lm",
+        "vocabulary": SYMBOLS,
+        "activation_fn": "gelu_accurate",
+        "decoder_embed_dim": width,
+        "decoder_input_dim": width,
+        "decoder_output_dim": width,
+        "decoder_ffn_embed_dim": 4 * width,
+        "decoder_layers": layers,
+        "decoder_attention_heads": heads,
+        "decoder_normalize_before": True,
+        "decoder_learned_pos": True,
+        "share_decoder_input_output_embed": True,
+        "no_scale_embedding": True,
         "max_target_positions": max(1024, options.segment),
-    }  # fmt: skip
+    }
     cfg = argparse.Namespace(
-        save_backbone=True, backbone_config=json.dumps(backbone), retrieval_layer_index=remembered, chunk_size=CHUNK,
-        memory_size=options.memory_size, tokens_per_sample=options.segment, memory_scope="document",
-    )  # fmt: skip
+        save_backbone=True,
+        backbone_config=json.dumps(backbone),
+        retrieval_layer_index=remembered,
+        chunk_size=CHUNK,
+        memory_size=options.memory_size,
+        tokens_per_sample=options.segment,
+        memory_scope="document",
+    )
     task = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
     with torch.device(device):
         return LongMemModel.build_model(cfg, task)
@@ -89,10 +103,15 @@ def computed(name: str, options: argparse.Namespace) -> Dict:
         for dtype in (torch.float16, torch.float32)
     )
     return {
-        "size": name, "backbone": backbone, "side_network": side, "mib_per_1k_half": half, "mib_per_1k_single": single,
-        "bank_gib": bank / 2**30, "evaluation_gib": evaluation / 2**30,
+        "size": name,
+        "backbone": backbone,
+        "side_network": side,
+        "mib_per_1k_half": half,
+        "mib_per_1k_single": single,
+        "bank_gib": bank / 2**30,
+        "evaluation_gib": evaluation / 2**30,
         "training_gib": (evaluation + 12 * side + activations) / 2**30,
-    }  # fmt: skip
+    }
 
 
 def print_measured(name: str, mode: str, options: argparse.Namespace) -> None:
@@ -145,10 +164,16 @@ def measured(name: str, mode: str, arguments: List[str]) -> float:
 
 
 COLUMNS = {
-    "size": "GPT-2", "backbone": "backbone", "side_network": "side network",
-    "mib_per_1k_half": "MiB per 1k tokens, half", "mib_per_1k_single": "float32", "evaluation_gib": "evaluation GiB",
-    "evaluation_measured": "measured", "training_gib": "training GiB", "training_measured": "measured",
-}  # fmt: skip
+    "size": "GPT-2",
+    "backbone": "backbone",
+    "side_network": "side network",
+    "mib_per_1k_half": "MiB per 1k tokens, half",
+    "mib_per_1k_single": "float32",
+    "evaluation_gib": "evaluation GiB",
+    "evaluation_measured": "measured",
+    "training_gib": "training GiB",
+    "training_measured": "measured",
+}
 
 
 def main(arguments: List[str]) -> None:

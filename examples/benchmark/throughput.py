@@ -39,12 +39,12 @@ if "--threads" in sys.argv[:-1]:  # before torch
 import torch
 from tqdm import tqdm
 
-from examples.benchmark.report import lines_of, machine, peak_resident, save_plot, stop, table, write_json
 from examples.benchmark.roofline import bound, full_attention_work, machine_speed, memory_work, model_work
+from examples.benchmark.tables import lines_of, machine, peak_resident, save_plot, stop, table, write_json
 from examples.benchmark.variants import DTYPES, FullAttention, RealKeys, build_decoder, variant_of
-from longmem_fairseq.memory.index_spec import FLAT, index_spec
 from longmem_fairseq.memory.placement import DEVICES, choose_placement
-from longmem_fairseq.memory.search import SEARCHES
+from longmem_fairseq.memory.search.base import SEARCHES
+from longmem_fairseq.memory.search.index_spec import FLAT, index_spec
 from longmem_fairseq.modules.self_attention import _square_mask
 
 
@@ -152,10 +152,17 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
     for row in [*result["rows"], *result["full_attention"]]:
         row["peak_mib"] = row["peak_memory_bytes"] / 2**20
     columns = {
-        "memory_size": "memory", "index": "index", "tokens_per_second": "tokens/s", "ratio_to_off": "of memory off",
-        "cost_of_smallest": "cost of a token x", "recall": "recall", "extra_ms": "extra ms",
-        "roofline_ms": "roofline ms", "roofline_share": "roofline share", "peak_mib": "peak MiB",
-    }  # fmt: skip
+        "memory_size": "memory",
+        "index": "index",
+        "tokens_per_second": "tokens/s",
+        "ratio_to_off": "of memory off",
+        "cost_of_smallest": "cost of a token x",
+        "recall": "recall",
+        "extra_ms": "extra ms",
+        "roofline_ms": "roofline ms",
+        "roofline_share": "roofline share",
+        "peak_mib": "peak MiB",
+    }
     shown = {key: name for key, name in columns.items() if any(row.get(key) is not None for row in result["rows"])}
     text = [
         f"## Throughput, {options.mode}: {options.layers} layers, width {options.dim}, {options.heads} heads, "
@@ -174,14 +181,17 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
             table(
                 result["full_attention"],
                 {
-                    "window": "full attention", "tokens_per_second": "tokens/s", "roofline_share": "roofline share",
-                    "peak_mib": "peak MiB", "speed_of_longmem": "LongMem's speed x",
+                    "window": "full attention",
+                    "tokens_per_second": "tokens/s",
+                    "roofline_share": "roofline share",
+                    "peak_mib": "peak MiB",
+                    "speed_of_longmem": "LongMem's speed x",
                     "memory_of_longmem": "LongMem's peak x",
                 },
             ),
             "",
             f"LongMem there: with a memory of {result['rows'][-1]['memory_size']:,} tokens.",
-        ]  # fmt: skip
+        ]
     return "\n".join(text)
 
 
@@ -222,12 +232,20 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     add("--keys", help="fill memories with these real keys and search for these real queries (see real_keys.py)")
     add("--full-windows", type=int, nargs="*", default=[], help="also the backbone alone over windows of these lengths")
     add("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
-    add("--dtype", choices=tuple(DTYPES), default="float32",
-        help="of weights and activations; bf16 on the CPU as with --inference-dtype, except to train")  # fmt: skip
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="of weights and activations; bf16 on the CPU as with --inference-dtype, except to train",
+    )
     add("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda (default: %(default)s)")
     add("--steps", type=int, default=10, help="measurements of each variant (default: %(default)s)")
-    add("--mode", choices=("eval", "train", "generate"), default="eval",
-        help="forward; forward and backward; or token by token")  # fmt: skip
+    add(
+        "--mode",
+        choices=("eval", "train", "generate"),
+        default="eval",
+        help="forward; forward and backward; or token by token",
+    )
     add("--tflops", type=float, help="operations per second of the machine, in 10^12 (default: measured)")
     add("--gbps", type=float, help="memory bandwidth of the machine, in 10^9 bytes a second (default: measured)")
     add("--json", help="write the result there")

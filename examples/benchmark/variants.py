@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from longmem_fairseq.backbones.loading import Backbone, build_backbone
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.index_spec import FLAT, index_spec
-from longmem_fairseq.models.backbone import Backbone, build_backbone
+from longmem_fairseq.memory.search.index_spec import FLAT, index_spec
 from longmem_fairseq.models.live_window import WINDOW, LiveWindow
 from longmem_fairseq.models.longmem_decoder import MEMORY_DTYPES, LongMemDecoder
 from longmem_fairseq.models.longmem_lm import LongMemConfig
@@ -37,25 +37,41 @@ def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
         dictionary.add_symbol(f"w{i}")
     alibi = options.positions == "alibi"
     config = {
-        "model": "alibi_lm" if alibi else "transformer_lm", "vocabulary": len(dictionary), "activation_fn": "gelu",
-        "decoder_embed_dim": options.dim, "decoder_input_dim": options.dim, "decoder_output_dim": options.dim,
-        "decoder_ffn_embed_dim": 4 * options.dim, "decoder_layers": options.layers,
-        "decoder_attention_heads": options.heads, "decoder_normalize_before": True, "decoder_learned_pos": not alibi,
-        "no_token_positional_embeddings": alibi, "share_decoder_input_output_embed": True, "no_scale_embedding": True,
+        "model": "alibi_lm" if alibi else "transformer_lm",
+        "vocabulary": len(dictionary),
+        "activation_fn": "gelu",
+        "decoder_embed_dim": options.dim,
+        "decoder_input_dim": options.dim,
+        "decoder_output_dim": options.dim,
+        "decoder_ffn_embed_dim": 4 * options.dim,
+        "decoder_layers": options.layers,
+        "decoder_attention_heads": options.heads,
+        "decoder_normalize_before": True,
+        "decoder_learned_pos": not alibi,
+        "no_token_positional_embeddings": alibi,
+        "share_decoder_input_output_embed": True,
+        "no_scale_embedding": True,
         "max_target_positions": max([options.segment, *options.full_windows]),
-    }  # fmt: skip
+    }
     torch.manual_seed(0)
     backbone = build_backbone(config, dictionary, options.retrieval_layer_index)
     cfg = OmegaConf.merge(
         OmegaConf.structured(LongMemConfig),
         {
-            "k": options.k, "chunk_size": options.chunk_size, "retrieval_layer_index": options.retrieval_layer_index,
-            "layer_reduction_factor": options.reduction, "memory_search": options.memory_search,
-            "memory_dtype": options.memory_dtype, "memory_index": options.memory_index,
-            "memory_index_parameters": options.memory_index_parameters, "memory_device": options.memory_device,
-            "memory_map": options.memory_map, "tokens_per_sample": options.segment, "memory_scope": "document",
+            "k": options.k,
+            "chunk_size": options.chunk_size,
+            "retrieval_layer_index": options.retrieval_layer_index,
+            "layer_reduction_factor": options.reduction,
+            "memory_search": options.memory_search,
+            "memory_dtype": options.memory_dtype,
+            "memory_index": options.memory_index,
+            "memory_index_parameters": options.memory_index_parameters,
+            "memory_device": options.memory_device,
+            "memory_map": options.memory_map,
+            "tokens_per_sample": options.segment,
+            "memory_scope": "document",
         },
-    )  # fmt: skip
+    )
     decoder = LongMemDecoder(cfg, dictionary, backbone)
     decoder.start_from_backbone()
     if products_only(options):
@@ -225,7 +241,7 @@ class Generation:
                 branches.search = self.real.searched_by(branches.search)
             else:
                 for _ in tqdm(range(-(-self.memory_size // T)), desc=f"filling {self.memory_size:,}", leave=False):
-                    encoded = self.decoder.backbone.remember(random_tokens(self.options, T))
+                    encoded = self.decoder.backbone.encode_for_memory(random_tokens(self.options, T))
                     for bank, keys, values in zip(branches.banks, encoded.keys, encoded.values):
                         bank.append(0, keys, values)
         pieces = random_tokens(self.options, T // 2)

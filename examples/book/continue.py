@@ -22,9 +22,9 @@ import torch
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from examples.quickstart.documents import standard_library
+from examples.quickstart.standard_library import standard_library
 from longmem_fairseq.hub import LongMem
-from longmem_fairseq.tasks.generation import read_text
+from longmem_fairseq.text import read_text
 
 
 class Book(NamedTuple):
@@ -56,7 +56,7 @@ def continued(model: LongMem, memory: str, name: str, book: Book, options: Dict)
         model.forget()
         began = time.perf_counter()
         model.memorize(memory, name)
-        row.update(memory_tokens=model.library.tokens, memorise_seconds=time.perf_counter() - began)
+        row.update(memory_tokens=model.document_memory.tokens, memorise_seconds=time.perf_counter() - began)
     torch.manual_seed(1)
     began = time.perf_counter()
     row["continuation"] = model.generate(book.page, **options)

@@ -27,7 +27,7 @@ if not __package__:  # run as a script
 
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.models.trace import Trace
-from longmem_fairseq.tasks.generation import read_text
+from longmem_fairseq.text import read_text
 
 AROUND = 10  # tokens of context shown on both sides of a chunk
 MOST_TOKENS = 50_000  # more in one page make browsers slow
@@ -123,9 +123,11 @@ def summary(trace: Trace, model: LongMem) -> Dict[str, object]:
         "perplexity": round(math.exp(-float(trace.log_probabilities.mean())), 3),
         "without": round(math.exp(-float(trace.without_memory.mean())), 3),
         "distance": round(distance),
-        "memory": cfg.memory_size, "k": cfg.k, "layer": cfg.retrieval_layer_index,
+        "memory": cfg.memory_size,
+        "k": cfg.k,
+        "layer": cfg.retrieval_layer_index,
         "window": model.task.args.tokens_per_sample,
-    }  # fmt: skip
+    }
 
 
 def write(path: str, text: str) -> None:
@@ -144,7 +146,7 @@ def make(model: LongMem, title: str, text: str, memorised: Sequence[Tuple[str, s
     stream = Stream(model)
     for name, document in memorised:
         model.memorize(document, name)
-        placed = model.library.documents[-1]
+        placed = model.document_memory.documents[-1]
         stream.add(placed.begin, model.encode(document))
     trace = model.trace(text, **part)
     stream.add(trace.position, model.encode(text))
@@ -190,9 +192,14 @@ def main(arguments: Sequence[str]) -> None:
             )
         memorised = [(path, read_text(path)) for path in options.memory_text]
         content = make(
-            model, os.path.basename(options.text), text, memorised, begin=options.begin, tokens=options.tokens,
+            model,
+            os.path.basename(options.text),
+            text,
+            memorised,
+            begin=options.begin,
+            tokens=options.tokens,
             reads=options.reads,
-        )  # fmt: skip
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"page.py: {error}")
     write(options.output, content)

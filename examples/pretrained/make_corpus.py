@@ -23,8 +23,13 @@ from corpus_filters import MAX_STDLIB_SHARE, MIN_CHARS, RUN, Filters, Licence
 from tqdm import tqdm
 
 PACKAGES = Path(__file__).with_name("corpus_packages.txt")
-PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_24_x86_64", "manylinux_2_27_x86_64",
-             "manylinux_2_28_x86_64")  # fmt: skip
+PLATFORMS = (
+    "manylinux2014_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux_2_24_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_28_x86_64",
+)
 _TEST_PATH = re.compile(r"(^|/)(tests?|testing)/|(^|/)(test_[^/]*|[^/]*_tests?|conftest)\.py$")
 
 
@@ -211,14 +216,30 @@ def build(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--destdir", type=Path, required=True, metavar="DIR", help="where the corpus is written")
-    parser.add_argument("--extra-text", type=Path, nargs="*", default=[], metavar="PATH",
-                        help="plain text documents (.txt files, or folders of them) to mix in")  # fmt: skip
-    parser.add_argument("--extra-share", type=float, default=0.25, metavar="X",
-                        help="the characters' largest share from --extra-text (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--extra-text",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="PATH",
+        help="plain text documents (.txt files, or folders of them) to mix in",
+    )
+    parser.add_argument(
+        "--extra-share",
+        type=float,
+        default=0.25,
+        metavar="X",
+        help="the characters' largest share from --extra-text (default: %(default)s)",
+    )
     parser.add_argument("--train-chars", type=int, default=130_000_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--valid-chars", type=int, default=1_000_000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--test-share", type=float, default=0.25, metavar="X",
-                        help="at most this share of a package's code is tests (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--test-share",
+        type=float,
+        default=0.25,
+        metavar="X",
+        help="at most this share of a package's code is tests (default: %(default)s)",
+    )
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="download folder (default: DESTDIR/wheels)")
     parser.add_argument("--no-download", action="store_true", help="take the wheels that lie in --wheels")
     parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")

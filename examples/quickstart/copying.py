@@ -16,7 +16,7 @@ from fairseq.data import Dictionary
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 import longmem_fairseq  # noqa: E402,F401  (registers the models)
-from longmem_fairseq.models.backbone import load_backbone  # noqa: E402
+from longmem_fairseq.backbones.loading import load_backbone  # noqa: E402
 
 
 @torch.no_grad()

@@ -129,11 +129,16 @@ def memory_figures(model, reader, zero) -> dict:
     if reader is None:
         return dict.fromkeys(
             (
-                "memory_batches", "gate", "memory_fill", "memory_reads", "memory_distance", "memory_hits",
+                "memory_batches",
+                "gate",
+                "memory_fill",
+                "memory_reads",
+                "memory_distance",
+                "memory_hits",
                 "memory_wanted",
             ),
             zero,
-        )  # fmt: skip
+        )
     distance, reads = reader.distance()
     hits, wanted = reader.recall or (0.0, 0.0)
     decoder = model.decoder

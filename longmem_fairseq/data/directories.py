@@ -5,7 +5,7 @@ from typing import List, Sequence
 
 from fairseq.data import Dictionary
 
-from .documents import find_split
+from .document_dataset import find_split
 from .manifest import verify_shards
 
 

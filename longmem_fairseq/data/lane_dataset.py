@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from fairseq.data import FairseqDataset
 
-from .documents import DocumentDataset
+from .document_dataset import DocumentDataset
 from .lanes import Lane, lay_documents
 from .segments import Segments
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .command import Evaluation, add_memory_sizes, memory_sizes, name_of
-from .report import Table
-from .statistics import PERPLEXITY, Sample
-from .stream import Stream, with_cache, with_memory, with_window
-from .systems import BACKBONE, OFF
+from .reporting.statistics import PERPLEXITY, Sample
+from .reporting.table import Table
+from .scoring.document_stream import Stream, with_cache, with_memory, with_window
+from .scoring.systems import BACKBONE, OFF
 from .words import KINDS, MOST, count_words, kinds_of_characters
 
 LENGTHS = ((0, "< 5k"), (5e3, "5-10k"), (1e4, "10-100k"), (1e5, "100-500k"), (5e5, "500k-1M"), (1e6, "> 1M"))
@@ -49,19 +49,27 @@ class Books(Evaluation):
 
     def add_arguments(self, parser) -> None:
         parser.add_argument(
-            "--data", nargs="+", required=True, metavar="PATH",
+            "--data",
+            nargs="+",
+            required=True,
+            metavar="PATH",
             help="documents: text files, directories of them, or JSON lines; also compressed",
-        )  # fmt: skip
+        )
         parser.add_argument("--valid", nargs="+", metavar="PATH", help="documents for tuning the neural cache")
         parser.add_argument(
-            "--reference", nargs="+", metavar="PATH",
+            "--reference",
+            nargs="+",
+            metavar="PATH",
             help="text by which words are rare, best the training's (default: the other documents of --data)",
-        )  # fmt: skip
+        )
         add_memory_sizes(parser)
         parser.add_argument(
-            "--windows", nargs="*", type=int, metavar="N",
+            "--windows",
+            nargs="*",
+            type=int,
+            metavar="N",
             help="longer windows of the backbone alone (default: that of its training, where it is longer)",
-        )  # fmt: skip
+        )
         parser.add_argument("--document-tokens", type=int, metavar="N", help="at most so many tokens of each document")
 
     def prepare(self, args, scorer) -> None:
@@ -104,11 +112,13 @@ class Books(Evaluation):
 
     def describe(self) -> Dict[str, Any]:
         return {
-            "data": [name_of(path) for path in self.args.data], "memory_sizes": self.sizes, "windows": self.windows,
+            "data": [name_of(path) for path in self.args.data],
+            "memory_sizes": self.sizes,
+            "windows": self.windows,
             "reference": [name_of(path) for path in self.args.reference or []],
             "valid": [name_of(path) for path in self.args.valid or []],
             "data_sha256": self.digest,
-        }  # fmt: skip
+        }
 
     def tuning_documents(self) -> List[Tensor]:
         return [self.scorer.tokenizer.encode(text) for _, text in self.read_texts(self.args.valid or [])]
@@ -146,9 +156,11 @@ class Books(Evaluation):
         for item, result in results.items():
             name, begin, _ = _parse(item)
             places = [
-                lengths["all"], lengths[_bucket(LENGTHS, len(self.documents[name].tokens))],
-                positions[_bucket(POSITIONS, begin)], documents[name],
-            ]  # fmt: skip
+                lengths["all"],
+                lengths[_bucket(LENGTHS, len(self.documents[name].tokens))],
+                positions[_bucket(POSITIONS, begin)],
+                documents[name],
+            ]
             for place in places:
                 _add(place, item, result)
             for title, part in result.get("kinds", {}).items():
@@ -156,16 +168,28 @@ class Books(Evaluation):
         last = self.sizes[-1]
         on, cache = with_memory(last), BACKBONE + with_cache(last)
         pairs = [
-            (on, OFF), (on, BACKBONE), (cache, BACKBONE), (on, cache), (on + with_cache(last), cache),
-            (on + with_cache(last), on), *((on, with_window(window)) for window in self.windows),
-        ]  # fmt: skip
-        found = [("by length of the document", lengths, "bars"), ("by kind of word", kinds, "bars"),
-                 ("by position in the document", positions, "lines"), ("by document", documents, None)]  # fmt: skip
+            (on, OFF),
+            (on, BACKBONE),
+            (cache, BACKBONE),
+            (on, cache),
+            (on + with_cache(last), cache),
+            (on + with_cache(last), on),
+            *((on, with_window(window)) for window in self.windows),
+        ]
+        found = [
+            ("by length of the document", lengths, "bars"),
+            ("by kind of word", kinds, "bars"),
+            ("by position in the document", positions, "lines"),
+            ("by document", documents, None),
+        ]
         return [
             Table(
-                f"Perplexity {title}", {column: rows for column, rows in columns.items() if rows}, plot, pairs,
+                f"Perplexity {title}",
+                {column: rows for column, rows in columns.items() if rows},
+                plot,
+                pairs,
                 upright=columns is documents,
-            )  # fmt: skip
+            )
             for title, columns, plot in found
             if any(columns.values())
         ]

@@ -11,9 +11,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 from torch import Tensor
 
 from .command import Evaluation, name_of
-from .records import digest
-from .report import Table
-from .statistics import ACCURACY, Sample
+from .reporting.finished_items import digest
+from .reporting.statistics import ACCURACY, Sample
+from .reporting.table import Table
 
 ALL = "all"
 LENGTHS = (256, 1024, 4096, 16384, 65536)
@@ -75,9 +75,11 @@ def _by_reference(rows: List[Dict[str, Any]], path: str, books: Optional[Sequenc
             texts[name] = file.read()
     return [
         Example(
-            f"{row['book']} {row['boundary']}", row["book"], texts[row["book"]][: row["ctx_end"]],
+            f"{row['book']} {row['boundary']}",
+            row["book"],
+            texts[row["book"]][: row["ctx_end"]],
             [row["gold"], *row["negatives"]],
-        )  # fmt: skip
+        )
         for row in rows
     ]
 
@@ -94,9 +96,12 @@ class ChapterBreak(Evaluation):
             "--books", nargs="+", metavar="DIR", help="books that our JSON lines refer to (default: beside the file)"
         )
         parser.add_argument(
-            "--lengths", nargs="+", default=[*map(str, LENGTHS), ALL], metavar="N",
+            "--lengths",
+            nargs="+",
+            default=[*map(str, LENGTHS), ALL],
+            metavar="N",
             help="tokens of context, 'all' for everything (256 1024 4096 16384 65536 all)",
-        )  # fmt: skip
+        )
         parser.add_argument("--suffix-tokens", type=int, default=128, metavar="N", help="tokens of a suffix that count")
 
     def prepare(self, args, scorer) -> None:
@@ -114,10 +119,12 @@ class ChapterBreak(Evaluation):
 
     def describe(self) -> Dict[str, Any]:
         return {
-            "data": name_of(self.args.data), "data_sha256": digest([self.args.data]), "lengths": self.lengths,
+            "data": name_of(self.args.data),
+            "data_sha256": digest([self.args.data]),
+            "lengths": self.lengths,
             "suffix_tokens": self.args.suffix_tokens,
             "valid": None if self.args.valid is None else name_of(self.args.valid),
-        }  # fmt: skip
+        }
 
     def tuning_documents(self) -> List[Tensor]:
         if self.args.valid is None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import report as reports
-from .cache import CacheSettings
-from .records import Records
-from .report import Table
-from .scorer import Scorer
-from .systems import BACKBONE, ON
-from .tuning import tune
+from ..memory.cache import CacheSettings
+from .reporting import table as reports
+from .reporting.finished_items import Records
+from .reporting.table import Table
+from .scoring.cache_tuning import tune
+from .scoring.scorer import Scorer
+from .scoring.systems import BACKBONE, ON
 
 logger = logging.getLogger(__name__)
 
@@ -104,19 +104,22 @@ def parser_of(evaluation: Evaluation) -> argparse.ArgumentParser:
     evaluation.add_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--tokenizer", metavar="DIR",
+        "--tokenizer",
+        metavar="DIR",
         help="directory of dict.txt and sentencepiece.model, or encoder.json and vocab.bpe (default: where the "
         "checkpoint is, then where it was trained)",
-    )  # fmt: skip
+    )
     model.add_argument("--backbone", metavar="FILE", help="the LongMem's backbone, where it has moved")
     model.add_argument("--tokens-per-sample", type=int, metavar="N", help="window (default: the checkpoint's)")
     model.add_argument("--memory-size", type=int, metavar="N", help="tokens of memory and cache (the checkpoint's)")
     model.add_argument("--k", type=int, metavar="N", help="tokens read per query and head (the checkpoint's)")
     model.add_argument("--chunk-size", type=int, metavar="N", help="tokens of a chunk (the checkpoint's)")
     model.add_argument(
-        "--model-overrides", default="{}", metavar="DICT",
+        "--model-overrides",
+        default="{}",
+        metavar="DICT",
         help="other settings of a LongMem as a Python dictionary, such as \"{'memory_dtype': 'float16'}\"",
-    )  # fmt: skip
+    )
     model.add_argument("--cpu", action="store_true", help="do not use a GPU")
     cache = parser.add_argument_group("baseline: a neural cache (kNN-LM) over the same tokens as the memory")
     cache.add_argument("--cache-lambda", type=float, metavar="X", help="its weight, instead of tuning it")
@@ -128,7 +131,7 @@ def parser_of(evaluation: Evaluation) -> argparse.ArgumentParser:
 
 
 def quiet() -> None:
-    """Log what this package has to say of a run, on standard error, and of the libraries only warnings."""
+    """Log what this package has to say of a run, on standard error, and of the document_memories only warnings."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", force=True)
     for name in ("fairseq", "faiss", "matplotlib", "longmem_fairseq.models"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -159,13 +162,23 @@ def run(evaluation: Evaluation, args: argparse.Namespace) -> Outcome:
     reports.need_plots()
     overrides = _overrides(args)
     scorer = Scorer.load(
-        args.path, args.tokenizer, "cpu" if args.cpu else None, args.backbone, args.tokens_per_sample, **overrides,
-        memory_size=args.memory_size, k=args.k, chunk_size=args.chunk_size,
-    )  # fmt: skip
+        args.path,
+        args.tokenizer,
+        "cpu" if args.cpu else None,
+        args.backbone,
+        args.tokens_per_sample,
+        **overrides,
+        memory_size=args.memory_size,
+        k=args.k,
+        chunk_size=args.chunk_size,
+    )
     evaluation.prepare(args, scorer)
     described = {
-        "model": scorer.describe(), "model_overrides": overrides, **evaluation.describe(), "cache": _wanted_cache(args)
-    }  # fmt: skip
+        "model": scorer.describe(),
+        "model_overrides": overrides,
+        **evaluation.describe(),
+        "cache": _wanted_cache(args),
+    }
     records = Records(args.results_path, {"evaluation": evaluation.name, **described})
     tuned = _set_cache(scorer, evaluation, args, records)
     items = evaluation.items()
@@ -187,12 +200,20 @@ def _report(evaluation, scorer, described, tuned, results, directory: str) -> Ou
     text = "\n\n".join([f"# {evaluation.title}", said, *map(reports.as_markdown, tables)])
     text += "\n\nIn brackets: 95 % intervals, bootstrap over what was tested; differences are paired.\n"
     report = {
-        "evaluation": evaluation.name, "title": evaluation.title, **described, "notes": notes, "tuning": tuned,
-        "tables": [reports.as_json(table) for table in tables], **evaluation.figures(results),
-        "items": len(results), "seconds": round(sum(result["seconds"] for result in results.values()), 1),
+        "evaluation": evaluation.name,
+        "title": evaluation.title,
+        **described,
+        "notes": notes,
+        "tuning": tuned,
+        "tables": [reports.as_json(table) for table in tables],
+        **evaluation.figures(results),
+        "items": len(results),
+        "seconds": round(sum(result["seconds"] for result in results.values()), 1),
         "device": torch.cuda.get_device_name() if scorer.device.type == "cuda" else "cpu",
-        "torch": torch.__version__, "python": platform.python_version(), "markdown": text,
-    }  # fmt: skip
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "markdown": text,
+    }
     reports.write(directory, report, text, tables)
     return Outcome(report, tables)
 
@@ -242,7 +263,7 @@ def _set_cache(scorer: Scorer, evaluation: Evaluation, args, records: Records) -
         return []
     if args.cache_lambda is not None:
         setting = CacheSettings(args.cache_lambda, args.cache_theta)
-        scorer.cache = {BACKBONE: setting, **({ON: setting} if scorer.remembers else {})}
+        scorer.cache = {BACKBONE: setting, **({ON: setting} if scorer.has_memory else {})}
         return []
     if _CACHE not in records:
         records.add(_CACHE, tune(scorer, evaluation.tuning_documents(), args.tuning_tokens))
@@ -268,9 +289,12 @@ def _cache_notes(tuned: List[Dict[str, Any]], scorer: Scorer) -> List[str]:
 def add_memory_sizes(parser: argparse.ArgumentParser) -> None:
     """Add the option of evaluations that compare memories of several sizes."""
     parser.add_argument(
-        "--memory-sizes", nargs="+", type=int, metavar="N",
+        "--memory-sizes",
+        nargs="+",
+        type=int,
+        metavar="N",
         help="tokens of each memory, and of the cache beside it (default: --memory-size, else 4096 16384 65536)",
-    )  # fmt: skip
+    )
 
 
 def memory_sizes(args: argparse.Namespace, scorer: Scorer) -> List[int]:

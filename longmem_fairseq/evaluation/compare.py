@@ -7,11 +7,11 @@ import os
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from . import report as reports
 from .command import Evaluation, Outcome, parser_of, quiet, run, sentence
-from .report import Table
-from .statistics import Sample
-from .systems import BACKBONE, WITH_CACHE
+from .reporting import table as reports
+from .reporting.statistics import Sample
+from .reporting.table import Table
+from .scoring.systems import BACKBONE, WITH_CACHE
 
 logger = logging.getLogger(__name__)
 
@@ -170,10 +170,12 @@ def _report(directory: str, outcomes: Dict[str, Dict[str, Outcome]]) -> str:
         parts += [f"## {step}", "\n".join(f"* {note}" for note in notes), *map(reports.as_markdown, merged)]
         tables += [Table(f"{step}: {t.title}", t.columns, t.plot, t.pairs) for t in merged]
         found[step] = {
-            "notes": notes, "tuning": tuned, "tables": [reports.as_json(table) for table in merged],
+            "notes": notes,
+            "tuning": tuned,
+            "tables": [reports.as_json(table) for table in merged],
             "seconds": {name: outcome.report["seconds"] for name, outcome in of.items()},
             "devices": {name: outcome.report["device"] for name, outcome in of.items()},
-        }  # fmt: skip
+        }
     parts.append("In brackets: 95 % intervals, bootstrap over what was tested; differences are paired.\n")
     text = "\n\n".join(parts)
     models = {name: outcome.report["model"] for of in outcomes.values() for name, outcome in of.items()}
@@ -183,8 +185,19 @@ def _report(directory: str, outcomes: Dict[str, Dict[str, Outcome]]) -> str:
 
 def _models(models: Dict[str, Dict[str, Any]]) -> str:
     """A table of what is compared."""
-    names = ("backbone", "layers", "width", "parameters", "side_network_parameters", "tokens_per_sample",
-             "memory_size", "k", "chunk_size", "retrieval_layer_index", "mean_gate")  # fmt: skip
+    names = (
+        "backbone",
+        "layers",
+        "width",
+        "parameters",
+        "side_network_parameters",
+        "tokens_per_sample",
+        "memory_size",
+        "k",
+        "chunk_size",
+        "retrieval_layer_index",
+        "mean_gate",
+    )
     shown = [name for name in names if any(name in model for model in models.values())]
     body = [
         [label, *(f"{model[x]:,}" if isinstance(model.get(x), int) else str(model.get(x, "")) for x in shown)]

@@ -103,9 +103,7 @@ def _msc(row: Dict[str, Any]) -> List[Session]:
 
 def _locomo(conversation: Dict[str, Any]) -> List[Session]:
     numbers = sorted(int(key[8:]) for key in conversation if re.fullmatch(r"session_\d+", key))
-    return [
-        Session(_turns(conversation[f"session_{n}"]), conversation.get(f"session_{n}_date_time")) for n in numbers
-    ]
+    return [Session(_turns(conversation[f"session_{n}"]), conversation.get(f"session_{n}_date_time")) for n in numbers]
 
 
 def _chronicles(row: Dict[str, Any]) -> List[Session]:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from .command import Evaluation, name_of
 from .conversations import Conversation, Session, read_conversations
-from .generation import generate
-from .records import digest
-from .report import Table
-from .statistics import PERPLEXITY, Sample, Statistic
+from .reporting.finished_items import digest
+from .reporting.statistics import PERPLEXITY, Sample, Statistic
+from .reporting.table import Table
+from .scoring.system_decoder import generate
 
 DISTANCES = ((0, "0"), (1, "1"), (2, "2"), (3, "3"), (4, "4-7"), (8, "8-15"), (16, "16 and more"))
 
@@ -39,11 +39,15 @@ class Bleu:
         rows = np.rint(sums).astype(int).reshape(-1, 10)
         scores = [
             self._metric.compute_bleu(
-                correct=row[2:6], total=row[6:], sys_len=row[0], ref_len=row[1],
-                smooth_method=self._metric.smooth_method, smooth_value=self._metric.smooth_value,
+                correct=row[2:6],
+                total=row[6:],
+                sys_len=row[0],
+                ref_len=row[1],
+                smooth_method=self._metric.smooth_method,
+                smooth_value=self._metric.smooth_value,
             ).score
             for row in rows.tolist()
-        ]  # fmt: skip
+        ]
         return np.array(scores).reshape(sums.shape[:-1])
 
 
@@ -61,9 +65,11 @@ class Dialogue(Evaluation):
         )
         parser.add_argument("--valid", metavar="FILE", help="the same, for tuning the neural cache")
         parser.add_argument(
-            "--generate", choices=("last", "all", "none"), default="last",
+            "--generate",
+            choices=("last", "all", "none"),
+            default="last",
             help="sessions whose responses are generated for BLEU: the last of each conversation, all, or none",
-        )  # fmt: skip
+        )
         parser.add_argument("--max-new-tokens", type=int, default=60, metavar="N", help="of a response (60)")
         parser.add_argument("--beam", type=int, default=1, metavar="N", help="hypotheses (1: greedy)")
 
@@ -82,11 +88,14 @@ class Dialogue(Evaluation):
 
     def describe(self) -> Dict[str, Any]:
         return {
-            "data": name_of(self.args.data), "data_sha256": digest([self.args.data]), "generate": self.args.generate,
-            "max_new_tokens": self.args.max_new_tokens, "beam": self.args.beam,
+            "data": name_of(self.args.data),
+            "data_sha256": digest([self.args.data]),
+            "generate": self.args.generate,
+            "max_new_tokens": self.args.max_new_tokens,
+            "beam": self.args.beam,
             "valid": None if self.args.valid is None else name_of(self.args.valid),
             "sacrebleu": None if self.bleu is None else self.bleu.signature,
-        }  # fmt: skip
+        }
 
     def tuning_documents(self) -> List[Tensor]:
         conversations = [] if self.args.valid is None else read_conversations(self.args.valid)

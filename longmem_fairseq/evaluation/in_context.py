@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .command import Evaluation
-from .records import digest
-from .report import PAIRS, Table
-from .statistics import ACCURACY, Sample
-from .systems import BACKBONE, OFF, ON
-from .window import Continuation
+from .reporting.finished_items import digest
+from .reporting.statistics import ACCURACY, Sample
+from .reporting.table import PAIRS, Table
+from .scoring.systems import BACKBONE, OFF, ON
+from .scoring.window import Continuation
 
 REVIEW, INPUT = "Review: {text} Sentiment:", "Input: {text} Type:"
 CONTENT_FREE = ("N/A", "[MASK]", "")  # of contextual calibration (Zhao et al., 2021)
@@ -155,9 +155,11 @@ class InContext(Evaluation):
 
     def describe(self) -> Dict[str, Any]:
         return {
-            "sets": self.args.sets, "demonstrations": self.args.demonstrations, "in_memory": self.args.in_memory,
+            "sets": self.args.sets,
+            "demonstrations": self.args.demonstrations,
+            "in_memory": self.args.in_memory,
             "data_sha256": {name: digest(files) for name, files in self.files.items()},
-        }  # fmt: skip
+        }
 
     def tuning_documents(self) -> List[Tensor]:
         return [self._text(name, examples[:_TUNING_EXAMPLES], True) for name, examples in self.train.items()]
@@ -195,8 +197,9 @@ class InContext(Evaluation):
             "gold": [example.label for example in self._tested(name)],
             "scores": {system: found[:tested] for system, found in scores.items()},
             "content_free": {system: found[tested:] for system, found in scores.items()},
-            "prefix_tokens": len(prefix), "in_window": window.shared,
-        }  # fmt: skip
+            "prefix_tokens": len(prefix),
+            "in_window": window.shared,
+        }
 
     def _memory(self, name: str, seed: int, examples: List[Example]):
         """The memory of these demonstrations, filled once and read for all test sentences and sizes of the window."""

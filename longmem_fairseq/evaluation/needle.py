@@ -8,10 +8,10 @@ from fairseq.data import Dictionary
 from torch import Tensor
 
 from .command import Evaluation, add_memory_sizes, memory_sizes
-from .report import Table
-from .statistics import ACCURACY, Sample
-from .stream import with_cache, with_memory
-from .systems import BACKBONE, OFF, ON, WITH_CACHE
+from .reporting.statistics import ACCURACY, Sample
+from .reporting.table import Table
+from .scoring.document_stream import with_cache, with_memory
+from .scoring.systems import BACKBONE, OFF, ON, WITH_CACHE
 
 _TUNING_DOCUMENTS = 4
 _TUNING_SEED = 1_000_000  # of documents that are not tested
@@ -54,9 +54,13 @@ class Needle(Evaluation):
         )
         parser.add_argument("--length", type=int, default=60_000, metavar="N", help="tokens of a document (60000)")
         parser.add_argument(
-            "--distances", nargs="+", type=int, default=[1024, 4096, 16384, 32768], metavar="N",
+            "--distances",
+            nargs="+",
+            type=int,
+            default=[1024, 4096, 16384, 32768],
+            metavar="N",
             help="where buckets of distances end, in tokens (1024 4096 16384 32768)",
-        )  # fmt: skip
+        )
         add_memory_sizes(parser)
         parser.add_argument("--documents", type=int, default=4, metavar="N", help="of each number of facts (4)")
 

@@ -10,10 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from .command import Evaluation, name_of
-from .generation import generate
-from .records import digest
-from .report import Table
-from .statistics import ACCURACY, PERPLEXITY, Sample
+from .reporting.finished_items import digest
+from .reporting.statistics import ACCURACY, PERPLEXITY, Sample
+from .reporting.table import Table
+from .scoring.system_decoder import generate
 
 MEMORY, WINDOW = "passages in the memory", "the right passage in the window"
 _TOGETHER = 16  # questions of an item
@@ -108,9 +108,11 @@ class QuestionAnswering(Evaluation):
         parser.add_argument("--data", required=True, metavar="FILE", help="SQuAD 1.1's JSON, or our JSON lines")
         parser.add_argument("--train", metavar="FILE", help="likewise, for demonstrations and for tuning the cache")
         parser.add_argument(
-            "--demonstrations", type=int, metavar="K",
+            "--demonstrations",
+            type=int,
+            metavar="K",
             help="questions with answers, without passages, in the window before each question (4 with --train)",
-        )  # fmt: skip
+        )
         parser.add_argument("--seed", type=int, default=0, help="of the choice of demonstrations")
         parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="of an answer (20)")
         parser.add_argument("--beam", type=int, default=1, metavar="N", help="hypotheses (1: greedy)")
@@ -119,8 +121,10 @@ class QuestionAnswering(Evaluation):
         self.args, self.scorer = args, scorer
         self.shown = args.demonstrations if args.demonstrations is not None else (4 if args.train else 0)
         for option, value, least in (
-            ("max-new-tokens", args.max_new_tokens, 1), ("beam", args.beam, 1), ("demonstrations", self.shown, 0)
-        ):  # fmt: skip
+            ("max-new-tokens", args.max_new_tokens, 1),
+            ("beam", args.beam, 1),
+            ("demonstrations", self.shown, 0),
+        ):
             if value < least:
                 raise ValueError(f"--{option} {value} is less than {least}")
         if args.max_new_tokens >= scorer.size // 2:
@@ -148,10 +152,14 @@ class QuestionAnswering(Evaluation):
 
     def describe(self) -> Dict[str, Any]:
         return {
-            "data": name_of(self.args.data), "data_sha256": digest([self.args.data]),
-            "train": None if self.args.train is None else name_of(self.args.train), "demonstrations": self.shown,
-            "seed": self.args.seed, "max_new_tokens": self.args.max_new_tokens, "beam": self.args.beam,
-        }  # fmt: skip
+            "data": name_of(self.args.data),
+            "data_sha256": digest([self.args.data]),
+            "train": None if self.args.train is None else name_of(self.args.train),
+            "demonstrations": self.shown,
+            "seed": self.args.seed,
+            "max_new_tokens": self.args.max_new_tokens,
+            "beam": self.args.beam,
+        }
 
     def tuning_documents(self) -> List[Tensor]:
         texts = []
@@ -169,7 +177,7 @@ class QuestionAnswering(Evaluation):
         for place, past, passages in (
             (MEMORY, self._memory(article), [""] * len(questions)),
             (WINDOW, start, [question.passage + "\n\n" for question in questions]),
-        ):  # fmt: skip
+        ):
             texts = [passage + self.demonstrations + _asked(q) for passage, q in zip(passages, questions)]
             prompts = [self._encode(text, past) for text in texts]
             for system in self.scorer.systems:

@@ -39,7 +39,7 @@ class MemoryBank:
         means: mean key of each chunk, shape (L, H, N, d), float32.
         first, written: number of the first chunk a lane was given since its reset, and one past the last, shape (L,).
         resets: how often each lane began anew, shape (L,): as long as it stays the same, a chunk is what it was.
-        indices: of lanes that are searched by an index (see :class:`longmem_fairseq.memory.index.IndexSearch`).
+        indices: of lanes that are searched by an index (see :class:`longmem_fairseq.memory.search.index.IndexSearch`).
 
     Raises:
         ValueError: it would hold no chunk.
@@ -158,9 +158,15 @@ class MemoryBank:
     def __deepcopy__(self, memo) -> "MemoryBank":
         """A bank that holds the same, placed in the same way; what was overwritten or never written is not copied."""
         other = MemoryBank(
-            self.lanes, self.heads, self.head_dim, self.chunks * self.chunk_size, self.chunk_size, self.keys.dtype,
-            exact_means=self._tail.dtype != self.keys.dtype, placement=self.placement,
-        )  # fmt: skip
+            self.lanes,
+            self.heads,
+            self.head_dim,
+            self.chunks * self.chunk_size,
+            self.chunk_size,
+            self.keys.dtype,
+            exact_means=self._tail.dtype != self.keys.dtype,
+            placement=self.placement,
+        )
         other._tail = self._tail.clone()
         for name in ("first", "written", "position", "resets"):
             setattr(other, name, getattr(self, name).copy())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .bank import MemoryBank
-from .search import SearchFunction
+from .search.base import SearchFunction
 
 
 class MemoryBranches:

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .memory import Memory
-from .snapshot import SnapshotError, write_safetensors
+from .memory_file import SnapshotError, write_safetensors
+from .stream_memory import Memory
 
 FORMAT = "longmem training memory 1"
 

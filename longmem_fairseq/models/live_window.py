@@ -47,11 +47,9 @@ class LiveWindow:
         if size < 2:
             raise ValueError(f"--tokens-per-sample {size} is too small to generate: a window has at least 2 tokens")
         if longest is not None and size > longest:
-            raise ValueError(
-                f"--tokens-per-sample {size} is longer than the backbone's {longest} positions: lower it"
-            )
+            raise ValueError(f"--tokens-per-sample {size} is longer than the backbone's {longest} positions: lower it")
         self.decoder, self.size = decoder, size
-        self.branches: Optional[MemoryBranches] = decoder.memory_branches(rows, base) if decoder.remembers else None
+        self.branches: Optional[MemoryBranches] = decoder.memory_branches(rows, base) if decoder.has_memory else None
         self.tokens = torch.zeros(rows, 0, dtype=torch.int64, device=decoder.device)
         self.lengths = np.zeros(rows, dtype=np.int64)
 
@@ -142,9 +140,7 @@ def _replace(old: Tensor, rows: Tensor, new: Tensor, S: int) -> Tensor:
 
 
 @torch.no_grad()
-def prefill(
-    decoder, inputs: Sequence[Tensor], size: int, base: Optional[MemoryBank] = None
-) -> Dict[str, Any]:
+def prefill(decoder, inputs: Sequence[Tensor], size: int, base: Optional[MemoryBank] = None) -> Dict[str, Any]:
     """Read what precedes the first input of generation: an incremental state to go on from.
 
     Whole segments go into the memory, encoded side by side and only as far up as the memory layer; the rest becomes
@@ -178,12 +174,10 @@ def _remember(window: LiveWindow, inputs: Sequence[Tensor], whole: Sequence[int]
         for begin in range(0, len(jobs), at_once):
             batch = jobs[begin : begin + at_once]
             tokens = torch.stack([inputs[row][s * size : (s + 1) * size] for s, row in batch])  # (b, T)
-            encoded = window.decoder.backbone.remember(tokens)
+            encoded = window.decoder.backbone.encode_for_memory(tokens)
             for s in sorted({s for s, _ in batch}):
                 own = [i for i, (segment, _) in enumerate(batch) if segment == s]
-                window.branches.write(
-                    [batch[i][1] for i in own], tokens[own], encoded.keys[own], encoded.values[own]
-                )
+                window.branches.write([batch[i][1] for i in own], tokens[own], encoded.keys[own], encoded.values[own])
             progress.update(tokens.numel())
 
 

@@ -10,10 +10,10 @@ from fairseq.utils import safe_getattr
 from omegaconf import II, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..memory.index_spec import FLAT, index_spec
+from ..backbones.base import Backbone
 from ..memory.placement import DEVICES, choose_placement
-from ..memory.search import SEARCHES, has_faiss_gpu
-from .frozen_backbone import Backbone
+from ..memory.search.base import SEARCHES, has_faiss_gpu
+from ..memory.search.index_spec import FLAT, index_spec
 from .longmem_decoder import MEMORY_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,7 @@ class LongMemConfig(FairseqDataclass):
     retrieval_layer_index: int = field(
         default=17, metadata={"help": "backbone layer, counted from 0, whose keys and values are remembered"}
     )
-    layer_reduction_factor: int = field(
-        default=2, metadata={"help": "backbone layers per layer of the side network"}
-    )
+    layer_reduction_factor: int = field(default=2, metadata={"help": "backbone layers per layer of the side network"})
     reload_ptm_layer: bool = field(
         default=True,
         metadata={"help": "start the side network from backbone layers (random instead: --no-reload-ptm-layer)"},
@@ -162,9 +160,7 @@ def check_options(cfg, backbone: Backbone) -> None:
     longest = backbone.max_positions
     segment = safe_getattr(cfg, "tokens_per_sample", None)
     if longest is not None and segment is not None and segment > longest:
-        raise ValueError(
-            f"--tokens-per-sample {segment} is longer than the backbone's {longest} positions: lower it"
-        )
+        raise ValueError(f"--tokens-per-sample {segment} is longer than the backbone's {longest} positions: lower it")
     if not cfg.use_external_memory or cfg.memory_size == 0:
         logger.info("the memory is off")
         return

@@ -13,20 +13,20 @@ from fairseq.modules import LayerNorm
 from fairseq.utils import safe_getattr
 from torch import Tensor, nn
 
+from ..backbones.base import Backbone, EncodedSegment
 from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
-from ..memory.index import IndexSearch
-from ..memory.index_spec import FLAT, index_spec
-from ..memory.memory import Memory, MemoryReader
 from ..memory.placement import Placement, choose_placement
-from ..memory.search import SearchFunction, choose_search
-from ..memory.shared import SharedMemory
+from ..memory.search.base import SearchFunction, choose_search
+from ..memory.search.index import IndexSearch
+from ..memory.search.index_spec import FLAT, index_spec
+from ..memory.stream_memory import Memory, MemoryReader
 from ..modules.joint_attention import memory_attention, naive_memory_attention
 from ..modules.layer_norm import set_layer_norm_eps
 from ..modules.self_attention import SelfAttention
 from ..modules.side_layer import build_side_layer, side_layer_config
-from .frozen_backbone import Backbone, Encoded
+from ..released.shared_memory import SharedMemory
 from .live_window import WINDOW, LiveWindow
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         backbone: frozen.
 
     Attributes:
-        goes_on: a call without segments goes on where the call before it ended, row by row (for use without a task).
+        stateful: a call without segments goes on where the call before it ended, row by row (for use without a task).
     """
 
     def __init__(self, cfg, dictionary, backbone: Backbone):
@@ -55,9 +55,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         self.reduction = cfg.layer_reduction_factor
         self.reading_layer = cfg.retrieval_layer_index // self.reduction
         backbone.normalize_last_hidden = cfg.normalize_last_hidden
-        layer_cfg = side_layer_config(
-            backbone.decoder.cfg, cfg.dropout, cfg.attention_dropout, cfg.side_activation_fn
-        )
+        layer_cfg = side_layer_config(backbone.decoder.cfg, cfg.dropout, cfg.attention_dropout, cfg.side_activation_fn)
         self.layers = nn.ModuleList(
             build_side_layer(backbone.decoder.layers[0], layer_cfg, j == self.reading_layer, cfg.checkpoint_activations)
             for j in range(backbone.num_layers // self.reduction)
@@ -70,10 +68,10 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         self._memories: Dict[bool, Memory] = {}
         self._searches: Dict[Tuple, SearchFunction] = {}
         self._attention = memory_attention
-        self.goes_on = False
+        self.stateful = False
 
     @property
-    def remembers(self) -> bool:
+    def has_memory(self) -> bool:
         """Whether there is a memory at all."""
         return self.cfg.use_external_memory and self.cfg.memory_size > 0
 
@@ -82,7 +80,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         """Whether all lanes read and write one memory, as the released code's do."""
         return str(safe_getattr(self.cfg, "memory_scope", "document")) == "shared"
 
-    def write_out_attention(self) -> None:
+    def use_released_attention(self) -> None:
         """Compute all attention step by step: slower, and rounded as in the released code."""
         self._attention = naive_memory_attention
         for module in self.modules():
@@ -112,7 +110,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         Args:
             prev_output_tokens: shape (B, T), int64; padding only behind a row's tokens.
             src_lengths: ignored; ``segments`` has the lengths.
-            segments: where each row stands in its lane's stream; with ``goes_on``, by default what follows the tokens
+            segments: where each row stands in its lane's stream; with ``stateful``, by default what follows the tokens
                 that lanes 0 to B - 1 were given before.
             features_only: return features (B, T, D) in place of logits.
             read_only: do not remember this segment.
@@ -136,7 +134,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         if segments is None:
             segments = self._next_segments(prev_output_tokens)
         encoded = self.backbone(prev_output_tokens)
-        memory = self.memory(segments, encoded.keys) if self.remembers else None
+        memory = self.memory(segments, encoded.keys) if self.has_memory else None
         reader = memory.open(segments) if memory is not None else None
         states = self.side_network(encoded, reader)
         if memory is not None and not read_only:
@@ -164,7 +162,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
 
     def _next_segments(self, tokens: Tensor) -> Segments:
         """The place of tokens (B, T) that follow those of the call before."""
-        if not self.goes_on:
+        if not self.stateful:
             raise ValueError(
                 "longmem_lm was called without segments, so it cannot know whose past it should remember: run it with "
                 "--task longmem_language_modeling"
@@ -178,7 +176,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         lengths = T - np.argmax(real[:, ::-1], axis=1)  # up to the last token that is no padding
         return Segments(lanes, zeros, zeros if memory is None else memory.ends(lanes), lengths, B)
 
-    def side_network(self, encoded: Encoded, reader: Optional[MemoryReader], incremental_state=None) -> list:
+    def side_network(self, encoded: EncodedSegment, reader: Optional[MemoryReader], incremental_state=None) -> list:
         """x_0 to x_{N/R}, each (T, B, D): x_{j+1} = SideLayer_j(x_j) + (h_{R(j+1)} - h_{Rj})."""
         states = [encoded.hidden[0]]
         for j, layer in enumerate(self.layers):
@@ -201,9 +199,9 @@ class LongMemDecoder(FairseqIncrementalDecoder):
 
         With ``join`` the lanes are emptied first, and their streams may begin anywhere (replay of a stream's end).
         """
-        if not self.remembers:
+        if not self.has_memory:
             return
-        encoded = self.backbone.remember(tokens)
+        encoded = self.backbone.encode_for_memory(tokens)
         memory = self.memory(segments, encoded.keys)
         memory.join(segments) if join else memory.open(segments)
         memory.write(segments, encoded.keys, encoded.values)
@@ -259,9 +257,15 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         like = self.backbone.decoder.layers[0].self_attn_layer_norm.weight if like is None else like
         dtype = like.dtype if cfg.memory_dtype == "auto" else MEMORY_DTYPES[cfg.memory_dtype]
         return MemoryBank(
-            lanes, self.backbone.num_heads, self.backbone.head_dim, cfg.memory_size, cfg.chunk_size, dtype,
-            exact_means=self.shares_memory, placement=self._placement(like.device),
-        )  # fmt: skip
+            lanes,
+            self.backbone.num_heads,
+            self.backbone.head_dim,
+            cfg.memory_size,
+            cfg.chunk_size,
+            dtype,
+            exact_means=self.shares_memory,
+            placement=self._placement(like.device),
+        )
 
     def _placement(self, device: torch.device) -> Placement:
         """Where a bank lies of a model that is on a device."""
@@ -272,9 +276,12 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         """What searches the banks of a model that is on a device; always the same, which counts its recall."""
         cfg = self.cfg
         settings = (
-            str(cfg.memory_search), cfg.memory_index, cfg.memory_index_parameters, cfg.memory_size // cfg.chunk_size,
+            str(cfg.memory_search),
+            cfg.memory_index,
+            cfg.memory_index_parameters,
+            cfg.memory_size // cfg.chunk_size,
             self._placement(device).means,
-        )  # fmt: skip
+        )
         if settings not in self._searches:
             search, index, parameters, chunks, lies = settings
             found = choose_search(search, lies)
@@ -295,22 +302,26 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         bank = self.new_bank(1 if shared else lanes, like)
         logger.info(
             "memory for %s: %d lanes x %d tokens (%s) on %s, %.1f MiB, search by %s",
-            "training" if self.training else "evaluation", bank.lanes, cfg.memory_size,
-            str(bank.keys.dtype).split(".")[-1], bank.placement, bank.nbytes / 2**20,
+            "training" if self.training else "evaluation",
+            bank.lanes,
+            cfg.memory_size,
+            str(bank.keys.dtype).split(".")[-1],
+            bank.placement,
+            bank.nbytes / 2**20,
             getattr(self._search(like.device), "__name__", cfg.memory_index).replace("_search", ""),
         )
         parts = bank, self._search(like.device), self._attention, cfg.k // cfg.chunk_size
         # Outside a task several segments may come before one backward pass.
-        return SharedMemory(*parts, keep_reads=self.goes_on) if shared else Memory(*parts)
+        return SharedMemory(*parts, keep_reads=self.stateful) if shared else Memory(*parts)
 
-    def lagging(self, segments: Segments) -> np.ndarray:
+    def needs_replay(self, segments: Segments) -> np.ndarray:
         """Rows whose memory is not where their segment starts, shape (B,), bool; none with the memory off."""
         memory = self._memories.get(self.training)
-        if not self.remembers:
+        if not self.has_memory:
             return np.zeros(len(segments), dtype=bool)
         if memory is None or (memory.lanes is not None and memory.lanes < segments.n_lanes):
             return segments.starts > 0
-        return memory.lagging(segments)
+        return memory.needs_replay(segments)
 
     def max_positions(self) -> Optional[int]:
         """No limit: however long a document, it is read segment by segment."""

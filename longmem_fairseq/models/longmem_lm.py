@@ -12,9 +12,9 @@ from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ..backbones.loading import NAME_IT, Backbone, BackboneError, backbone_config, build_backbone, load_backbone
 from ..data.segments import Segments
-from . import released_checkpoint
-from .backbone import NAME_IT, Backbone, BackboneError, backbone_config, build_backbone, load_backbone
+from ..released import released_checkpoint
 from .longmem_config import OTHER_TASK, LongMemConfig, check_options, check_task, with_defaults
 from .longmem_decoder import LongMemDecoder
 
@@ -75,7 +75,10 @@ class LongMemModel(FairseqLanguageModel):
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info(
             "side network: %d layers, layer %d reads the memory of backbone layer %d; %s parameters to train",
-            len(decoder.layers), decoder.reading_layer, cfg.retrieval_layer_index, f"{trained:,}",
+            len(decoder.layers),
+            decoder.reading_layer,
+            cfg.retrieval_layer_index,
+            f"{trained:,}",
         )
         return model
 
@@ -91,9 +94,9 @@ class LongMemModel(FairseqLanguageModel):
         """What the memory holds (see :meth:`LongMemDecoder.memory_contents`)."""
         return self.decoder.memory_contents(lane)
 
-    def lagging(self, segments: Segments) -> np.ndarray:
+    def needs_replay(self, segments: Segments) -> np.ndarray:
         """Rows whose memory is not where their segment starts, shape (B,), bool."""
-        return self.decoder.lagging(segments)
+        return self.decoder.needs_replay(segments)
 
     def memorize(self, src_tokens: Tensor, segments: Segments, join: bool = False) -> None:
         """Remember tokens without reading them (see :meth:`LongMemDecoder.memorize`)."""
@@ -102,7 +105,7 @@ class LongMemModel(FairseqLanguageModel):
     @property
     def memory_tokens(self) -> int:
         """Tokens of a stream's past that decide its memory: what it holds, and the start of a chunk."""
-        return self.cfg.memory_size + self.cfg.chunk_size if self.decoder.remembers else 0
+        return self.cfg.memory_size + self.cfg.chunk_size if self.decoder.has_memory else 0
 
     def state_dict(self, *args, **kwargs):
         """The side network's weights and the backbone's fingerprint; the backbone itself with --save-backbone."""
@@ -156,7 +159,7 @@ class LongMemModel(FairseqLanguageModel):
                 if key in state_dict and not torch.equal(ours.cpu(), state_dict[key].to(ours.dtype)):
                     raise BackboneError(
                         f"the checkpoint's copy of its backbone differs from {self.cfg.pretrained_model_path}, first "
-                        f"in {key[len(_BACKBONE):]}: name the backbone that it was trained on, or none"
+                        f"in {key[len(_BACKBONE) :]}: name the backbone that it was trained on, or none"
                     )
 
     def set_num_updates(self, num_updates):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory.bank import MemoryBank
-from ..memory.library import Document, Library
+from ..memory.document_memory import Document, DocumentMemory
 from ..modules.memory_masses import chunk_masses, chunk_scores
 from ..progress import token_bar
 
@@ -95,7 +95,13 @@ def _largest(chunks: Tensor, shares: Tensor) -> Tensor:
 
 @torch.no_grad()
 def trace_reads(
-    decoder, tokens: Tensor, size: int, library: Library, begin: int = 0, length: Optional[int] = None, kept: int = 8
+    decoder,
+    tokens: Tensor,
+    size: int,
+    document_memory: DocumentMemory,
+    begin: int = 0,
+    length: Optional[int] = None,
+    kept: int = 8,
 ) -> Trace:
     """Read a text behind what a library has, segment by segment as evaluation does, and note what is read.
 
@@ -115,7 +121,7 @@ def trace_reads(
         raise ValueError(f"the text has tokens 0 to {len(tokens) - 1}: none lies between {begin} and {end}")
     if kept < 1:
         raise ValueError(f"{kept} reads of each token would show nothing: keep at least 1")
-    branches = decoder.memory_branches(1, library.bank)
+    branches = decoder.memory_branches(1, document_memory.bank)
     gates = torch.sigmoid(decoder.layers[decoder.reading_layer].self_attn.memory_gate.float())
     tokens = tokens.to(decoder.device)
     inputs = torch.cat([tokens.new_tensor([decoder.dictionary.eos()]), tokens[:-1]])
@@ -124,7 +130,7 @@ def trace_reads(
         for first in range(0, end, size):
             piece = inputs[first : first + size]
             if first + size <= begin:
-                encoded = decoder.backbone.remember(piece[None])
+                encoded = decoder.backbone.encode_for_memory(piece[None])
             else:
                 encoded = decoder.backbone(piece[None])
                 branches.watch = watch = _Reads(gates, kept)
@@ -141,9 +147,21 @@ def trace_reads(
             progress.update(len(piece))
     on, off, heads, chunks, scores, masses, strongest, by_head = (torch.cat(x) for x in zip(*parts))
     return Trace(
-        tokens[begin:end].cpu(), begin, library.end, library.documents, on, off, gates.cpu(), strongest, by_head,
-        heads, chunks, scores, masses, library.bank.chunk_size,
-    )  # fmt: skip
+        tokens[begin:end].cpu(),
+        begin,
+        document_memory.end,
+        document_memory.documents,
+        on,
+        off,
+        gates.cpu(),
+        strongest,
+        by_head,
+        heads,
+        chunks,
+        scores,
+        masses,
+        document_memory.bank.chunk_size,
+    )
 
 
 def _widened(x: Tensor, columns: int) -> Tensor:

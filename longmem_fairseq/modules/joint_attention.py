@@ -15,7 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from .bags import bag_products, bag_sum
+from .row_products import row_products, weighted_row_sums
 from .self_attention import SelfAttention
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class MemoryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, absent: Optional[Tensor], scaling: float):
         """q (Q, d), tables keys and values (R, d), rows (Q, K) of the tables, absent (Q, K) bool -> (Q, d)."""
-        scores = bag_products(q, keys, rows) * scaling  # (Q, K)
+        scores = row_products(q, keys, rows) * scaling  # (Q, K)
         if absent is not None:
             scores = scores.masked_fill(absent, float("-inf"))
         weights = torch.softmax(scores, dim=-1)
@@ -39,15 +39,15 @@ class MemoryAttention(torch.autograd.Function):
             weights = torch.nan_to_num(weights)  # a query that reads nothing has no weights
         ctx.save_for_backward(keys, values, rows, weights)
         ctx.scaling = scaling
-        return bag_sum(weights.to(values.dtype), values, rows)
+        return weighted_row_sums(weights.to(values.dtype), values, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         """The memory has no gradient (it was computed by the frozen backbone); the query has."""
         keys, values, rows, weights = ctx.saved_tensors
-        products = bag_products(grad, values, rows)  # (Q, K)
+        products = row_products(grad, values, rows)  # (Q, K)
         grad_scores = weights * (products - (weights * products).sum(dim=-1, keepdim=True))
-        return bag_sum(grad_scores.to(keys.dtype), keys, rows) * ctx.scaling, None, None, None, None, None
+        return weighted_row_sums(grad_scores.to(keys.dtype), keys, rows) * ctx.scaling, None, None, None, None, None
 
 
 @functools.lru_cache(maxsize=None)
@@ -89,10 +89,10 @@ def memory_attention(q: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, slo
         from .memory_attention_triton import memory_attention_triton
 
         return memory_attention_triton(q, keys, values, lanes, slots, scaling)
-    return bag_memory_attention(q, keys, values, lanes, slots, scaling)
+    return row_memory_attention(q, keys, values, lanes, slots, scaling)
 
 
-def bag_memory_attention(q, keys, values, lanes, slots, scaling) -> Tensor:
+def row_memory_attention(q, keys, values, lanes, slots, scaling) -> Tensor:
     """The same as :func:`memory_attention`, by embedding bags on any device."""
     B, H, T, d = q.shape
     L, _, N, C, _ = keys.shape
@@ -175,5 +175,3 @@ class JointAttention(SelfAttention):
         if present is not None:
             gate = gate * present.to(gate.dtype).view(-1, 1, 1, 1)
         return (1 - gate) * local + gate * memory
-
-

@@ -28,9 +28,22 @@ def _tokens(slots, row, n, start, base, C: tl.constexpr, d: tl.constexpr, BLOCK_
 
 @triton.jit(do_not_specialize=["H", "T", "N", "n"])
 def _forward(
-    q, keys, values, lanes, slots, out, scaling, H, T, N, n,
-    C: tl.constexpr, d: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    q,
+    keys,
+    values,
+    lanes,
+    slots,
+    out,
+    scaling,
+    H,
+    T,
+    N,
+    n,
+    C: tl.constexpr,
+    d: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)  # of q as (B * H * T, d)
     base = (tl.load(lanes + row // (H * T)) * H + row // T % H) * N  # first slot of this lane and head
     column = tl.arange(0, BLOCK_D)
@@ -58,9 +71,23 @@ def _forward(
 
 @triton.jit(do_not_specialize=["H", "T", "N", "n"])
 def _backward(
-    q, keys, values, lanes, slots, grad, grad_q, scaling, H, T, N, n,
-    C: tl.constexpr, d: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    q,
+    keys,
+    values,
+    lanes,
+    slots,
+    grad,
+    grad_q,
+    scaling,
+    H,
+    T,
+    N,
+    n,
+    C: tl.constexpr,
+    d: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     # With weights w and products p = grad . value, the gradient is sum w (p - mean p) key, mean over w. It is taken
     # in one pass from sums of w, w p, w key and w p key; p is counted from the first block's mean, without which the
     # difference of two large sums would lose digits where one token has nearly all the weight.

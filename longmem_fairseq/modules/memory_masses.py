@@ -7,7 +7,7 @@ tokens of a chunk, n chunks read per query and head.
 import torch
 from torch import Tensor
 
-from .bags import bag_products
+from .row_products import row_products
 
 
 def chunk_scores(q: Tensor, means: Tensor, lanes: Tensor, slots: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def chunk_scores(q: Tensor, means: Tensor, lanes: Tensor, slots: Tensor) -> Tens
     device = q.device
     q, lanes, slots = (x.to(means.device) for x in (q, lanes, slots))  # the memory may lie elsewhere
     rows = _first_rows(means, lanes, slots)
-    products = bag_products(q.float().reshape(-1, q.size(-1)), means.view(-1, means.size(-1)), rows.flatten(0, 2))
+    products = row_products(q.float().reshape(-1, q.size(-1)), means.view(-1, means.size(-1)), rows.flatten(0, 2))
     return products.view(slots.shape).masked_fill(slots < 0, 0.0).to(device)
 
 
@@ -46,7 +46,7 @@ def chunk_masses(q: Tensor, keys: Tensor, lanes: Tensor, slots: Tensor, scaling:
     q, lanes, slots = (x.to(keys.device) for x in (q, lanes, slots))
     tokens = torch.arange(C, device=slots.device)
     rows = _first_rows(keys, lanes, slots)[..., None] * C + tokens  # (B, H, T, n, C)
-    products = bag_products(q.reshape(-1, d), keys.view(-1, d), rows.flatten(3).flatten(0, 2)).view(rows.shape)
+    products = row_products(q.reshape(-1, d), keys.view(-1, d), rows.flatten(3).flatten(0, 2)).view(rows.shape)
     scores = (products * scaling).masked_fill((slots < 0)[..., None], float("-inf"))
     return torch.nan_to_num(torch.softmax(scores.flatten(3), dim=-1)).view(rows.shape).sum(dim=-1).to(device)
 

@@ -8,8 +8,8 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..released.parallel_layer import ParallelLayer
 from .joint_attention import JointAttention
-from .parallel_layer import ParallelLayer
 from .self_attention import SelfAttention
 
 
@@ -18,21 +18,21 @@ class _Reading(nn.Module):
 
     recompute = False
 
-    def forward(self, x: Tensor, ladder: Tensor, reader=None, incremental_state=None) -> Tensor:
-        """This layer of x, plus ``ladder``: (T, B, D) all, reading from ``reader`` where this layer reads at all."""
+    def forward(self, x: Tensor, skip: Tensor, reader=None, incremental_state=None) -> Tensor:
+        """This layer of x, plus ``skip``: (T, B, D) all, reading from ``reader`` where this layer reads at all."""
         # The plain form of checkpointing keeps gradients of parameters whose input needs none, as x_0's does not.
         if self.recompute and self.training:
-            return checkpoint(self._forward, x, ladder, reader, incremental_state, use_reentrant=False)
-        return self._forward(x, ladder, reader, incremental_state)
+            return checkpoint(self._forward, x, skip, reader, incremental_state, use_reentrant=False)
+        return self._forward(x, skip, reader, incremental_state)
 
-    def _forward(self, x: Tensor, ladder: Tensor, reader, incremental_state) -> Tensor:
+    def _forward(self, x: Tensor, skip: Tensor, reader, incremental_state) -> Tensor:
         if isinstance(self.self_attn, JointAttention):
             with self.self_attn.reading(reader):
-                return self._add(x, ladder, incremental_state)
-        return self._add(x, ladder, incremental_state)
+                return self._add(x, skip, incremental_state)
+        return self._add(x, skip, incremental_state)
 
-    def _add(self, x: Tensor, ladder: Tensor, incremental_state) -> Tensor:
-        return super().forward(x, incremental_state=incremental_state)[0] + ladder
+    def _add(self, x: Tensor, skip: Tensor, incremental_state) -> Tensor:
+        return super().forward(x, incremental_state=incremental_state)[0] + skip
 
     def start_from(self, layer: nn.Module) -> None:
         """Take over the weights of a backbone layer; the gate, which has none there, stays as it is."""
@@ -70,9 +70,9 @@ class ParallelSideLayer(_Reading, ParallelLayer):
         super().__init__(cfg, JointAttention if reads_memory else SelfAttention)
         self.recompute = recompute
 
-    def _add(self, x: Tensor, ladder: Tensor, incremental_state) -> Tensor:
+    def _add(self, x: Tensor, skip: Tensor, incremental_state) -> Tensor:
         # In the order of the released code, which decides the last digits.
-        return ParallelLayer.forward(self, x, incremental_state=incremental_state, residual=ladder + x)[0]
+        return ParallelLayer.forward(self, x, incremental_state=incremental_state, residual=skip + x)[0]
 
 
 def build_side_layer(like: nn.Module, cfg: TransformerConfig, reads_memory: bool, recompute: bool) -> _Reading:

@@ -18,7 +18,7 @@ from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 
 from ..data.manifest import dictionary_fingerprint
-from ..models.safe_load import load_safely, why_unreadable
+from ..safe_load import load_safely, why_unreadable
 
 logger = logging.getLogger(__name__)
 

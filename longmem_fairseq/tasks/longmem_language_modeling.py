@@ -15,18 +15,19 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from omegaconf import OmegaConf
 
 from ..data.directories import has_split, open_split
-from ..data.documents import DocumentDataset
+from ..data.document_dataset import DocumentDataset
 from ..data.lane_dataset import LaneDataset
 from ..data.lane_iterator import LaneIterator
 from ..data.manifest import dictionary_fingerprint
 from ..modules.mixed_precision import compute_products_in
-from .catch_up import catch_up
+from ..text import encode_text, one_line
 from .checkpoints import Restored, check_dictionary, check_space, prepare_restore, read_checkpoint
-from .evaluation import Evaluation
-from .generation import Conversation, LongMemGenerator, check_generation
+from .evaluation_batches import Evaluation
+from .generator import Conversation, LongMemGenerator, check_generation
 from .memory_snapshots import MemorySnapshots, before_each_checkpoint
 from .options import LongMemLanguageModelingConfig, check_options
-from .prompts import PromptDataset, encode_text, one_line
+from .prompt_dataset import PromptDataset
+from .replay import replay
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,9 @@ FROM_CHECKPOINT = ("tokens_per_sample", "memory_scope")  # settings that evaluat
 class LongMemLanguageModelingTask(LanguageModelingTask):
     """Language modelling over documents that are read segment by segment, each on a lane of its own.
 
-    Any language model of fairseq can be trained and evaluated with it; one that has a memory (``memorize``, ``lagging``
-    and ``memory_tokens``) is told in ``net_input["segments"]`` which lane and place each row of a batch continues.
+    Any language model of fairseq can be trained and evaluated with it. One that has a memory (``memorize``,
+    ``needs_replay`` and ``memory_tokens``) is given ``net_input["segments"]``: the lane and place that each row of a
+    batch continues.
     """
 
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
@@ -171,8 +173,10 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             if split != self.args.train_subset and len(having) > 1:
                 logger.warning(
                     "%s is read from %s alone, as fairseq does it; there is also one in %s",
-                    split, paths[0], ", ".join(path for path in having if path != paths[0]),
-                )  # fmt: skip
+                    split,
+                    paths[0],
+                    ", ".join(path for path in having if path != paths[0]),
+                )
             paths = [paths[(epoch - 1) % len(paths)]]
         dataset = DocumentDataset(open_split(paths, split, self.dictionary, combine), self.dictionary, split)
         mean = dataset.tokens / len(dataset)
@@ -183,8 +187,9 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             logger.warning(
                 "%s: items of %.0f tokens on average are much shorter than a segment; if they are lines of texts, "
                 "join them with --memory-scope stream, or keep documents whole with preprocess/binarize_documents.py",
-                split, mean,
-            )  # fmt: skip
+                split,
+                mean,
+            )
         if self.args.prompt_tokens is not None:
             return self._prompts_of(split, dataset)
         self.datasets[split] = dataset
@@ -207,9 +212,13 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         if not whole:
             raise ValueError(f"no document of {split} has more than --prompt-tokens {n} tokens: lower it")
         self.datasets[split] = PromptDataset(
-            [document[:n] for document in whole.values()], self.dictionary, self.args.tokens_per_sample,
-            in_order=self.args.memorize_turns, targets=[document[n:] for document in whole.values()], ids=list(whole),
-        )  # fmt: skip
+            [document[:n] for document in whole.values()],
+            self.dictionary,
+            self.args.tokens_per_sample,
+            in_order=self.args.memorize_turns,
+            targets=[document[n:] for document in whole.values()],
+            ids=list(whole),
+        )
         return self.datasets[split]
 
     def build_dataset_for_inference(self, src_tokens, src_lengths, constraints=None, **kwargs) -> PromptDataset:
@@ -224,9 +233,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             src_tokens, self.dictionary, self.args.tokens_per_sample, in_order=self.args.memorize_turns
         )
 
-    def build_generator(
-        self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None
-    ):
+    def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None):
         """fairseq's generator; for models with a memory one that reads prompts into it (:class:`LongMemGenerator`).
 
         Raises:
@@ -240,9 +247,12 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         if "lm_model" not in others:
             others.pop("lm_weight", None)
         generator = super().build_generator(
-            models, args, functools.partial(LongMemGenerator, segment=self.args.tokens_per_sample), others,
+            models,
+            args,
+            functools.partial(LongMemGenerator, segment=self.args.tokens_per_sample),
+            others,
             prefix_allowed_tokens_fn,
-        )  # fmt: skip
+        )
         self._conversation = Conversation(generator, self.args, self._encode_text)
         return generator
 
@@ -312,10 +322,23 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         """
         if not isinstance(dataset, DocumentDataset):  # such as what generation builds
             return super().get_batch_iterator(
-                dataset, max_tokens, max_sentences, max_positions, ignore_invalid_inputs, required_batch_size_multiple,
-                seed, num_shards, shard_id, num_workers, epoch, data_buffer_size, disable_iterator_cache,
-                skip_remainder_batch, grouped_shuffling, update_epoch_batch_itr,
-            )  # fmt: skip
+                dataset,
+                max_tokens,
+                max_sentences,
+                max_positions,
+                ignore_invalid_inputs,
+                required_batch_size_multiple,
+                seed,
+                num_shards,
+                shard_id,
+                num_workers,
+                epoch,
+                data_buffer_size,
+                disable_iterator_cache,
+                skip_remainder_batch,
+                grouped_shuffling,
+                update_epoch_batch_itr,
+            )
         if skip_remainder_batch:
             raise ValueError(
                 "--skip-remainder-batch would drop tokens, but every token of a document is read: leave it out"
@@ -336,8 +359,12 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             self._layouts[dataset.split] = layout
             logger.info(
                 "%s: %d lanes on each of %d ranks, %s batches of up to %d tokens a lane",
-                dataset.split, lanes.n_lanes, num_shards, f"{lanes.steps:,}", lanes.T,
-            )  # fmt: skip
+                dataset.split,
+                lanes.n_lanes,
+                num_shards,
+                f"{lanes.steps:,}",
+                lanes.T,
+            )
         return LaneIterator(lanes, shard_id, epoch, num_workers, data_buffer_size, begins=self._begin)
 
     def _begin(self, epoch: LaneIterator, training: bool) -> None:
@@ -373,7 +400,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         if "segments" in sample["net_input"]:
             split = sample["split"]
             lanes = self._lanes[(split, training) if (split, training) in self._lanes else (split, not training)]
-            catch_up(sample, model, lanes, autocast)
+            replay(sample, model, lanes, autocast)
 
     def _save_memory(self) -> None:
         self._snapshots.save(self._model, self._epoch())

@@ -16,10 +16,10 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 
 from ..data.lane_iterator import LaneIterator
-from ..memory.snapshot import SnapshotError
+from ..memory.memory_file import SnapshotError
 from ..memory.training_snapshot import load_training_memory, save_training_memory
 from .checkpoints import Restored, place_in
-from .generation import backbone_identity
+from .generator import backbone_identity
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class MemorySnapshots:
             sample: that batch, on the model's device.
             model: what is trained, in training.
             iterator: which the batch comes from.
-            autocast: as for :func:`longmem_fairseq.tasks.catch_up.catch_up`.
+            autocast: as for :func:`longmem_fairseq.tasks.replay.replay`.
 
         Raises:
             SnapshotError: the snapshot is damaged, or of another place, backbone or setting.
@@ -136,19 +136,19 @@ class MemorySnapshots:
         if restored is None:
             return
         segments = sample["net_input"]["segments"]
-        rows = model.lagging(segments)
+        rows = model.needs_replay(segments)
         if not rows.any():
             return
         began = time.time()
         path = _path(os.path.dirname(restored.path), iterator, restored.batches)
         try:
             with torch.autocast("cuda", enabled=autocast):  # a token says in which precision memory is kept
-                like = model.decoder.backbone.remember(sample["net_input"]["src_tokens"][:, :1]).keys
+                like = model.decoder.backbone.encode_for_memory(sample["net_input"]["src_tokens"][:, :1]).keys
             memory = model.decoder.memory(segments, like)
             load_training_memory(path, memory, _about(model, iterator, restored.batches))
         except SnapshotError as error:
             raise SnapshotError(f"{error}: {_REPLAY}") from error
-        if model.lagging(segments).any():
+        if model.needs_replay(segments).any():
             raise SnapshotError(f"the memory in {path} does not reach the batch that comes next: {_REPLAY}")
         logger.info("memory of %d lanes read from %s in %.1f s", rows.sum(), path, time.time() - began)
 

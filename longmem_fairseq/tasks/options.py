@@ -10,7 +10,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import II
 
 from ..data.lane_dataset import SCOPES
-from ..memory.snapshot import DTYPES
+from ..memory.memory_file import DTYPES
 
 logger = logging.getLogger(__name__)
 

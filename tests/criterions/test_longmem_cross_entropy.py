@@ -274,6 +274,7 @@ def test_logging_keeps_no_graph(model):
 
 def test_works_through_a_wrapper_of_distributed_training(model):
     """Which passes attributes on, as fairseq's does."""
+
     class Parallel(torch.nn.Module):
         def __init__(self, module):
             super().__init__()

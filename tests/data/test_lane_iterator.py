@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fairseq.data.iterators import GroupedIterator
 
-from longmem_fairseq.data.documents import DocumentDataset, find_split
+from longmem_fairseq.data.document_dataset import DocumentDataset, find_split
 from longmem_fairseq.data.lane_dataset import LaneDataset
 from longmem_fairseq.data.lane_iterator import LaneIterator
 from tests.fairseq_runs import make_dictionary, random_documents, write_data

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem_fairseq.data.tokens import HEADER, TokenFile
+from longmem_fairseq.data.token_file import HEADER, TokenFile
 from tests.fairseq_runs import write_split
 
 DOCUMENTS = [np.arange(4, 4 + n) for n in (3, 1, 40, 7)]

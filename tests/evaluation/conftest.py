@@ -9,7 +9,7 @@ from fairseq.data import Dictionary
 from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf, open_dict
 
-from longmem_fairseq.evaluation.scorer import Scorer
+from longmem_fairseq.evaluation.scoring.scorer import Scorer
 from longmem_fairseq.models.longmem_lm import LongMemConfig
 from longmem_fairseq.tasks.options import LongMemLanguageModelingConfig
 from tests.models.tiny import build_longmem, randomize, stock_config, stock_model, write_checkpoint

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longmem_fairseq.evaluation import cache as module
-from longmem_fairseq.evaluation.cache import NeuralCache, causal_log_sums, distribution, log_sums, mix
+from longmem_fairseq.memory import cache as module
+from longmem_fairseq.memory.cache import NeuralCache, causal_log_sums, distribution, log_sums, mix
 
 V, D = 7, 3
 

@@ -11,8 +11,8 @@ import pytest
 from longmem_fairseq.evaluation.compare import main, merge, named, read_plan
 from longmem_fairseq.evaluation.dialogue import Dialogue
 from longmem_fairseq.evaluation.qa import QuestionAnswering
-from longmem_fairseq.evaluation.report import PAIRS, Table
-from longmem_fairseq.evaluation.statistics import ACCURACY, PERPLEXITY, Sample
+from longmem_fairseq.evaluation.reporting.statistics import ACCURACY, PERPLEXITY, Sample
+from longmem_fairseq.evaluation.reporting.table import PAIRS, Table
 from tests.repository import ROOT
 
 PLAN = {

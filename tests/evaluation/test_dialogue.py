@@ -11,7 +11,7 @@ import torch
 from longmem_fairseq.evaluation.command import main, parser_of, run
 from longmem_fairseq.evaluation.conversations import read_conversations
 from longmem_fairseq.evaluation.dialogue import Bleu, Dialogue
-from longmem_fairseq.evaluation.generation import generate
+from longmem_fairseq.evaluation.scoring.system_decoder import generate
 
 T = 64
 SESSIONS = [

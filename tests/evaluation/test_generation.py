@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from longmem_fairseq.evaluation.cache import CacheSettings, distribution
-from longmem_fairseq.evaluation.generation import generate
-from longmem_fairseq.evaluation.systems import BACKBONE, ON
+from longmem_fairseq.evaluation.scoring.system_decoder import generate
+from longmem_fairseq.evaluation.scoring.systems import BACKBONE, ON
+from longmem_fairseq.memory.cache import CacheSettings, distribution
 from tests.evaluation.conftest import T
 from tests.evaluation.test_scorer import bank_bytes, tokens_of
 

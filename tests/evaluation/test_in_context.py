@@ -123,7 +123,7 @@ def test_calibration():
 
 
 def test_memories_are_filled_once(files, data, tmp_path, monkeypatch):
-    from longmem_fairseq.evaluation.scorer import Scorer
+    from longmem_fairseq.evaluation.scoring.scorer import Scorer
 
     filled = []
     monkeypatch.setattr(Scorer, "memorize", lambda self, past, tokens: filled.append(len(tokens)))
@@ -134,8 +134,8 @@ def test_memories_are_filled_once(files, data, tmp_path, monkeypatch):
 def test_original_files(tmp_path):
     for name in ("SST-2", "mr"):
         (tmp_path / name).mkdir()
-    (tmp_path / "SST-2/train.tsv").write_text("sentence\tlabel\na \"quoted\" film .\t1\nbad\t0\n")
-    (tmp_path / "mr/test.csv").write_text('1,"good , \"\"very\"\" good"\n0,bad\n')
+    (tmp_path / "SST-2/train.tsv").write_text('sentence\tlabel\na "quoted" film .\t1\nbad\t0\n')
+    (tmp_path / "mr/test.csv").write_text('1,"good , ""very"" good"\n0,bad\n')
     found = read_examples(find_file(str(tmp_path), "sst2", "train"), TASKS["sst2"].labels)
     assert found == [('a "quoted" film .', 1), ("bad", 0)]
     found = read_examples(find_file(str(tmp_path), "mr", "test"), TASKS["mr"].labels)

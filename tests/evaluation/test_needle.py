@@ -9,10 +9,10 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
-from longmem_fairseq.evaluation.cache import CacheSettings
 from longmem_fairseq.evaluation.command import main, parser_of, run
 from longmem_fairseq.evaluation.needle import Needle
-from longmem_fairseq.evaluation.systems import BACKBONE, ON
+from longmem_fairseq.evaluation.scoring.systems import BACKBONE, ON
+from longmem_fairseq.memory.cache import CacheSettings
 from tests.evaluation.test_scorer import close, tokens_of
 from tests.repository import ROOT
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from longmem_fairseq.evaluation.command import main, parser_of, run
-from longmem_fairseq.evaluation.generation import generate
 from longmem_fairseq.evaluation.qa import MEMORY, WINDOW, QuestionAnswering, exact_match, f1, normalize, read_articles
+from longmem_fairseq.evaluation.scoring.system_decoder import generate
 
 T = 64
 ROWS = [

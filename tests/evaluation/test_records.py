@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from longmem_fairseq.evaluation.records import Records, digest
+from longmem_fairseq.evaluation.reporting.finished_items import Records, digest
 
 RUN = {"memory_size": 4096, "data": "x"}
 

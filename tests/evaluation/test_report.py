@@ -2,9 +2,9 @@
 
 import math
 
-from longmem_fairseq.evaluation import report as module
-from longmem_fairseq.evaluation.report import Table, as_json, as_markdown, draw, write
-from longmem_fairseq.evaluation.statistics import ACCURACY, PERPLEXITY, Sample
+from longmem_fairseq.evaluation.reporting import table as module
+from longmem_fairseq.evaluation.reporting.statistics import ACCURACY, PERPLEXITY, Sample
+from longmem_fairseq.evaluation.reporting.table import Table, as_json, as_markdown, draw, write
 
 RIGHT = {name: Sample({"1": (x, 1), "2": (x, 1)}, ACCURACY) for name, x in (("memory on", 1), ("memory off", 0))}
 LIKELY = {

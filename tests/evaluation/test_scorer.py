@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from longmem_fairseq.data.segments import Segments
-from longmem_fairseq.evaluation.cache import CacheSettings, distribution
-from longmem_fairseq.evaluation.scorer import Scorer
-from longmem_fairseq.evaluation.stream import Stream
-from longmem_fairseq.evaluation.systems import BACKBONE, OFF, ON
-from longmem_fairseq.evaluation.window import Continuation
+from longmem_fairseq.evaluation.scoring.document_stream import Stream
+from longmem_fairseq.evaluation.scoring.scorer import Scorer
+from longmem_fairseq.evaluation.scoring.systems import BACKBONE, OFF, ON
+from longmem_fairseq.evaluation.scoring.window import Continuation
 from longmem_fairseq.hub import LongMem
+from longmem_fairseq.memory.cache import CacheSettings, distribution
 from tests.evaluation.conftest import T
 from tests.fairseq_runs import TASK, make_dictionary, run, write_split
 from tests.repository import ROOT
@@ -204,7 +204,7 @@ def test_a_stream_is_a_document_read_by_all(scorer, files):
 
 def test_a_backbone_alone(files):
     scorer = Scorer.load(str(files.backbone), str(files.directory), "cpu", tokens_per_sample=T, memory_size=64)
-    assert scorer.systems == [BACKBONE] and scorer.size == T and not scorer.remembers
+    assert scorer.systems == [BACKBONE] and scorer.size == T and not scorer.has_memory
     scorer.cache = CACHE
     assert scorer.systems == [BACKBONE, "backbone + cache"]
     past = scorer.new_past()
@@ -225,7 +225,7 @@ def test_a_released_model(tmp_path):
     found = Stream(scorer, [32]).read(tokens)
     model.encode = lambda text: tokens
     close(found["memory 32"], model.score("").log_probabilities)
-    model.model.decoder.cfg.use_external_memory, model.library = False, None
+    model.model.decoder.cfg.use_external_memory, model.document_memory = False, None
     close(found[OFF], model.score("").log_probabilities)
     inputs = torch.cat([torch.tensor([2]), tokens[:-1]])
     with torch.no_grad():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from longmem_fairseq.evaluation.statistics import ACCURACY, PERPLEXITY, Sample
+from longmem_fairseq.evaluation.reporting.statistics import ACCURACY, PERPLEXITY, Sample
 
 
 def right(*flags):

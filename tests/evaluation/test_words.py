@@ -2,7 +2,7 @@
 
 import pytest
 
-from longmem_fairseq.evaluation.tokenizer import Tokenizer
+from longmem_fairseq.evaluation.scoring.text_tokenizer import Tokenizer
 from longmem_fairseq.evaluation.words import (
     NAME,
     NAME_AGAIN,

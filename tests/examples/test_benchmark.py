@@ -118,7 +118,7 @@ def test_real_keys(tmp_path):
     tensors, eos = load_file(tmp_path / "keys.safetensors"), torch.tensor([model.task.dictionary.eos()])
     texts = [model.encode((tmp_path / "texts" / name).read_text()) for name in "ab"]
     tokens = torch.cat([eos, texts[0], eos, texts[1]])
-    keys = model.model.decoder.backbone.remember(tokens[: model.task.args.tokens_per_sample][None]).keys[0]
+    keys = model.model.decoder.backbone.encode_for_memory(tokens[: model.task.args.tokens_per_sample][None]).keys[0]
     chunks = keys.size(1) // 3
     means = keys[:, : 3 * chunks].unflatten(1, (chunks, 3)).mean(dim=2)
     assert tensors["means"].shape == (keys.size(0), 30, keys.size(2)) and tensors["queries"].shape[1] == 20

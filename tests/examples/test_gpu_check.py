@@ -109,9 +109,9 @@ def test_targets():
 def test_fastest_search():
     """What only multiplies is no search, and an approximate one is not exact."""
     searches = (("product alone", 1.0, None), ("topk", 3.0, 0.0), ("two-level", 2.0, 1e-6), ("wrong", 1.5, 0.4))
-    rows = [
-        {"tokens": 64, "backend": name, "milliseconds": time, "worst": worst} for name, time, worst in searches
-    ] + [{"tokens": 64, "backend": "IVF", "milliseconds": 1.2, "recall": 0.9}]
+    rows = [{"tokens": 64, "backend": name, "milliseconds": time, "worst": worst} for name, time, worst in searches] + [
+        {"tokens": 64, "backend": "IVF", "milliseconds": 1.2, "recall": 0.9}
+    ]
     (fastest,) = gpu_report.fastest([{"part": "search", "result": {"rows": rows}}])
     assert fastest["backend"] == "two-level"
     assert gpu_report.fastest([{"part": "search", "result": None}]) == []

@@ -20,9 +20,7 @@ MODULES = ("bisect", "cmd", "code", "codeop", "colorsys", "copyreg", "heapq", "k
 
 def run(demo: Path, text: Path):
     environment = {**os.environ, "TEXT": str(text), "DEMO": str(demo), "UPDATES": "2"}
-    return subprocess.run(
-        ["bash", "examples/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run(["bash", "examples/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

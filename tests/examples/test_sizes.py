@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from examples.benchmark import sizes
-from longmem_fairseq.models.backbone import backbone_config
+from longmem_fairseq.backbones.loading import backbone_config
 from longmem_fairseq.models.longmem_lm import LongMemModel
-from longmem_fairseq.models.released_checkpoint import SIDE_NETWORK
+from longmem_fairseq.released.released_checkpoint import SIDE_NETWORK
 from tests.fairseq_runs import make_dictionary
 from tests.models.tiny import batches, documents, longmem, task_of
 from tests.repository import ROOT

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from longmem_fairseq.memory.snapshot import load_memory, save_memory
+from longmem_fairseq.memory.memory_file import load_memory, save_memory
 from longmem_fairseq.models.live_window import prefill
-from longmem_fairseq.models.released import load_released
-from longmem_fairseq.tasks.generation import backbone_identity, new_library
+from longmem_fairseq.released.released_model import load_released
+from longmem_fairseq.tasks.generator import backbone_identity, new_document_memory
 from tests.models.test_live_window import decode
 from tests.models.test_released import RECORDED, SEGMENTS
 from tests.models.tiny import documents, longmem, read
@@ -62,19 +62,21 @@ def test_decoding_in_half_precision(tmp_path, dtype):
 def test_memories_on_disk_change_devices(tmp_path, saved, loaded):
     """What a GPU remembered a CPU goes on from, and the other way round."""
     model = longmem(tmp_path, memory_search="torch")
-    libraries = {}
+    document_memories = {}
     for device in ("cpu", "cuda"):
         model = model.to(device)
-        libraries[device] = new_library(model.decoder)
+        document_memories[device] = new_document_memory(model.decoder)
         (doc,) = documents([30])
-        libraries[device].memorize("text", doc.to(device), model.decoder.backbone.remember, T)
+        document_memories[device].memorize("text", doc.to(device), model.decoder.backbone.encode_for_memory, T)
         if device == saved:
-            save_memory(str(tmp_path / "memory"), libraries[device], *backbone_identity(model.decoder), dtype="float32")
+            save_memory(
+                str(tmp_path / "memory"), document_memories[device], *backbone_identity(model.decoder), dtype="float32"
+            )
     model = model.to(loaded)
-    library = new_library(model.decoder)
-    load_memory(str(tmp_path / "memory"), library, *backbone_identity(model.decoder))
-    assert library.bank.keys.device.type == loaded
-    for found, wanted in zip(library.bank.contents(0), libraries["cpu"].bank.contents(0)):
+    document_memory = new_document_memory(model.decoder)
+    load_memory(str(tmp_path / "memory"), document_memory, *backbone_identity(model.decoder))
+    assert document_memory.bank.keys.device.type == loaded
+    for found, wanted in zip(document_memory.bank.contents(0), document_memories["cpu"].bank.contents(0)):
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search import faiss_search, has_faiss_gpu, top_indices, torch_search
+from longmem_fairseq.memory.search.base import faiss_search, has_faiss_gpu, top_indices, torch_search
 from longmem_fairseq.modules.joint_attention import (
-    bag_memory_attention,
     has_triton,
     memory_attention,
     naive_memory_attention,
+    row_memory_attention,
 )
 from tests.models.tiny import batches, documents, longmem, read
 
@@ -79,7 +79,7 @@ def test_two_levels(N):
 )
 @pytest.mark.parametrize("q_dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("bank_dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("attend", [memory_attention, bag_memory_attention], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("attend", [memory_attention, row_memory_attention], ids=lambda f: f.__name__)
 def test_memory_attention(attend, L, B, H, T, N, C, d, n, q_dtype, bank_dtype):
     """Forward and backward against the plain one in float32, for every mixture of dtypes."""
     generator = torch.Generator().manual_seed(3)
@@ -97,7 +97,7 @@ def test_memory_attention(attend, L, B, H, T, N, C, d, n, q_dtype, bank_dtype):
         assert z.dtype == dtype and not z[:, :, T // 2].any() and not leaf.grad[:, :, T // 2].any()
         results.append((z.detach(), leaf.grad))
     # Embedding bags round queries and weights to the bank's precision.
-    coarsest = max(q_dtype, bank_dtype if attend is bag_memory_attention else q_dtype, key=TOLERANCE.get)
+    coarsest = max(q_dtype, bank_dtype if attend is row_memory_attention else q_dtype, key=TOLERANCE.get)
     for mine, theirs in zip(*results):
         close(mine, theirs, coarsest, scale=1 if attend is memory_attention else 4)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from longmem_fairseq.memory.native import Unavailable, load_kernel
+from longmem_fairseq.memory.search.native import Unavailable, load_kernel
 
 try:
     load_kernel()

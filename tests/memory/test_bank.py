@@ -43,7 +43,6 @@ class ListBank:
                 if len(self.chunks) > self.N:
                     del self.chunks[min(self.chunks)]
 
-
     def evict(self, n: int):
         for _ in range(min(n, len(self.chunks))):
             del self.chunks[min(self.chunks)]

@@ -9,14 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longmem_fairseq.memory import native
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.branches import MemoryBranches
-from longmem_fairseq.memory.index import IndexSearch, found_too
-from longmem_fairseq.memory.index_spec import index_spec
-from longmem_fairseq.memory.library import Library
-from longmem_fairseq.memory.search import faiss_search, torch_search
-from longmem_fairseq.memory.snapshot import load_memory, save_memory
+from longmem_fairseq.memory.document_memory import DocumentMemory
+from longmem_fairseq.memory.memory_file import load_memory, save_memory
+from longmem_fairseq.memory.search import native
+from longmem_fairseq.memory.search.base import faiss_search, torch_search
+from longmem_fairseq.memory.search.index import IndexSearch, found_too
+from longmem_fairseq.memory.search.index_spec import index_spec
 from longmem_fairseq.modules.joint_attention import memory_attention
 from tests.memory.kernel import needs_kernel
 
@@ -130,7 +130,7 @@ def test_exact_until_there_is_enough_to_train(caplog):
 
     search = search_of("IVF4,Flat", "nprobe=1", 1000, exact)
     queries = torch.randn(1, H, 100, D, generator=generator)
-    with caplog.at_level(logging.INFO, "longmem_fairseq.memory.index"):
+    with caplog.at_level(logging.INFO, "longmem_fairseq.memory.search.index"):
         search(bank, np.array([0]), queries, 4)  # empty
         for _ in range(3):
             write(bank, 0, 51 * C, generator)  # 153 in the end
@@ -238,9 +238,7 @@ def test_a_copy_of_a_bank_goes_its_own_way():
     bank = MemoryBank(1, H, D, 300 * C, C)
     search = search_of("IVF4,Flat", "nprobe=4", 300)
     write(bank, 0, 290 * C, generator)
-    branches = MemoryBranches(
-        2, lambda: MemoryBank(1, H, D, 300 * C, C), search, memory_attention, 4, base=bank
-    )
+    branches = MemoryBranches(2, lambda: MemoryBank(1, H, D, 300 * C, C), search, memory_attention, 4, base=bank)
     queries = torch.randn(2, H, 3, D, generator=generator)
     branches.reader()(queries, 1.0)
     keys = torch.randn(2, H, 60 * C, D, generator=generator)
@@ -256,16 +254,16 @@ def test_a_copy_of_a_bank_goes_its_own_way():
 def test_a_loaded_memory_is_indexed_anew(tmp_path):
     generator = torch.Generator().manual_seed(0)
     search, lane = search_of("IVF4,Flat", "nprobe=4", 300), np.array([0])
-    library = Library(MemoryBank(1, H, D, 300 * C, C))
-    write(library.bank, 0, 290 * C, generator)
-    library.replace(*library.bank.tokens(0), [])
-    save_memory(str(tmp_path / "memory"), library, "ab", 1, "float32")
+    document_memory = DocumentMemory(MemoryBank(1, H, D, 300 * C, C))
+    write(document_memory.bank, 0, 290 * C, generator)
+    document_memory.replace(*document_memory.bank.tokens(0), [])
+    save_memory(str(tmp_path / "memory"), document_memory, "ab", 1, "float32")
     queries = torch.randn(1, H, 3, D, generator=generator)
-    wanted = search(library.bank, lane, queries, 4)
-    write(library.bank, 0, 290 * C, generator)
-    search(library.bank, lane, queries, 4)
-    load_memory(str(tmp_path / "memory"), library, "ab", 1)
-    assert torch.equal(search(library.bank, lane, queries, 4), wanted)
+    wanted = search(document_memory.bank, lane, queries, 4)
+    write(document_memory.bank, 0, 290 * C, generator)
+    search(document_memory.bank, lane, queries, 4)
+    load_memory(str(tmp_path / "memory"), document_memory, "ab", 1)
+    assert torch.equal(search(document_memory.bank, lane, queries, 4), wanted)
 
 
 def test_a_restored_bank_is_indexed_anew():

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.memory import Memory, MemoryOutOfStep
-from longmem_fairseq.memory.search import torch_search
+from longmem_fairseq.memory.search.base import torch_search
+from longmem_fairseq.memory.stream_memory import Memory, MemoryOutOfStep
 from longmem_fairseq.modules.joint_attention import memory_attention
 
 H, D, C = 2, 4, 3
@@ -213,14 +213,14 @@ def test_segments_out_of_order_are_refused_and_change_nothing():
 
 def test_lagging_names_the_rows():
     memory = make_memory()
-    assert memory.lagging(at([0, 1, 2], [1, 2, 3], [0, 6, 0], [1, 1, 1])).tolist() == [False, True, False]
+    assert memory.needs_replay(at([0, 1, 2], [1, 2, 3], [0, 6, 0], [1, 1, 1])).tolist() == [False, True, False]
     step(memory, at([0, 1], [1, 2], [0, 0], [6, 5]))
-    assert memory.lagging(at([0, 1, 2], [1, 2, 3], [6, 5, 0], [1, 1, 1])).tolist() == [False, False, False]
-    assert memory.lagging(at([0, 1, 2], [1, 2, 3], [0, 0, 0], [1, 1, 1])).tolist() == [False, False, False]
-    assert memory.lagging(at([1, 0], [2, 1], [6, 5], [1, 1])).tolist() == [True, True]
-    assert memory.lagging(at([0, 1], [2, 1], [6, 5], [1, 1])).tolist() == [True, True]
+    assert memory.needs_replay(at([0, 1, 2], [1, 2, 3], [6, 5, 0], [1, 1, 1])).tolist() == [False, False, False]
+    assert memory.needs_replay(at([0, 1, 2], [1, 2, 3], [0, 0, 0], [1, 1, 1])).tolist() == [False, False, False]
+    assert memory.needs_replay(at([1, 0], [2, 1], [6, 5], [1, 1])).tolist() == [True, True]
+    assert memory.needs_replay(at([0, 1], [2, 1], [6, 5], [1, 1])).tolist() == [True, True]
     memory.flush()
-    assert memory.lagging(at([0, 1], [1, 2], [6, 5], [1, 1])).tolist() == [False, False]
+    assert memory.needs_replay(at([0, 1], [1, 2], [6, 5], [1, 1])).tolist() == [False, False]
 
 
 def test_reset_forgets_everything():
@@ -229,7 +229,7 @@ def test_reset_forgets_everything():
     step(memory, at([0, 1], [5, 6], [6, 6], [6, 6]))
     memory.reset()
     assert [numbers(memory, lane) for lane in range(3)] == [[], [], []]
-    assert memory.lagging(at([0], [5], [12], [1])).all()
+    assert memory.needs_replay(at([0], [5], [12], [1])).all()
     memory.flush()
     assert numbers(memory, 0) == []
     assert not step(memory, at([0], [5], [0], [6])).any()
@@ -258,7 +258,7 @@ def test_a_stream_joined_midway_becomes_what_it_would_have_been(pieces, data):
             joined.open(segment(i))
             joined.write(segment(i), *states(segment(i))[1:])
     if begin < last or last == 0:
-        assert not joined.lagging(segment(last)).any()
+        assert not joined.needs_replay(segment(last)).any()
         assert torch.equal(step(whole, segment(last)), step(joined, segment(last)))
         whole.flush()
         joined.flush()
@@ -270,7 +270,7 @@ def test_joining_forgets_the_lane_and_keeps_what_others_had_to_write():
     step(memory, at([0, 1], [5, 6], [0, 0], [6, 6]))
     memory.join(at([0], [9], [40], [6]))
     assert numbers(memory, 0) == [] and numbers(memory, 1) == [0, 1]
-    assert not memory.lagging(at([0, 1], [9, 6], [40, 6], [1, 1])).any()
+    assert not memory.needs_replay(at([0, 1], [9, 6], [40, 6], [1, 1])).any()
     memory.write(at([0], [9], [40], [6]), *states(at([0], [9], [40], [6]))[1:])
     memory.flush()
     assert numbers(memory, 0) == [14]  # tokens 42 to 44: 40 and 41 are the end of a chunk, 45 is a beginning

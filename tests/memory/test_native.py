@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem_fairseq.memory import native
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.native import Unavailable, load_kernel, native_list_search, native_search
+from longmem_fairseq.memory.search import native
+from longmem_fairseq.memory.search.native import Unavailable, load_kernel, native_list_search, native_search
 from tests.memory.kernel import needs_kernel
 
 ONE = np.zeros(1, dtype=np.int64)

@@ -12,7 +12,7 @@ import torch
 from longmem_fairseq.memory import placement as module
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.placement import Placement, choose_placement, mapped_zeros
-from longmem_fairseq.memory.search import torch_search
+from longmem_fairseq.memory.search.base import torch_search
 from tests.repository import ROOT
 
 H, D, C = 2, 4, 3
@@ -113,11 +113,11 @@ torch.set_num_threads(1)
 import numpy as np
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.index import IndexSearch
-from longmem_fairseq.memory.index_spec import index_spec
-from longmem_fairseq.memory.memory import Memory
+from longmem_fairseq.memory.search.index import IndexSearch
+from longmem_fairseq.memory.search.index_spec import index_spec
+from longmem_fairseq.memory.stream_memory import Memory
 from longmem_fairseq.memory.placement import Placement
-from longmem_fairseq.memory.search import faiss_search
+from longmem_fairseq.memory.search.base import faiss_search
 from longmem_fairseq.modules.joint_attention import memory_attention
 
 H, d, C, T, N = 4, 16, 4, 128, 2048

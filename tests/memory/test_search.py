@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem_fairseq.memory import native, search
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search import choose_search, faiss_search, torch_search
+from longmem_fairseq.memory.search import base as search
+from longmem_fairseq.memory.search import native
+from longmem_fairseq.memory.search.base import choose_search, faiss_search, torch_search
 from tests.memory.kernel import needs_kernel
 
 H, D = 3, 5

@@ -6,10 +6,10 @@ import torch
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.memory import MemoryOutOfStep
-from longmem_fairseq.memory.search import torch_search
-from longmem_fairseq.memory.shared import SharedMemory
-from longmem_fairseq.modules.joint_attention import bag_memory_attention, naive_memory_attention
+from longmem_fairseq.memory.search.base import torch_search
+from longmem_fairseq.memory.stream_memory import MemoryOutOfStep
+from longmem_fairseq.modules.joint_attention import naive_memory_attention, row_memory_attention
+from longmem_fairseq.released.shared_memory import SharedMemory
 
 HEADS, WIDTH, CHUNK, CAPACITY = 2, 4, 3, 8  # of chunks
 
@@ -102,10 +102,10 @@ def test_joined_amid_streams():
     memory = new_memory()
     step(memory, [0, 0], [[0, 1, 2], [3, 4, 5]])
     segments = at([30, 30], [3, 3])
-    assert memory.lagging(segments).all()
+    assert memory.needs_replay(segments).all()
     memory.join(segments)
     memory.write(segments, *[keys_of([[0, 1, 2], [3, 4, 5]])] * 2)
-    assert not memory.lagging(at([33, 33], [3, 3])).any()
+    assert not memory.needs_replay(at([33, 33], [3, 3])).any()
     assert held(memory) == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -133,7 +133,7 @@ def test_backward_after_a_later_batch(keep):
 
     def attention(q, keys, values, *rest):
         read.append(keys)
-        return bag_memory_attention(q, keys, values, *rest)
+        return row_memory_attention(q, keys, values, *rest)
 
     memory = new_memory(keep_reads=keep, attention=attention)
     step(memory, [0], [list(range(12))])

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.library import Document, Library
-from longmem_fairseq.memory.snapshot import SnapshotError, load_memory, save_memory
+from longmem_fairseq.memory.document_memory import Document, DocumentMemory
+from longmem_fairseq.memory.memory_file import SnapshotError, load_memory, save_memory
 
 H, D, C, T = 2, 4, 3, 5
 FINGERPRINT = "ab" * 32
@@ -23,94 +23,96 @@ def encode(tokens):
 
 
 def make_library(*lengths, memory_size=60, dtype=torch.float32):
-    library, first = Library(MemoryBank(1, H, D, memory_size, C, dtype)), 0
+    document_memory, first = DocumentMemory(MemoryBank(1, H, D, memory_size, C, dtype)), 0
     for i, length in enumerate(lengths):
-        library.memorize(f"document {i}", torch.arange(first, first + length), encode, T)
+        document_memory.memorize(f"document {i}", torch.arange(first, first + length), encode, T)
         first += length
-    return library
+    return document_memory
 
 
-def held(library):
-    """The tokens in a library, and that keys and values are of the same."""
-    keys, values = library.bank.tokens(0)
+def held(document_memory):
+    """The tokens in a document_memory, and that keys and values are of the same."""
+    keys, values = document_memory.bank.tokens(0)
     assert torch.equal(keys[..., 0], -values[..., 0])
     return keys[0, :, 0].long().tolist()
 
 
 def test_documents_lie_end_to_end():
-    library = make_library(7, 11, 3)
-    assert held(library) == list(range(21)) and library.tokens == 21
-    assert library.documents == [
+    document_memory = make_library(7, 11, 3)
+    assert held(document_memory) == list(range(21)) and document_memory.tokens == 21
+    assert document_memory.documents == [
         Document("document 0", 0, 7), Document("document 1", 7, 18), Document("document 2", 18, 21)
     ]  # fmt: skip
 
 
 def test_the_oldest_documents_give_way():
-    library = make_library(7, 11, 10, memory_size=12)
-    assert library.tokens == 13 and held(library) == list(range(15, 28))  # 4 chunks, and one token that is no chunk yet
-    assert [document.name for document in library.documents] == ["document 1", "document 2"]
+    document_memory = make_library(7, 11, 10, memory_size=12)
+    assert document_memory.tokens == 13 and held(document_memory) == list(
+        range(15, 28)
+    )  # 4 chunks, and one token that is no chunk yet
+    assert [document.name for document in document_memory.documents] == ["document 1", "document 2"]
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_forgetting_leaves_the_others(which):
     lengths = [7, 11, 3]
-    library = make_library(*lengths)
+    document_memory = make_library(*lengths)
     spans = [range(0, 7), range(7, 18), range(18, 21)]
-    library.forget(f"document {which}")
+    document_memory.forget(f"document {which}")
     rest = [i for i in range(3) if i != which]
-    assert held(library) == [token for i in rest for token in spans[i]]
-    for document, i in zip(library.documents, rest):
-        assert held(library)[document.begin : document.end] == list(spans[i])
-    library.memorize("another", torch.arange(100, 104), encode, T)
-    assert held(library)[-4:] == [100, 101, 102, 103]
+    assert held(document_memory) == [token for i in rest for token in spans[i]]
+    for document, i in zip(document_memory.documents, rest):
+        assert held(document_memory)[document.begin : document.end] == list(spans[i])
+    document_memory.memorize("another", torch.arange(100, 104), encode, T)
+    assert held(document_memory)[-4:] == [100, 101, 102, 103]
 
 
 def test_forgetting_what_was_half_evicted():
-    library = make_library(7, 11, 10, memory_size=12)
-    library.forget("document 1")
-    assert held(library) == list(range(18, 28)) and library.documents == [Document("document 2", 0, 10)]
+    document_memory = make_library(7, 11, 10, memory_size=12)
+    document_memory.forget("document 1")
+    assert held(document_memory) == list(range(18, 28)) and document_memory.documents == [Document("document 2", 0, 10)]
 
 
 def test_names_are_known_and_unique():
-    library = make_library(7)
+    document_memory = make_library(7)
     with pytest.raises(ValueError, match="no document other: it has document 0"):
-        library.forget("other")
+        document_memory.forget("other")
     with pytest.raises(ValueError, match="has a document document 0 already"):
-        library.memorize("document 0", torch.arange(3), encode, T)
+        document_memory.memorize("document 0", torch.arange(3), encode, T)
 
 
-def save(path, library=None, **kwargs):
-    save_memory(str(path), library or make_library(7, 12), FINGERPRINT, 3, **kwargs)
+def save(path, document_memory=None, **kwargs):
+    save_memory(str(path), document_memory or make_library(7, 12), FINGERPRINT, 3, **kwargs)
     return str(path)
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
-    library = make_library(7, 12)
-    path = save(tmp_path / "memory", library, dtype="float32")
+    document_memory = make_library(7, 12)
+    path = save(tmp_path / "memory", document_memory, dtype="float32")
     other = make_library(2)
     load_memory(path, other, FINGERPRINT, 3)
-    assert held(other) == held(library) and other.documents == library.documents
-    assert torch.equal(other.bank.means, library.bank.means)
+    assert held(other) == held(document_memory) and other.documents == document_memory.documents
+    assert torch.equal(other.bank.means, document_memory.bank.means)
     assert os.listdir(tmp_path) == ["memory"]
 
 
 def test_half_precision_rounds(tmp_path):
-    library = make_library(12)
-    library.bank.keys += 1 / 3
-    path, exact = save(tmp_path / "half", library), save(tmp_path / "exact", library, dtype="float32")
+    document_memory = make_library(12)
+    document_memory.bank.keys += 1 / 3
+    path, exact = save(tmp_path / "half", document_memory), save(tmp_path / "exact", document_memory, dtype="float32")
     assert os.path.getsize(path) < os.path.getsize(exact)
     other = make_library()
     load_memory(path, other, FINGERPRINT, 3)
-    rounded, exact = other.bank.tokens(0)[0], library.bank.tokens(0)[0]
+    rounded, exact = other.bank.tokens(0)[0], document_memory.bank.tokens(0)[0]
     torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=0)
     assert not torch.equal(rounded, exact)
 
 
 def test_values_beyond_half_precision_are_refused(tmp_path):
-    library = make_library(12)
-    library.bank.keys += 1e6
+    document_memory = make_library(12)
+    document_memory.bank.keys += 1e6
     with pytest.raises(SnapshotError, match="do not fit float16: save it in bfloat16 or float32"):
-        save(tmp_path / "memory", library)
+        save(tmp_path / "memory", document_memory)
     assert os.listdir(tmp_path) == []
 
 
@@ -143,7 +145,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         open(name, "wb").write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("longmem_fairseq.memory.snapshot.save_file", fail)
+    monkeypatch.setattr("longmem_fairseq.memory.memory_file.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         save(tmp_path / "memory", make_library(5))
     assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["memory"]
@@ -187,10 +189,10 @@ def test_bad_files_are_refused(tmp_path, name):
     damage, sentence = DAMAGE[name]
     path = save(tmp_path / "memory")
     damage(path)
-    library = make_library(4)
+    document_memory = make_library(4)
     with pytest.raises(SnapshotError, match=sentence):
-        load_memory(path, library, FINGERPRINT, 3)
-    assert held(library) == [0, 1, 2, 3], "what was there before stays"
+        load_memory(path, document_memory, FINGERPRINT, 3)
+    assert held(document_memory) == [0, 1, 2, 3], "what was there before stays"
 
 
 def test_memories_of_other_models_are_refused(tmp_path):
@@ -200,4 +202,4 @@ def test_memories_of_other_models_are_refused(tmp_path):
     with pytest.raises(SnapshotError, match="is of layer 3, but the model remembers layer 5"):
         load_memory(path, make_library(), FINGERPRINT, 5)
     with pytest.raises(SnapshotError, match="has 2 heads of width 4, not 1 of 4"):
-        load_memory(path, Library(MemoryBank(1, 1, D, 60, C)), FINGERPRINT, 3)
+        load_memory(path, DocumentMemory(MemoryBank(1, 1, D, 60, C)), FINGERPRINT, 3)

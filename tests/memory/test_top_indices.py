@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longmem_fairseq.memory import search
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search import top_indices, torch_search
+from longmem_fairseq.memory.search import base as search
+from longmem_fairseq.memory.search.base import top_indices, torch_search
 
 
 @given(

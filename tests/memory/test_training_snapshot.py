@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from longmem_fairseq.memory import training_snapshot
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.memory import Memory
-from longmem_fairseq.memory.search import torch_search
-from longmem_fairseq.memory.shared import SharedMemory
-from longmem_fairseq.memory.snapshot import SnapshotError
+from longmem_fairseq.memory.memory_file import SnapshotError
+from longmem_fairseq.memory.search.base import torch_search
+from longmem_fairseq.memory.stream_memory import Memory
 from longmem_fairseq.memory.training_snapshot import load_training_memory, save_training_memory
 from longmem_fairseq.modules.joint_attention import memory_attention
+from longmem_fairseq.released.shared_memory import SharedMemory
 from tests.memory.test_memory import SCALING, C, D, H, at, make_memory, states
 
 ABOUT = {"epoch": 1, "batch": 12, "backbone": "0123"}
@@ -67,7 +67,7 @@ def test_a_memory_that_was_loaded_goes_on_as_the_one_that_was_saved(
     load_training_memory(path, loaded, ABOUT)
     os.remove(path)
     for segments in [*batches[stop - 1 : stop], *batches[stop:]] if repeat and stop else batches[stop:]:
-        assert not loaded.lagging(segments).any()
+        assert not loaded.needs_replay(segments).any()
         assert torch.equal(step(saved, segments), step(loaded, segments))
     for memory in (saved, loaded):
         memory.flush()
@@ -158,7 +158,7 @@ def test_a_failed_save_leaves_the_old_file(path, tmp_path, monkeypatch):
         open(name, "wb").write(b"half")
         raise training_snapshot.SafetensorError("No space left on device")
 
-    monkeypatch.setattr("longmem_fairseq.memory.snapshot.save_file", fail)
+    monkeypatch.setattr("longmem_fairseq.memory.memory_file.save_file", fail)
     with pytest.raises(OSError, match="memory cannot be written: No space left on device"):
         save_training_memory(path, make_memory(), ABOUT)
     assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["memory"]

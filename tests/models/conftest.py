@@ -39,9 +39,7 @@ def write_backbone(tmp_path):
     """Write a checkpoint of a backbone with random weights: write_backbone(name, model, **configuration) -> path."""
 
     def write_backbone(name="backbone.pt", model="transformer_lm", seed=0, **config):
-        return write_checkpoint(
-            tmp_path / name, stock_model(model, seed=seed, **config), stock_config(model, **config)
-        )
+        return write_checkpoint(tmp_path / name, stock_model(model, seed=seed, **config), stock_config(model, **config))
 
     return write_backbone
 

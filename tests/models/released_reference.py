@@ -187,8 +187,8 @@ class Reference:
             attended = attended @ self.weights[prefix + "self_attn.out_proj.weight"].T
             inner = self._linear(normalized, prefix + "fc1")
             inner = inner * np.vectorize(lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2))))(inner)
-            ladder = hidden[s.reduction * (j + 1)] - hidden[s.reduction * j]
-            x = x + attended + self._linear(inner, prefix + "fc2") + ladder
+            skip = hidden[s.reduction * (j + 1)] - hidden[s.reduction * j]
+            x = x + attended + self._linear(inner, prefix + "fc2") + skip
         x = self._norm(x, "decoder.layer_norm", 1e-5)
         return self._linear(x, COPY + "decoder.model.lm_head")
 

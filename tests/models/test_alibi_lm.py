@@ -4,7 +4,7 @@ import pytest
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 
-from longmem_fairseq.models.alibi_lm import AlibiLanguageModel
+from longmem_fairseq.backbones.alibi_lm import AlibiLanguageModel
 from longmem_fairseq.modules.self_attention import SelfAttention
 from tests.models.tiny import VOCABULARY, stock_model
 

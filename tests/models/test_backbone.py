@@ -8,7 +8,7 @@ from fairseq.utils import get_available_activation_fns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem_fairseq.models.backbone import BackboneError, backbone_fingerprint, load_backbone
+from longmem_fairseq.backbones.loading import BackboneError, backbone_fingerprint, load_backbone
 from tests.models.tiny import LAYERS, POSITIONS, VOCABULARY, stock_config, stock_model, write_checkpoint
 
 M = 2  # the memory layer
@@ -99,7 +99,7 @@ def test_keys_and_values_are_the_memory_layers_projections(load):
 @pytest.mark.parametrize("model", ["transformer_lm", "alibi_lm"])
 def test_remembering_computes_the_same_bits(load, model):
     _, backbone = load(model)
-    encoded, remembered = backbone(tokens()), backbone.remember(tokens())
+    encoded, remembered = backbone(tokens()), backbone.encode_for_memory(tokens())
     assert torch.equal(encoded.keys, remembered.keys) and torch.equal(encoded.values, remembered.values)
     assert len(remembered.hidden) == M + 1
     assert all(torch.equal(a, b) for a, b in zip(encoded.hidden, remembered.hidden))
@@ -183,7 +183,7 @@ def test_never_trains_and_never_has_gradients(load):
     assert not any(p.requires_grad for p in backbone.parameters())
     encoded = backbone(tokens())
     assert not any(x.requires_grad for x in (*encoded.hidden, encoded.keys, encoded.values))
-    assert not any(x.requires_grad for x in backbone.remember(tokens()).hidden)
+    assert not any(x.requires_grad for x in backbone.encode_for_memory(tokens()).hidden)
 
 
 def test_dropout_of_the_backbones_training_is_off(load):

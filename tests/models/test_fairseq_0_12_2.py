@@ -8,7 +8,7 @@ import ast
 import pytest
 import torch
 
-from longmem_fairseq.models.backbone import backbone_fingerprint, load_backbone
+from longmem_fairseq.backbones.loading import backbone_fingerprint, load_backbone
 from tests.models.checkpoints import load, save
 from tests.models.tiny import POSITIONS, VOCABULARY, documents, read
 from tests.repository import ROOT

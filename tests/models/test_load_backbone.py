@@ -9,8 +9,8 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 
+from longmem_fairseq.backbones.loading import BackboneError, load_backbone
 from longmem_fairseq.data.manifest import dictionary_fingerprint
-from longmem_fairseq.models.backbone import BackboneError, load_backbone
 from tests.fairseq_runs import make_dictionary
 from tests.models.tiny import LAYERS, VOCABULARY, longmem, stock_config, stock_model, write_checkpoint
 

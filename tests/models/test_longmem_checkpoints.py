@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from longmem_fairseq.models.backbone import BackboneError
+from longmem_fairseq.backbones.loading import BackboneError
 from tests.fairseq_runs import make_dictionary, run
 from tests.models.checkpoints import load, save
 from tests.models.tiny import batches, documents, randomize, read
@@ -199,7 +199,7 @@ def test_settings_of_the_memory_can_be_overridden_in_evaluation(built, tmp_path)
     made = built()
     path = save(made, tmp_path / "c.pt")
     off = load(path, memory_size=0)
-    assert not off.decoder.remembers
+    assert not off.decoder.has_memory
     (a, _), (b, _) = read(off, DOCS, T), read(made.model, DOCS, T)
     assert torch.equal(a[:T], b[:T]) and not torch.equal(a[T:], b[T:])
     searched = load(path, memory_search="torch", memory_size=64, k=9)

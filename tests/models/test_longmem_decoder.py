@@ -90,7 +90,7 @@ def test_the_memory_off(tmp_path, option):
     logits, extra = model(tokens, segments=segments, without_memory=True)
     assert extra["memory"] is None
     assert torch.equal(extra["logits_without_memory"], logits)
-    assert not model.lagging(Segments([0], [0], [7], [7], 1)).any(), "segments may come in any order"
+    assert not model.needs_replay(Segments([0], [0], [7], [7], 1)).any(), "segments may come in any order"
     model(tokens, segments=Segments([0, 1], [0, 1], [70, 70], [T, T], 2))
     assert model.memory_tokens == 0
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 
-from longmem_fairseq.memory.search import has_faiss_gpu
+from longmem_fairseq.memory.search.base import has_faiss_gpu
 from longmem_fairseq.models.longmem_lm import LongMemConfig, LongMemModel
 from tests.models.tiny import LAYERS, POSITIONS
 
@@ -202,6 +202,6 @@ def test_bad_values_of_a_memory_that_is_off_do_not_matter(train, write_backbone,
     for off in (["--memory-size", 0], ["--no-use-external-memory"]):
         with caplog.at_level(logging.INFO):
             model = train(write_backbone(), "--k", 10, *off).model
-        assert not model.decoder.remembers and model.memory_tokens == 0
+        assert not model.decoder.has_memory and model.memory_tokens == 0
         assert "the memory is off" in messages(caplog)
         caplog.clear()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longmem_fairseq.data.segments import Segments
-from longmem_fairseq.memory.memory import MemoryOutOfStep
+from longmem_fairseq.memory.stream_memory import MemoryOutOfStep
 from tests.models.tiny import LONGMEM, batches, documents, longmem, read
 
 T = LONGMEM["tokens_per_sample"]
@@ -76,18 +76,18 @@ def test_reading_only_remembers_nothing(tmp_path):
         if i > 0:
             expected = plain(other, segments=segments)[0]
             assert torch.equal(model(other, segments=segments, read_only=True)[0], expected)
-            assert all(model.lagging(later).all() for _, later in parts[i + 1 :])
+            assert all(model.needs_replay(later).all() for _, later in parts[i + 1 :])
         assert torch.equal(model(tokens, segments=segments)[0], plain(tokens, segments=segments)[0])
 
 
 def test_segments_out_of_step_are_refused(tmp_path):
     model = longmem(tmp_path)
     (tokens, first), (_, second), (_, third) = batches(documents([3 * T]), T)
-    assert model.lagging(second).tolist() == [True] and model.lagging(first).tolist() == [False]
+    assert model.needs_replay(second).tolist() == [True] and model.needs_replay(first).tolist() == [False]
     with pytest.raises(MemoryOutOfStep, match="lane 0 got token 7 of stream 0.*must come in order"):
         model(tokens, segments=second)
     model(tokens, segments=first)
-    assert model.lagging(second).tolist() == [False] and model.lagging(third).tolist() == [True]
+    assert model.needs_replay(second).tolist() == [False] and model.needs_replay(third).tolist() == [True]
     with pytest.raises(MemoryOutOfStep, match="lane 0 got token 14"):
         model(tokens, segments=third)
     model(tokens, segments=second)
@@ -113,7 +113,7 @@ def test_more_lanes_than_before(tmp_path):
     model = longmem(tmp_path)
     read(model, documents([2 * T]), T)
     two = list(batches(documents([3 * T, 3 * T]), T))
-    assert model.lagging(two[2][1]).all()
+    assert model.needs_replay(two[2][1]).all()
     fresh = longmem(tmp_path)
     for tokens, segments in two:
         assert torch.equal(model(tokens, segments=segments)[0], fresh(tokens, segments=segments)[0])
@@ -135,7 +135,7 @@ def test_replay_equals_never_having_stopped(tmp_path_factory, pieces, last, memo
     for i, (tokens, segments) in enumerate(parts[begin:-1]):
         resumed.memorize(tokens, segments, join=i == 0)
     tokens, segments = parts[-1]
-    assert not resumed.lagging(segments).any()
+    assert not resumed.needs_replay(segments).any()
     assert torch.equal(resumed(tokens, segments=segments)[0], whole(tokens, segments=segments)[0])
 
 

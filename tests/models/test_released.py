@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem_fairseq.models.backbone import BackboneError, load_backbone
-from longmem_fairseq.models.released import load_released
+from longmem_fairseq.backbones.loading import BackboneError, load_backbone
+from longmem_fairseq.released.released_model import load_released
 from tests.models.released_reference import (
     COPY,
     Reference,

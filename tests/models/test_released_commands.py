@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from longmem_fairseq.hub import LongMem
-from longmem_fairseq.models.released import load_released
+from longmem_fairseq.released.released_model import load_released
 from preprocess.convert_released import main as convert
 from tests.fairseq_runs import TASK, make_dictionary, run, weights, write_split
 from tests.models.released_reference import (

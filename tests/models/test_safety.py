@@ -8,9 +8,9 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
+from longmem_fairseq.backbones.loading import load_backbone
 from longmem_fairseq.hub import LongMem
-from longmem_fairseq.models.backbone import load_backbone
-from longmem_fairseq.models.released import load_released
+from longmem_fairseq.released.released_model import load_released
 from longmem_fairseq.tasks.checkpoints import DamagedCheckpoint, prepare_restore, read_checkpoint
 from preprocess import convert_huggingface, convert_released, convert_safetensors
 from tests.models.tiny import VOCABULARY, stock_config, stock_model, write_checkpoint

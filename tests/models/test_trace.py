@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longmem_fairseq.data.segments import Segments
-from longmem_fairseq.memory.library import Library
+from longmem_fairseq.memory.document_memory import DocumentMemory
 from longmem_fairseq.models.trace import trace_reads
 from tests.models.tiny import VOCABULARY, documents, longmem, read
 
@@ -22,10 +22,10 @@ def model(tmp_path_factory):
 
 
 def library_of(model, *texts):
-    library = Library(model.decoder.new_bank())
+    document_memory = DocumentMemory(model.decoder.new_bank())
     for i, text in enumerate(texts):
-        library.memorize(f"document {i}", torch.cat([EOS, text]), model.decoder.backbone.remember, T)
-    return library
+        document_memory.memorize(f"document {i}", torch.cat([EOS, text]), model.decoder.backbone.encode_for_memory, T)
+    return document_memory
 
 
 def test_scores_are_those_of_the_forward_pass(model):
@@ -89,22 +89,22 @@ def test_reads_make_up_what_the_memory_gave(model):
 
 
 def test_earlier_documents_are_read_and_named(model):
-    library = library_of(model, *EARLIER)
-    found = trace_reads(model.decoder, TEXT, T, library)
+    document_memory = library_of(model, *EARLIER)
+    found = trace_reads(model.decoder, TEXT, T, document_memory)
     assert found.position == 16 and [document.name for document in found.documents] == ["document 0", "document 1"]
     places = {found.where(int(place))[0] for place in found.chunks[found.heads >= 0]}
     assert places == {"document 0", "document 1", None}
     assert found.where(0) == ("document 0", -1) and found.where(15) == ("document 1", 4)
     assert found.where(16) == (None, -1) and found.where(20) == (None, 3)
-    assert library.end == 16, "the library is only read"
+    assert document_memory.end == 16, "the library is only read"
     assert (found.heads[0] >= 0).any(), "the first segment reads them already"
 
 
 @pytest.mark.parametrize("begin, length", [(0, 5), (3, 9), (T, T), (2 * T - 1, 2), (30, None), (44, 10)])
 def test_a_part_is_what_it_is_in_the_whole(model, begin, length):
-    library = library_of(model, *EARLIER)
-    whole = trace_reads(model.decoder, TEXT, T, library, kept=4)
-    part = trace_reads(model.decoder, TEXT, T, library, begin, length, kept=4)
+    document_memory = library_of(model, *EARLIER)
+    whole = trace_reads(model.decoder, TEXT, T, document_memory, kept=4)
+    part = trace_reads(model.decoder, TEXT, T, document_memory, begin, length, kept=4)
     end = len(TEXT) if length is None else min(begin + length, len(TEXT))
     for name in ("tokens", "log_probabilities", "without_memory", "strongest", "by_head", "heads", "chunks", "masses"):
         torch.testing.assert_close(getattr(part, name), getattr(whole, name)[begin:end], atol=1e-5, rtol=1e-5)

@@ -83,9 +83,7 @@ def build_longmem(path, dictionary: Dictionary = VOCABULARY, **changes) -> LongM
 def longmem(directory, seed: int = 1, model: str = "transformer_lm", backbone: dict = None, **changes) -> LongMemModel:
     """A ``longmem_lm`` on a backbone with random weights, its side network random too, in evaluation mode."""
     backbone = backbone or {}
-    path = write_checkpoint(
-        directory / "backbone.pt", stock_model(model, **backbone), stock_config(model, **backbone)
-    )
+    path = write_checkpoint(directory / "backbone.pt", stock_model(model, **backbone), stock_config(model, **backbone))
     built = build_longmem(path, **changes)
     randomize(built.decoder.layers, seed)
     if built.decoder.layer_norm is not None:

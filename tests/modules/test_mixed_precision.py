@@ -66,7 +66,7 @@ def test_all_layers_of_a_longmem(tmp_path):
     path = write_checkpoint(tmp_path / "backbone.pt", stock_model("alibi_lm"), stock_config("alibi_lm"))
     model = build_longmem(path).eval()
     compute_products_in(model, torch.bfloat16)
-    model.decoder.goes_on = True
+    model.decoder.stateful = True
     for _ in range(3):
         with Products() as products:
             _, extra = model(tokens(T=7))

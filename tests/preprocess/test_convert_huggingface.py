@@ -12,7 +12,7 @@ from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe import GPT2BPE
 from safetensors.torch import load_file
 
-from longmem_fairseq.models.backbone import load_backbone
+from longmem_fairseq.backbones.loading import load_backbone
 from preprocess.convert_huggingface import from_huggingface, main, to_huggingface
 from preprocess.errors import InputError
 from preprocess.tokenization import load_tokenizer

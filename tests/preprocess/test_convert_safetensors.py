@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from longmem_fairseq.models.backbone import load_backbone
+from longmem_fairseq.backbones.loading import load_backbone
 from preprocess.convert_safetensors import main, to_fairseq, to_safetensors
 from tests.models.checkpoints import load_stock
 from tests.models.tiny import VOCABULARY, documents, stock_config, stock_model, write_checkpoint

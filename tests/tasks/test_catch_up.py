@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longmem_fairseq.data.lane_dataset import LaneDataset
-from longmem_fairseq.tasks.catch_up import catch_up
+from longmem_fairseq.tasks.replay import replay
 from tests.data.test_lane_dataset import Documents, batches_of
 from tests.fairseq_runs import random_documents
 
@@ -19,7 +19,7 @@ class Model:
         self.streams, self.ends, self.tokens = {}, {}, {}
         self.memorized = 0
 
-    def lagging(self, segments):
+    def needs_replay(self, segments):
         there = [
             self.streams.get(lane) == stream and self.ends.get(lane) == start
             for lane, stream, start in zip(segments.lanes, segments.streams, segments.starts)
@@ -27,7 +27,7 @@ class Model:
         return (segments.starts > 0) & ~np.array(there)
 
     def memorize(self, src_tokens, segments, join=False):
-        assert join or not self.lagging(segments).any(), "segments must come in order"
+        assert join or not self.needs_replay(segments).any(), "segments must come in order"
         self.memorized += 1
         for row, lane in enumerate(segments.lanes.tolist()):
             if join or segments.starts[row] == 0:
@@ -61,16 +61,16 @@ def test_memory_is_as_if_never_stopped(lengths, T, lanes, ranks, scope, memory_t
     stop = data.draw(st.integers(0, len(batches) - 1))
     never_stopped, resumed = Model(memory_tokens), Model(memory_tokens)
     for batch in batches[:stop]:
-        catch_up(batch, never_stopped, dataset)
+        replay(batch, never_stopped, dataset)
         never_stopped.memorize(batch["net_input"]["src_tokens"], batch["net_input"]["segments"])
     assert never_stopped.memorized == stop, "an iteration in order needs no replay"
-    catch_up(batches[stop], resumed, dataset)
+    replay(batches[stop], resumed, dataset)
     segments = batches[stop]["net_input"]["segments"]
     assert resumed.memory(segments) == never_stopped.memory(segments)
     for batch in batches[stop:]:  # and it goes on in order
         before = resumed.memorized
         if memory_tokens:
-            catch_up(batch, resumed, dataset)
+            replay(batch, resumed, dataset)
             assert resumed.memorized == before
         resumed.memorize(batch["net_input"]["src_tokens"], batch["net_input"]["segments"], join=not memory_tokens)
 
@@ -80,5 +80,5 @@ def test_no_gradients(monkeypatch):
     model = Model(20)
     seen = []
     monkeypatch.setattr(model, "memorize", lambda *args, **kwargs: seen.append(torch.is_grad_enabled()))
-    catch_up(dataset.collater([dataset[6]]), model, dataset)
+    replay(dataset.collater([dataset[6]]), model, dataset)
     assert seen == [False] * 4

@@ -12,7 +12,7 @@ import torch
 
 from longmem_fairseq.data.lane_dataset import LaneDataset
 from longmem_fairseq.data.lane_iterator import LaneIterator
-from longmem_fairseq.tasks.evaluation import Evaluation
+from longmem_fairseq.tasks.evaluation_batches import Evaluation
 from tests.conftest import VALID_LENGTHS
 from tests.data.test_lane_dataset import Documents
 from tests.fairseq_runs import TASK, finish, random_documents, run, run_ranks, start, write_data

@@ -9,10 +9,10 @@ import torch
 from omegaconf import OmegaConf
 
 from longmem_fairseq.models.live_window import prefill
-from longmem_fairseq.tasks.generation import read_text
 from longmem_fairseq.tasks.longmem_language_modeling import LongMemLanguageModelingTask
 from longmem_fairseq.tasks.options import LongMemLanguageModelingConfig, check_options
-from longmem_fairseq.tasks.prompts import PromptDataset, encode_text
+from longmem_fairseq.tasks.prompt_dataset import PromptDataset
+from longmem_fairseq.text import encode_text, read_text
 from tests.models.tiny import VOCABULARY, documents, longmem, stock_model
 from tests.tasks.test_options import config
 
@@ -169,10 +169,10 @@ def test_turns_are_remembered(model):
     task = make_task(memorize_turns=True)
     first, second = PROMPTS[3], PROMPTS[4]
     found = generate(model, [first, second, second], task, batch=1)
-    library = task._conversation.generator.libraries[0]
+    document_memory = task._conversation.generator.document_memories[0]
     answers = [hypotheses[0]["tokens"][:-1] for hypotheses in found]
-    assert [document.name for document in library.documents][-1] == "turn 3"
-    assert library.end == sum(len(p) + len(a) + 1 for p, a in zip([first, second, second], answers))
+    assert [document.name for document in document_memory.documents][-1] == "turn 3"
+    assert document_memory.end == sum(len(p) + len(a) + 1 for p, a in zip([first, second, second], answers))
     alone = generate(model, [second])[0][0]
     past = found[1][0]
     n = min(len(alone["tokens"]), len(past["tokens"]))

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.models.live_window import prefill
-from longmem_fairseq.tasks.prompts import one_line
+from longmem_fairseq.text import one_line
 from tests.conftest import T
 from tests.fairseq_runs import TASK, finish, run, start
 from tests.text_models import gpt2_model, sentencepiece_model
@@ -69,7 +69,7 @@ def test_answers_over_three_windows(with_book, tiny_data, tiny_longmem, prompt_f
         assert len(answer) == LONG + 1
         inputs = torch.cat([eos, model.encode(words(range(PROMPTS[int(index)]))), answer[:-1]])
         begin = len(inputs) - len(answer)
-        state = prefill(model.model.decoder, [inputs[:begin]], T, model.library.bank)
+        state = prefill(model.model.decoder, [inputs[:begin]], T, model.document_memory.bank)
         with torch.no_grad():
             logits = [model.model.decoder(token.view(1, 1), incremental_state=state)[0][0] for token in inputs[begin:]]
         expected = torch.cat(logits).log_softmax(-1).gather(1, answer[:, None])[:, 0] / math.log(2)

@@ -10,7 +10,7 @@ import torch
 
 from longmem_fairseq.data.lane_dataset import LaneDataset
 from longmem_fairseq.data.lane_iterator import LaneIterator
-from longmem_fairseq.memory.snapshot import SnapshotError
+from longmem_fairseq.memory.memory_file import SnapshotError
 from longmem_fairseq.tasks.checkpoints import Restored
 from longmem_fairseq.tasks.memory_snapshots import MemorySnapshots, before_each_checkpoint
 from tests.data.test_lane_dataset import Documents
@@ -92,7 +92,7 @@ def test_continues_bit_by_bit(tmp_path, scope, stop, caplog):
     assert "memory of 2 lanes read from" in caplog.text
     resumed.reset_memory()
     snapshots.load(rest[0], resumed, iterator)  # only before the first batch
-    assert resumed.lagging(rest[0]["net_input"]["segments"]).any()
+    assert resumed.needs_replay(rest[0]["net_input"]["segments"]).any()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, Sentencepi
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longmem_fairseq.tasks.prompts import OneLineBPE, decode_text, encode_text, one_line, token_texts
+from longmem_fairseq.text import OneLineBPE, decode_text, encode_text, one_line, token_texts
 from preprocess.benchmark import train_byte_level_bpe
 from tests.text_models import SHIPPED
 

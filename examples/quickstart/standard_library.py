@@ -1,0 +1,101 @@
+"""The documents of the quick start, split into train, valid and test.
+
+    python examples/quickstart/standard_library.py --destdir DIR [--text FILE-OR-DIRECTORY]
+
+writes DIR/train.jsonl, DIR/valid.jsonl and DIR/test.jsonl, one document a line (``name``, ``text``). Without --text
+the documents are the modules of the running Python's standard library. The split depends on nothing but their
+lengths: of the long ones, longest first, every third is held out, for test or (every ninth) for valid; all others are
+for training. Fewer than nine documents are cut instead: 70 % of each for training, 10 % for valid, the end for test.
+"""
+
+import argparse
+import json
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
+from preprocess.documents import iter_documents  # noqa: E402
+from preprocess.errors import InputError  # noqa: E402
+
+# Tests and their data, installed packages, programs rather than library, and modules that are tables.
+LEFT_OUT = {
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "ensurepip",
+    "idlelib",
+    "idle_test",
+    "lib2to3",
+    "lib-dynload",
+    "msilib",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
+LONG, SHORT = 50_000, 400  # characters
+
+
+def standard_library():
+    """(name, text) of each module, in order of name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if LEFT_OUT.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
+            text = path.read_text(encoding="utf-8")
+            if len(text) >= SHORT:
+                yield str(name), text
+
+
+def split(documents):
+    """{"train": [...], "valid": [...], "test": [...]} of (name, text)."""
+    splits = {"train": [], "valid": [], "test": []}
+    if len(documents) < 9:
+        for name, text in documents:
+            first, second = (line_end(text, len(text) * share // 10) for share in (7, 8))
+            for part, piece in zip(splits, (text[:first], text[first:second], text[second:])):
+                if piece:
+                    splits[part].append((name, piece))
+        return splits
+    by_length = sorted(documents, key=lambda d: (-len(d[1]), d[0]))
+    long = [d for d in by_length if len(d[1]) >= LONG]
+    if len(long) < 9:
+        long = by_length[: max(9, len(documents) // 3)]
+    held_out = {long[rank][0]: "valid" if rank % 9 == 6 else "test" for rank in range(0, len(long), 3)}
+    for name, text in documents:
+        splits[held_out.get(name, "train")].append((name, text))
+    return splits
+
+
+def line_end(text, at):
+    """Where the line that holds character ``at`` ends."""
+    end = text.find("\n", at)
+    return len(text) if end < 0 else end + 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--destdir", required=True)
+    parser.add_argument("--text", help="a text file, a directory of them, or JSON lines")
+    args = parser.parse_args()
+    try:
+        documents = [(d.name, d.text) for d in iter_documents([args.text])] if args.text else list(standard_library())
+    except (OSError, InputError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    os.makedirs(args.destdir, exist_ok=True)
+    for name, part in split(documents).items():
+        if not part:
+            sys.exit(f"{parser.prog}: {args.text} is too little text: nothing is left for {name}")
+        path = os.path.join(args.destdir, f"{name}.jsonl")
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            for document, text in part:
+                file.write(json.dumps({"name": document, "text": text}) + "\n")
+        os.replace(path + ".part", path)
+        print(f"{name}: {len(part)} documents, {sum(len(text) for _, text in part):,} characters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Reading rows of a table where they lie, by embedding bags.
+
+Every query reads other rows. A plain implementation gathers them into one large tensor; an embedding bag sums rows of
+a table in place, and the gradient of its weights are inner products with rows in place.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def weighted_row_sums(weights: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+    """sum_k weights[q, k] * table[rows[q, k]]: (Q, K), (R, d), (Q, K) -> (Q, d)."""
+    return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+
+
+def row_products(q: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+    """q[q] . table[rows[q, k]], float32: (Q, d), (R, d), (Q, K) -> (Q, K)."""
+    Q, K = rows.shape
+    if table.is_cuda and table.dtype == torch.bfloat16:  # the operator below lacks this type on CUDA
+        blocks = zip(q.to(table.dtype).split(4096), rows.split(4096))
+        return torch.cat([(table[block] @ x[:, :, None]).squeeze(-1) for x, block in blocks]).float()
+    bags = torch.arange(Q, device=rows.device)
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        q.to(table.dtype).contiguous(), table, rows.reshape(-1), bags * K, bags.repeat_interleave(K), 0
+    )
+    return products.view(Q, K).float()
