@@ -15,8 +15,8 @@ from tqdm import tqdm
 from .command import Evaluation, add_memory_sizes, memory_sizes, name_of
 from .reporting.statistics import PERPLEXITY, Sample
 from .reporting.table import Table
-from .scoring.document_stream import Stream, with_cache, with_memory, with_window
-from .scoring.systems import BACKBONE, OFF
+from .scoring.document_stream import DocumentStream
+from .scoring.systems import BACKBONE, OFF, with_cache, with_memory, with_window
 from .words import KINDS, MOST, count_words, kinds_of_characters
 
 LENGTHS = ((0, "< 5k"), (5e3, "5-10k"), (1e4, "10-100k"), (1e5, "100-500k"), (5e5, "500k-1M"), (1e6, "> 1M"))
@@ -81,7 +81,7 @@ class Books(Evaluation):
         trained = scorer.backbone.config["max_target_positions"]
         default = [trained] if trained > scorer.size and trained % scorer.size == 0 else []
         self.windows = default if args.windows is None else sorted(args.windows)
-        Stream(scorer, self.sizes[:1], self.windows)  # refuses windows that cannot be
+        DocumentStream(scorer, self.sizes[:1], self.windows)  # refuses windows that cannot be
         self.block = math.lcm(scorer.size, *self.windows)
         self.block *= -(-_BLOCK // self.block)
         texts = list(self.read_texts(args.data))
@@ -135,7 +135,7 @@ class Books(Evaluation):
         name, begin, end = _parse(item)
         tokens, kinds = self.documents[name].tokens, self.documents[name].kinds
         if self._at != (name, begin):  # the first of a document, or where an earlier run stopped
-            self.stream = Stream(self.scorer, self.sizes, self.windows)
+            self.stream = DocumentStream(self.scorer, self.sizes, self.windows)
             self.stream.replay(tokens[:begin])
         piece = tokens[begin:end]
         losses = {system: -x.double().numpy() for system, x in self.stream.read(piece).items()}

@@ -152,7 +152,7 @@ class ChapterBreak(Evaluation):
     def _score(self, context: Tensor, suffixes: List[Tensor], room: int) -> Dict[str, List[float]]:
         """Mean log-probability of a token of each suffix by each system."""
         here = max(0, len(context) - (self.scorer.size - room))
-        past = self.scorer.new_past(at_most=here)
+        past = self.scorer.new_state(at_most=here)
         self.scorer.memorize(past, context[:here])
         rows = self.scorer.window(past, context[here:], room).score(suffixes)
         return {system: [round(float(row[system].mean()), 6) for row in rows] for system in self.scorer.systems}

@@ -11,7 +11,7 @@ from .conversations import Conversation, Session, read_conversations
 from .reporting.finished_items import digest
 from .reporting.statistics import PERPLEXITY, Sample, Statistic
 from .reporting.table import Table
-from .scoring.system_decoder import generate
+from .scoring.generate import generate
 
 DISTANCES = ((0, "0"), (1, "1"), (2, "2"), (3, "3"), (4, "4-7"), (8, "8-15"), (16, "16 and more"))
 
@@ -122,7 +122,7 @@ class Dialogue(Evaluation):
         name, held = self._at
         if name != conversation.name or held > number:
             length = sum(len(x) for i, s in enumerate(conversation.sessions) for x in self._pieces(s, i))
-            self._past, held = self.scorer.new_past(at_most=length), 0
+            self._past, held = self.scorer.new_state(at_most=length), 0
         for i in range(held, number):
             self.scorer.memorize(self._past, torch.cat(self._pieces(conversation.sessions[i], i)))
         self._at = (conversation.name, number)

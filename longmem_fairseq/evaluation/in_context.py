@@ -206,7 +206,7 @@ class InContext(Evaluation):
         key = (name, seed, len(examples))
         if self._filled != key:
             text = self._text(name, examples, begins=True)
-            self._past = self.scorer.new_past(at_most=len(text) + self.scorer.size)
+            self._past = self.scorer.new_state(at_most=len(text) + self.scorer.size)
             self.scorer.memorize(self._past, text)
             self._filled = key
         return self._past

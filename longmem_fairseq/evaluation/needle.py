@@ -10,8 +10,7 @@ from torch import Tensor
 from .command import Evaluation, add_memory_sizes, memory_sizes
 from .reporting.statistics import ACCURACY, Sample
 from .reporting.table import Table
-from .scoring.document_stream import with_cache, with_memory
-from .scoring.systems import BACKBONE, OFF, ON, WITH_CACHE
+from .scoring.systems import BACKBONE, OFF, ON, WITH_CACHE, with_cache, with_memory
 
 _TUNING_DOCUMENTS = 4
 _TUNING_SEED = 1_000_000  # of documents that are not tested
@@ -105,7 +104,7 @@ class Needle(Evaluation):
         here = len(tokens) - min(len(tokens), scorer.size - 2)  # what is memorised; the rest is in the window
         right: Dict[str, List[int]] = {}
         for size in self.sizes:
-            past = scorer.new_past(size, at_most=here)
+            past = scorer.new_state(size, at_most=here)
             scorer.memorize(past, tokens[:here])
             best = scorer.window(past, tokens[here:], room=2).likeliest(questions)
             for system, symbols in best.items():

@@ -13,7 +13,7 @@ from .command import Evaluation, name_of
 from .reporting.finished_items import digest
 from .reporting.statistics import ACCURACY, PERPLEXITY, Sample
 from .reporting.table import Table
-from .scoring.system_decoder import generate
+from .scoring.generate import generate
 
 MEMORY, WINDOW = "passages in the memory", "the right passage in the window"
 _TOGETHER = 16  # questions of an item
@@ -172,7 +172,7 @@ class QuestionAnswering(Evaluation):
 
     def score(self, item: str) -> Dict[str, Any]:
         questions, article = self.groups[item], self.articles[item.rsplit(": ", 1)[0]]
-        start = self.scorer.new_past(at_most=self.scorer.size)
+        start = self.scorer.new_state(at_most=self.scorer.size)
         found: List[Dict[str, Any]] = [{"name": q.name, "answers": {}, "loss": {}} for q in questions]
         for place, past, passages in (
             (MEMORY, self._memory(article), [""] * len(questions)),
@@ -199,7 +199,7 @@ class QuestionAnswering(Evaluation):
         """The memory of an article's passages, filled once for all its questions."""
         if self._filled != article.title:
             tokens = self.scorer.tokenizer.encode(_passages(article))
-            self._past, self._filled = self.scorer.new_past(at_most=len(tokens)), article.title
+            self._past, self._filled = self.scorer.new_state(at_most=len(tokens)), article.title
             self.scorer.memorize(self._past, tokens)
         return self._past
 

@@ -132,7 +132,7 @@ def test_errors_are_one_sentence(arguments, data, tmp_path, capsys):
 
     refuses("no file or directory", "--data", tmp_path / "none")
     refuses("--memory-sizes 16 is smaller than one segment of 32", "--memory-sizes", 16)
-    refuses("--windows 40 is no multiple", "--windows", 40)
+    refuses("--windows 40 is not a multiple", "--windows", 40)
     refuses("name documents with --valid", without=("--valid",))
     refuses("--cache-lambda and --cache-theta belong together", "--cache-lambda", 0.5)
     refuses("--cache-lambda 1.5 must be", "--cache-lambda", 1.5, "--cache-theta", 1)

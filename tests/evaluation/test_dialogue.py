@@ -11,7 +11,7 @@ import torch
 from longmem_fairseq.evaluation.command import main, parser_of, run
 from longmem_fairseq.evaluation.conversations import read_conversations
 from longmem_fairseq.evaluation.dialogue import Bleu, Dialogue
-from longmem_fairseq.evaluation.scoring.system_decoder import generate
+from longmem_fairseq.evaluation.scoring.generate import generate
 
 T = 64
 SESSIONS = [
@@ -69,18 +69,18 @@ def test_true_responses(outcome):
     for number, turns in enumerate(SESSIONS):
         result = items[f"c1 session {number}"]
         assert result["earlier_sessions"] == number and len(result["turns"]) == len(turns)
-        past = scorer.new_past()
+        state = scorer.new_state()
         for text in texts[:number]:
-            scorer.memorize(past, encode(text))
+            scorer.memorize(state, encode(text))
         for i, (speaker, text) in enumerate(turns):
             before = headings[number] + "".join(f"{s}: {t}\n" for s, t in turns[:i]) + f"{speaker}:"
             response = encode(f"{before} {text}\n")[len(encode(before)) :]
-            (found,) = scorer.window(past, encode(before), len(response)).score([response])
+            (found,) = scorer.window(state, encode(before), len(response)).score([response])
             assert result["turns"][i]["tokens"] == len(response)
             for system in scorer.systems:
                 assert result["turns"][i]["loss"][system] == pytest.approx(-float(found[system].sum()), abs=5e-3)
             if number == 2:
-                (answer,) = generate(scorer, system, past, [encode(before)], 8)
+                (answer,) = generate(scorer, system, state, [encode(before)], 8)
                 assert result["turns"][i]["answers"][system] == scorer.tokenizer.decode(answer).strip()
     assert "answers" not in items["c1 session 1"]["turns"][0], "only the last session's are generated"
 

@@ -126,7 +126,7 @@ def test_memories_are_filled_once(files, data, tmp_path, monkeypatch):
     from longmem_fairseq.evaluation.scoring.scorer import Scorer
 
     filled = []
-    monkeypatch.setattr(Scorer, "memorize", lambda self, past, tokens: filled.append(len(tokens)))
+    monkeypatch.setattr(Scorer, "memorize", lambda self, state, tokens: filled.append(len(tokens)))
     evaluate(files, data, tmp_path, "--no-cache")
     assert len(filled) == 2 * 2 * 2, "for each set, seed and size of the memory, not for each sentence"
 

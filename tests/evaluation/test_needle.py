@@ -41,15 +41,15 @@ def test_haystack(make_haystack, files):
 def test_the_likeliest_symbol(scorer, prefix):
     """Against scores of every symbol."""
     scorer.cache = {BACKBONE: CacheSettings(0.6, 0.5), ON: CacheSettings(0.6, 0.5)}
-    past = scorer.new_past()
-    scorer.memorize(past, tokens_of(70))
-    window = scorer.window(past, tokens_of(prefix, 1), room=5)
+    state = scorer.new_state()
+    scorer.memorize(state, tokens_of(70))
+    window = scorer.window(state, tokens_of(prefix, 1), room=5)
     prompts = [tokens_of(n, n) for n in (3, 1, 4, 0)]
     found = window.likeliest(prompts)
-    every = window._next_symbols(prompts)
+    every = window.next_symbols(prompts)
     wanted = torch.tensor([5, 900, 4000, int(found[ON][0])])
     for i, prompt in enumerate(prompts):
-        (scores, *_) = scorer.window(past, torch.cat([tokens_of(prefix, 1), prompt]), room=1).score([wanted[:1]])
+        (scores, *_) = scorer.window(state, torch.cat([tokens_of(prefix, 1), prompt]), room=1).score([wanted[:1]])
         for name in scorer.systems:
             assert int(every[name][i].argmax()) == int(found[name][i])
             close(every[name][i, wanted[:1]], scores[name])
@@ -61,8 +61,8 @@ def test_the_likeliest_symbol(scorer, prefix):
 class Recalling:
     """In place of a scorer's window: knows what is in reach of a memory or of the window, and nothing else."""
 
-    def __init__(self, past, prefix, systems):
-        self.held, self.systems = {**past, **dict(zip(prefix[:-1].tolist(), prefix[1:].tolist()))}, systems
+    def __init__(self, state, prefix, systems):
+        self.held, self.systems = {**state, **dict(zip(prefix[:-1].tolist(), prefix[1:].tolist()))}, systems
         self.window = dict(zip(prefix[:-1].tolist(), prefix[1:].tolist()))
 
     def likeliest(self, questions):
@@ -80,14 +80,14 @@ def test_distances_and_sizes(make_haystack, files, scorer, monkeypatch):
         "--path", "x", "--results-path", "y", "--facts", "60", "--length", "1000", "--distances", "32", "200", "500",
         "--memory-sizes", "100", "400", "--documents", "2",
     ]  # fmt: skip
-    monkeypatch.setattr(scorer, "new_past", lambda size, at_most: {"size": size})
+    monkeypatch.setattr(scorer, "new_state", lambda size, at_most: {"size": size})
 
-    def memorize(past, tokens):
-        kept = tokens[-past.pop("size") :].tolist()
-        past.update(zip(kept[:-1], kept[1:]))
+    def memorize(state, tokens):
+        kept = tokens[-state.pop("size") :].tolist()
+        state.update(zip(kept[:-1], kept[1:]))
 
     monkeypatch.setattr(scorer, "memorize", memorize)
-    monkeypatch.setattr(scorer, "window", lambda past, prefix, room: Recalling(past, prefix, scorer.systems))
+    monkeypatch.setattr(scorer, "window", lambda state, prefix, room: Recalling(state, prefix, scorer.systems))
     kept = scorer.memory_size
     evaluation.prepare(parser_of(evaluation).parse_args(line), scorer)
     results = {item: evaluation.score(item) for item in evaluation.items()}

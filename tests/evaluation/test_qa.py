@@ -6,7 +6,7 @@ import pytest
 
 from longmem_fairseq.evaluation.command import main, parser_of, run
 from longmem_fairseq.evaluation.qa import MEMORY, WINDOW, QuestionAnswering, exact_match, f1, normalize, read_articles
-from longmem_fairseq.evaluation.scoring.system_decoder import generate
+from longmem_fairseq.evaluation.scoring.generate import generate
 
 T = 64
 ROWS = [
@@ -80,12 +80,12 @@ def test_answers(outcome):
     rows = {row["name"]: row for result in items.values() for row in result["questions"]}
     for row in ROWS:
         question = f"{evaluation.demonstrations}Question: {row['question']}\nAnswer:"
-        past = scorer.new_past()
-        scorer.memorize(past, encode(memories[row["title"].replace("_", " ")]))
+        state = scorer.new_state()
+        scorer.memorize(state, encode(memories[row["title"].replace("_", " ")]))
         truth = encode(f"{question} {row['answers'][0]}\n")[len(encode(question)) :]
         assert rows[row["id"]]["tokens"] == len(truth)
         for place, behind, prompt in (
-            (MEMORY, past, question), (WINDOW, scorer.new_past(), f"{row['context']}\n\n{question}")
+            (MEMORY, state, question), (WINDOW, scorer.new_state(), f"{row['context']}\n\n{question}")
         ):  # fmt: skip
             (scores,) = scorer.window(behind, encode(prompt), len(truth)).score([truth])
             for system in scorer.systems:

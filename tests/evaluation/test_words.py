@@ -2,7 +2,7 @@
 
 import pytest
 
-from longmem_fairseq.evaluation.scoring.text_tokenizer import Tokenizer
+from longmem_fairseq.evaluation.scoring.text_tokenizer import TextTokenizer
 from longmem_fairseq.evaluation.words import (
     NAME,
     NAME_AGAIN,
@@ -55,7 +55,7 @@ def test_ends_of_sentencepiece_tokens(scorer, text):
 
 
 def test_ends_of_words():
-    tokenizer = Tokenizer(make_dictionary())
+    tokenizer = TextTokenizer(make_dictionary())
     tokens = tokenizer.encode("w3 w15 w2")
     assert tokenizer.ends("w3 w15 w2", tokens).tolist() == [3, 7, 9]
     assert tokenizer.ends("w3  w15 w2", tokens) is None, "the text is not what the tokens say"

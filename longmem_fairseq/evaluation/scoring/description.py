@@ -1,4 +1,4 @@
-"""What a scorer's systems are, for reports and to tell runs apart."""
+"""Description of a scorer's systems, for reports and to tell runs apart."""
 
 import hashlib
 from typing import Any, Dict
@@ -9,9 +9,16 @@ from ...data.manifest import dictionary_fingerprint
 
 
 def describe(scorer) -> Dict[str, Any]:
-    """Which weights, what sizes, how they read: plain JSON types, without places of this machine."""
+    """Describe the weights, the sizes and the reading of a scorer's systems.
+
+    Args:
+        scorer: Scorer to describe.
+
+    Returns:
+        Values of plain JSON types, without paths.
+    """
     config = scorer.backbone.config
-    found = {
+    description = {
         "backbone": config["model"],
         "backbone_fingerprint": scorer.backbone.fingerprint,
         "layers": config["decoder_layers"],
@@ -22,7 +29,7 @@ def describe(scorer) -> Dict[str, Any]:
         "dictionary_sha256": dictionary_fingerprint(scorer.tokenizer.dictionary.symbols),
     }
     if scorer.decoder is None:
-        return found
+        return description
     cfg, layers = scorer.decoder.cfg, scorer.decoder.layers
     trained = [p for p in scorer.decoder.parameters() if p.requires_grad]
     gates = torch.sigmoid(layers[scorer.decoder.reading_layer].self_attn.memory_gate.detach().float())
@@ -30,7 +37,7 @@ def describe(scorer) -> Dict[str, Any]:
     for parameter in trained:
         weights.update(parameter.detach().float().cpu().numpy().tobytes())
     return {
-        **found,
+        **description,
         "side_network_fingerprint": weights.hexdigest(),
         "side_network_parameters": sum(p.numel() for p in trained),
         "k": cfg.k,
