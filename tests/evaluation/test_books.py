@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from longmem_fairseq.evaluation.books import Books
-from longmem_fairseq.evaluation.command import main, parser_of, run
+from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.options import parser_of
 from longmem_fairseq.hub import LongMem
 from preprocess.documents import iter_documents
 
@@ -103,7 +104,7 @@ def test_an_interruption_is_told(arguments, tmp_path, monkeypatch):
         return {"tokens": 1, "loss": {}}
 
     monkeypatch.setattr(Books, "score", interrupted)
-    with pytest.raises(SystemExit, match="interrupted; the same command goes on with what is in"):
+    with pytest.raises(SystemExit, match="interrupted; the same command continues from"):
         main(books(), [str(x) for x in (*arguments, "--no-cache", "--results-path", tmp_path)])
     assert [json.loads(line).get("item") for line in (tmp_path / "items.jsonl").open()] == [None, *scored]
     assert [path.name for path in tmp_path.iterdir()] == ["items.jsonl"]
@@ -138,7 +139,7 @@ def test_errors_are_one_sentence(arguments, data, tmp_path, capsys):
     refuses("--cache-lambda 1.5 must be", "--cache-lambda", 1.5, "--cache-theta", 1)
     refuses("--no-cache contradicts", "--cache-lambda", 0.5, "--cache-theta", 1, "--no-cache")
     refuses("--limit 0 is less than 1", "--limit", 0)
-    refuses("--model-overrides 5 is no Python dictionary", "--model-overrides", 5)
+    refuses("--model-overrides 5 is not a Python dictionary", "--model-overrides", 5)
     refuses("give it as --memory-size", "--model-overrides", "{'memory_size': 64}")
     refuses("no setting memry_dtype", "--model-overrides", "{'memry_dtype': 'float16'}")
     assert not (tmp_path / "report.json").exists()

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from longmem_fairseq.data.segments import Segments
-from longmem_fairseq.evaluation.chapterbreak import ChapterBreak, read_examples
-from longmem_fairseq.evaluation.command import main, parser_of, run
+from longmem_fairseq.evaluation.chapterbreak import ChapterBreak, read_boundaries
+from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.options import parser_of
 
 T, SUFFIX = 32, 9
 
@@ -104,7 +105,7 @@ def test_accuracy(outcome):
 
 
 def test_both_layouts_are_one(outcome, files, data, tmp_path):
-    ours, official = (read_examples(str(data / name)) for name in ("ours.jsonl", "official.json"))
+    ours, official = (read_boundaries(str(data / name)) for name in ("ours.jsonl", "official.json"))
     assert [example[2:] for example in ours] == [example[2:] for example in official]
     _, found = evaluate(files, data, tmp_path, "official.json", "--limit", 1)
     assert found.report["items"] == 1

@@ -11,7 +11,8 @@ import pytest
 from longmem_fairseq.evaluation.compare import main, merge, named, read_plan
 from longmem_fairseq.evaluation.dialogue import Dialogue
 from longmem_fairseq.evaluation.qa import QuestionAnswering
-from longmem_fairseq.evaluation.reporting.statistics import ACCURACY, PERPLEXITY, Sample
+from longmem_fairseq.evaluation.reporting.statistic import ACCURACY, PERPLEXITY
+from longmem_fairseq.evaluation.reporting.system_scores import SystemScores
 from longmem_fairseq.evaluation.reporting.table import PAIRS, Table
 from tests.repository import ROOT
 
@@ -108,7 +109,7 @@ def test_plan(tmp_path, data):
     with pytest.raises(ValueError, match="there is no evaluation books: qa"):
         read_plan(str(data / "plan.json"), str(data), {"qa": None}, ["books"])
     (tmp_path / "plan").write_text('{"a": ["--data"]}')
-    with pytest.raises(ValueError, match="is no plan"):
+    with pytest.raises(ValueError, match="is not a plan"):
         read_plan(str(tmp_path / "plan"), str(tmp_path), evaluations)
     assert named(["a=x=y", "b=z"], "--path") == {"a": "x=y", "b": "z"}
     with pytest.raises(ValueError, match="--path c.pt has no name: write NAME=c.pt"):
@@ -121,7 +122,7 @@ def test_rows_and_pairs():
     """Two LongMems on one backbone: it stands there once; the second's systems are compared with the first's."""
 
     def outcome(fingerprint, value):
-        rows = {row: Sample({"1": (value, 2)}, ACCURACY) for row in ("backbone", "memory off", "memory on")}
+        rows = {row: SystemScores({"1": (value, 2)}, ACCURACY) for row in ("backbone", "memory off", "memory on")}
         model = {"dictionary_sha256": "d", "backbone_fingerprint": fingerprint}
         return SimpleNamespace(report={"model": model}, tables=[Table("t", {"x": rows})])
 
@@ -143,7 +144,7 @@ def test_rows_and_pairs():
 
 def test_perplexities_of_two_tokenizers_are_not_compared():
     def outcome(dictionary, statistic):
-        columns = {"x": {"memory on": Sample({"1": (1, 2), "2": (2, 2)}, statistic)}}
+        columns = {"x": {"memory on": SystemScores({"1": (1, 2), "2": (2, 2)}, statistic)}}
         model = {"dictionary_sha256": dictionary, "backbone_fingerprint": str(columns)}
         return SimpleNamespace(report={"model": model}, tables=[Table("t", columns)])
 

@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 
-from longmem_fairseq.evaluation.command import main, parser_of, run
+from longmem_fairseq.evaluation.bleu import Bleu
+from longmem_fairseq.evaluation.command import main, run
 from longmem_fairseq.evaluation.conversations import read_conversations
-from longmem_fairseq.evaluation.dialogue import Bleu, Dialogue
+from longmem_fairseq.evaluation.dialogue import Dialogue
+from longmem_fairseq.evaluation.options import parser_of
 from longmem_fairseq.evaluation.scoring.generate import generate
 
 T = 64
@@ -164,7 +166,7 @@ def test_errors(files, data, tmp_path):
             main(Dialogue(), arguments(files, data, tmp_path / "report", *more))
 
     (tmp_path / "other").write_text('{"text": 1}\n')
-    refuses("conversation 1, is in no known layout", "--data", tmp_path / "other")
+    refuses("conversation 1, has no known layout", "--data", tmp_path / "other")
     (tmp_path / "twice").write_text((json.dumps(ours()) + "\n") * 2)
     refuses("two conversations of the name c1", "--data", tmp_path / "twice")
     refuses("32 leaves less than half of the window of 64 tokens: lower it to 31", "--max-new-tokens", 32)

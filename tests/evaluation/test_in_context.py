@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from longmem_fairseq.data.segments import Segments
-from longmem_fairseq.evaluation.command import main, parser_of, run
-from longmem_fairseq.evaluation.in_context import TASKS, InContext, calibration, find_file, read_examples
+from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.in_context import TASKS, InContext, calibration, find_file, read_sentences
+from longmem_fairseq.evaluation.options import parser_of
 
 WORDS = ["good film", "bad plot", "a great cast", "dull and long", "fine", "poor jokes , slow", "great", "sad ending"]
 T = 64
@@ -136,13 +137,15 @@ def test_original_files(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "SST-2/train.tsv").write_text('sentence\tlabel\na "quoted" film .\t1\nbad\t0\n')
     (tmp_path / "mr/test.csv").write_text('1,"good , ""very"" good"\n0,bad\n')
-    found = read_examples(find_file(str(tmp_path), "sst2", "train"), TASKS["sst2"].labels)
+    found = read_sentences(find_file(str(tmp_path), "sst2", "train"), TASKS["sst2"].labels)
     assert found == [('a "quoted" film .', 1), ("bad", 0)]
-    found = read_examples(find_file(str(tmp_path), "mr", "test"), TASKS["mr"].labels)
+    found = read_sentences(find_file(str(tmp_path), "mr", "test"), TASKS["mr"].labels)
     assert found == [('good , "very" good', 1), ("bad", 0)]
     (tmp_path / "mr/train.csv").write_text("0,bad\n2,odd\n")
-    with pytest.raises(ValueError, match=r"train.csv, example 2, is no sentence with a label \(negative, positive\)"):
-        read_examples(find_file(str(tmp_path), "mr", "train"), TASKS["mr"].labels)
+    with pytest.raises(
+        ValueError, match=r"train.csv, example 2, is not a sentence with a label \(negative, positive\)"
+    ):
+        read_sentences(find_file(str(tmp_path), "mr", "train"), TASKS["mr"].labels)
     with pytest.raises(FileNotFoundError, match="neither subj.test.jsonl nor test.csv of subj"):
         find_file(str(tmp_path), "subj", "test")
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
-from longmem_fairseq.evaluation.command import main, parser_of, run
+from longmem_fairseq.evaluation.command import main, run
 from longmem_fairseq.evaluation.needle import Needle
+from longmem_fairseq.evaluation.options import parser_of
 from longmem_fairseq.evaluation.scoring.systems import BACKBONE, ON
 from longmem_fairseq.memory.cache import CacheSettings
 from tests.evaluation.test_scorer import close, tokens_of
