@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .base import Evaluation
-from .options import add_memory_sizes, memory_sizes, name_of
+from .command_line import add_memory_sizes, memory_sizes, name_of
 from .reporting.statistic import PERPLEXITY
 from .reporting.system_scores import SystemScores
 from .reporting.table import Table

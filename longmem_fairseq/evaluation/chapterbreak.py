@@ -11,7 +11,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 from torch import Tensor
 
 from .base import Evaluation
-from .options import name_of
+from .command_line import name_of
 from .reporting.finished_items import digest
 from .reporting.statistic import ACCURACY
 from .reporting.system_scores import SystemScores

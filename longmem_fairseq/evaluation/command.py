@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..memory.cache import CacheSettings
 from .base import Evaluation
-from .options import check, model_overrides, parser_of
+from .command_line import check, model_overrides, parser_of
 from .reporting.finished_items import FinishedItems
 from .reporting.markdown import as_markdown
 from .reporting.plots import require_matplotlib

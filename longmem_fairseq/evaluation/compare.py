@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 from .base import Evaluation
 from .command import BRACKETS, Outcome, bullets, configure_logging, interrupted, run, sentence
-from .options import parser_of
+from .command_line import parser_of
 from .reporting.markdown import as_markdown, markdown_table
 from .reporting.report_files import as_json, write_report
 from .reporting.system_scores import SystemScores

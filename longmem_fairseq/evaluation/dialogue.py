@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .base import Evaluation
 from .bleu import Bleu
+from .command_line import check_max_new_tokens, name_of
 from .conversations import Conversation, Session, read_conversations
-from .options import check_max_new_tokens, name_of
 from .reporting.finished_items import digest
 from .reporting.statistic import PERPLEXITY
 from .reporting.system_scores import SystemScores

@@ -8,7 +8,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 
 from .base import Evaluation
-from .options import add_memory_sizes, memory_sizes
+from .command_line import add_memory_sizes, memory_sizes
 from .reporting.statistic import ACCURACY
 from .reporting.system_scores import SystemScores
 from .reporting.table import Table

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from .base import Evaluation
-from .options import check_max_new_tokens, name_of
+from .command_line import check_max_new_tokens, name_of
 from .reporting.finished_items import digest
 from .reporting.statistic import ACCURACY, PERPLEXITY
 from .reporting.system_scores import SystemScores

@@ -9,7 +9,7 @@ import torch
 
 from longmem_fairseq.evaluation.books import Books
 from longmem_fairseq.evaluation.command import main, run
-from longmem_fairseq.evaluation.options import parser_of
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.hub import LongMem
 from preprocess.documents import iter_documents
 

@@ -8,7 +8,7 @@ import torch
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.evaluation.chapterbreak import ChapterBreak, read_boundaries
 from longmem_fairseq.evaluation.command import main, run
-from longmem_fairseq.evaluation.options import parser_of
+from longmem_fairseq.evaluation.command_line import parser_of
 
 T, SUFFIX = 32, 9
 

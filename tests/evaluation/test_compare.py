@@ -59,9 +59,9 @@ def arguments(files, data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcome(arguments, data):
-    line = [sys.executable, str(ROOT / "examples/compare/evaluate.py"), *arguments]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=data)
+def outcome(arguments):
+    line = [sys.executable, "-m", "examples.compare.evaluate", *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(directory=Path(arguments[arguments.index("--results-path") + 1]), output=done.stdout)
 

@@ -10,9 +10,9 @@ import torch
 
 from longmem_fairseq.evaluation.bleu import Bleu
 from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.conversations import read_conversations
 from longmem_fairseq.evaluation.dialogue import Dialogue
-from longmem_fairseq.evaluation.options import parser_of
 from longmem_fairseq.evaluation.scoring.generate import generate
 
 T = 64

@@ -11,10 +11,10 @@ import pytest
 from longmem_fairseq.evaluation import compare
 from longmem_fairseq.evaluation.books import Books
 from longmem_fairseq.evaluation.chapterbreak import ChapterBreak
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.dialogue import Dialogue
 from longmem_fairseq.evaluation.in_context import InContext
 from longmem_fairseq.evaluation.needle import Needle
-from longmem_fairseq.evaluation.options import parser_of
 from longmem_fairseq.evaluation.qa import QuestionAnswering
 from tests.repository import ROOT
 

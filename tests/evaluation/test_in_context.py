@@ -9,8 +9,8 @@ import torch
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.in_context import TASKS, InContext, calibration, find_file, read_sentences
-from longmem_fairseq.evaluation.options import parser_of
 
 WORDS = ["good film", "bad plot", "a great cast", "dull and long", "fine", "poor jokes , slow", "great", "sad ending"]
 T = 64

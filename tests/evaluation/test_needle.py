@@ -1,33 +1,22 @@
 """The needle test: haystacks are what they say, and right answers are those of a plain reading."""
 
-import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from fairseq.data import Dictionary
 
+from examples.recall.needle import make_haystack
 from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.needle import Needle
-from longmem_fairseq.evaluation.options import parser_of
 from longmem_fairseq.evaluation.scoring.systems import BACKBONE, ON
 from longmem_fairseq.memory.cache import CacheSettings
 from tests.evaluation.test_scorer import close, tokens_of
-from tests.repository import ROOT
 
 
-@pytest.fixture(scope="module")
-def make_haystack():
-    sys.path.insert(0, str(ROOT / "examples" / "recall"))
-    spec = importlib.util.spec_from_file_location("needle", ROOT / "examples" / "recall" / "needle.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.make_haystack
-
-
-def test_haystack(make_haystack, files):
+def test_haystack(files):
     dictionary = Dictionary.load(str(files.directory / "dict.txt"))
     found = make_haystack(dictionary, 20, 300, 7)
     assert len(found.tokens) == 300 and len(set(found.names.tolist())) == 20
@@ -74,7 +63,7 @@ class Recalling:
         }
 
 
-def test_distances_and_sizes(make_haystack, files, scorer, monkeypatch):
+def test_distances_and_sizes(files, scorer, monkeypatch):
     """A perfect memory of N tokens recalls what is at most N tokens before the window, and nothing farther back."""
     evaluation = Needle(make_haystack)
     line = [
@@ -106,7 +95,7 @@ def test_distances_and_sizes(make_haystack, files, scorer, monkeypatch):
     assert table.columns["to 200"]["memory 400"].interval().value > 90.0
 
 
-def test_command(make_haystack, files, tmp_path):
+def test_command(files, tmp_path):
     evaluation = Needle(make_haystack)
     line = [
         "--path", files.longmem, "--tokenizer", files.directory, "--results-path", tmp_path, "--cpu", "--facts", 4, 9,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from longmem_fairseq.evaluation.command import main, run
-from longmem_fairseq.evaluation.options import parser_of
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.qa import MEMORY, WINDOW, QuestionAnswering, exact_match, f1, normalize, read_articles
 from longmem_fairseq.evaluation.scoring.generate import generate
 

@@ -95,7 +95,7 @@ class DocumentStream:
         for window in self.windows:
             for piece, targets in zip(inputs.split(window), tokens.split(window)):
                 features = {with_window(window): scorer.final_hidden(scorer.backbone(piece[None]))[0]}
-                _collect(parts, scorer.target_log_probs(features, targets))
+                _collect(parts, self.plain_scores(features, targets))
         for piece, targets in zip(inputs.split(scorer.size), tokens.split(scorer.size)):
             _collect(parts, self._read_segment(piece, targets))
         names = [name for name in dict.fromkeys([*self.systems, *parts]) if name in parts]
@@ -106,12 +106,21 @@ class DocumentStream:
         scorer = self.scorer
         readers = {with_memory(size): state for size, state in self.states.items() if scorer.has_memory}
         features, encoded = scorer.features(inputs[None], readers)
-        scores = scorer.target_log_probs({name: x[0] for name, x in features.items()}, targets)
+        scores = self.plain_scores({name: x[0] for name, x in features.items()}, targets)
         scores.update(self.mixed_with_caches(scores, features[BACKBONE][0], targets))
         for state in self.states.values():
             scorer.write(state, encoded, targets)
             state.last, state.tokens = int(targets[-1]), state.tokens + len(targets)
         return scores
+
+    def plain_scores(self, features: Dict[str, Tensor], targets: Tensor) -> Scores:
+        """Return the scores of the systems without a cache.
+
+        Args:
+            features: Input of the output layer by system, shape (T, D).
+            targets: Token ids to predict, shape (T,), int64.
+        """
+        return self.scorer.target_log_probs(features, targets)
 
     def mixed_with_caches(self, scores: Scores, hidden: Tensor, targets: Tensor) -> Scores:
         """Return the scores of the systems that are mixed with a cache.
