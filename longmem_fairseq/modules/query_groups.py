@@ -1,34 +1,42 @@
-"""Grouped-query attention: query heads that share a key/value head search and read its memory together.
+"""Query heads grouped by the KV head that they read.
 
-Legend: B rows of a batch, H query heads, H_kv key/value heads, G = H / H_kv query heads of a group, T queries.
+With grouped-query attention, query head h reads the keys and values of KV head h // G, where G is the number of query
+heads of a KV head. The query heads of a group then are further queries of their KV head.
 
-Query head h belongs to key/value head h // G, as in Llama and its kin; with G = 1 nothing changes.
+Legend: B rows of a batch, H query heads, H_kv KV heads, G = H / H_kv, T queries, d width of a head.
 """
 
 from torch import Tensor
 
 
 def group_queries(q: Tensor, kv_heads: int) -> Tensor:
-    """Put the queries of all heads of a group end to end.
+    """Join the query heads of each KV head.
 
     Args:
-        q: Tensor of the query heads, shape (B, H, T, ...).
-        kv_heads: Number of key/value heads, H_kv; it divides H.
+        q: Queries of each query head, shape (B, H, T, d).
+        kv_heads: Number of KV heads, H_kv.
 
     Returns:
-        The same numbers, shape (B, H_kv, G * T, ...); a view where ``q`` is contiguous.
+        Queries of each KV head, shape (B, H_kv, G * T, d): query t of the group's query head g is at g * T + t.
+
+    Raises:
+        ValueError: The number of query heads is not a multiple of the number of KV heads.
     """
-    return q.reshape(q.size(0), kv_heads, -1, *q.shape[3:])
+    B, H, T, d = q.shape
+    if H % kv_heads:
+        raise ValueError(f"{H} query heads are not a multiple of {kv_heads} KV heads")
+    return q.reshape(B, kv_heads, H // kv_heads * T, d)
 
 
 def ungroup(x: Tensor, heads: int) -> Tensor:
-    """Take the queries of a group apart again: the inverse of :func:`group_queries`.
+    """Split what was computed for grouped queries by query head; the inverse of :func:`group_queries`.
 
     Args:
-        x: Tensor of the key/value heads, shape (B, H_kv, G * T, ...).
+        x: One vector for each grouped query, shape (B, H_kv, G * T, d); d may be any number.
         heads: Number of query heads, H.
 
     Returns:
-        The same numbers, shape (B, H, T, ...).
+        The vectors of each query head, shape (B, H, T, d).
     """
-    return x.reshape(x.size(0), heads, -1, *x.shape[3:])
+    B, kv_heads, queries, d = x.shape
+    return x.reshape(B, heads, kv_heads * queries // heads, d)
