@@ -86,7 +86,7 @@ class Books(Evaluation):
         if args.document_tokens is not None and args.document_tokens < 1:
             raise ValueError(f"--document-tokens {args.document_tokens} is less than 1: raise it")
         scorer.memory_size = self.sizes[-1]
-        trained = scorer.backbone.config["max_target_positions"]
+        trained = scorer.backbone.trained_window or 0
         default = [trained] if trained > scorer.size and trained % scorer.size == 0 else []
         self.windows = default if args.windows is None else sorted(args.windows)
         DocumentStream(scorer, self.sizes[:1], self.windows)  # refuses windows that do not fit

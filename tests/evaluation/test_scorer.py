@@ -27,10 +27,9 @@ def tokens_of(length, seed=0):
 
 
 def bank_bytes(state):
-    parts = (state.bank.keys, state.bank.values, state.bank.means, state.bank._tail)
-    held = b"".join(x.numpy().tobytes() for x in parts)
-    places = str((state.bank.first, state.bank.written, state.bank.position, state.last, state.tokens))
-    return hashlib.sha256(held + places.encode()).hexdigest()
+    tensors, counters = state.bank.state()
+    held = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
+    return hashlib.sha256(held + str((counters, state.last, state.tokens)).encode()).hexdigest()
 
 
 def close(found, expected):
@@ -136,7 +135,8 @@ def test_the_cache_is_mixed_in(scorer):
     (found,) = scorer.window(state, prefix, room=5).score([suffix])
     stream = torch.cat([torch.tensor([2]), context, prefix, suffix])
     with torch.no_grad():
-        hidden = torch.cat([scorer.final_hidden(scorer.backbone(x[None]))[0] for x in stream[:-1].split(T)])
+        segments = [scorer.backbone.encode(x[None]) for x in stream[:-1].split(T)]
+        hidden = torch.cat([scorer.backbone.final_hidden(segment)[0] for segment in segments])
     for t in range(5):
         at = len(stream) - 1 - 5 + t
         cached = distribution(hidden[at : at + 1], [(hidden[:at], stream[1 : at + 1])], 0.3, 4096)[0, suffix[t]]
@@ -156,7 +156,7 @@ def test_a_past_depends_on_its_tokens_only(scorer, pieces):
         for begin in range(at, at + piece, T):
             end = min(begin + T, at + piece)
             with torch.no_grad():
-                scorer.write(expected, scorer.backbone(stream[None, begin:end]), stream[begin + 1 : end + 1])
+                scorer.write(expected, scorer.backbone.encode(stream[None, begin:end]), stream[begin + 1 : end + 1])
         at += piece
     state, at = scorer.new_state(), 0
     for piece in pieces:

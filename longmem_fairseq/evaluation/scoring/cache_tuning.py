@@ -96,5 +96,6 @@ def _choose(scorer, system: str, model: Tensor, scores: Scores, thetas: Sequence
 @torch.no_grad()
 def _squared_length(scorer, document: Tensor) -> float:
     """Return the mean squared length of the backbone's final hidden states over a document's first segment."""
-    hidden = scorer.final_hidden(scorer.backbone(document[None, : scorer.size].to(scorer.device)))
+    encoded = scorer.backbone.encode(document[None, : scorer.size].to(scorer.device))
+    hidden = scorer.backbone.final_hidden(encoded)
     return float(hidden.float().pow(2).sum(-1).mean())

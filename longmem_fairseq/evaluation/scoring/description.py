@@ -3,8 +3,6 @@
 import hashlib
 from typing import Any, Dict
 
-import torch
-
 from ...data.manifest import dictionary_fingerprint
 
 
@@ -17,12 +15,11 @@ def describe(scorer) -> Dict[str, Any]:
     Returns:
         Values of plain JSON types, without paths.
     """
-    config = scorer.backbone.config
     description = {
-        "backbone": config["model"],
+        "backbone": scorer.backbone.config["model"],
         "backbone_fingerprint": scorer.backbone.fingerprint,
-        "layers": config["decoder_layers"],
-        "width": config["decoder_embed_dim"],
+        "layers": scorer.backbone.num_layers,
+        "width": scorer.backbone.width,
         "parameters": sum(p.numel() for p in scorer.backbone.parameters()),
         "tokens_per_sample": scorer.size,
         "memory_size": scorer.memory_size,
@@ -30,9 +27,8 @@ def describe(scorer) -> Dict[str, Any]:
     }
     if scorer.decoder is None:
         return description
-    cfg, layers = scorer.decoder.cfg, scorer.decoder.layers
+    cfg = scorer.decoder.cfg
     trained = [p for p in scorer.decoder.parameters() if p.requires_grad]
-    gates = torch.sigmoid(layers[scorer.decoder.reading_layer].self_attn.memory_gate.detach().float())
     weights = hashlib.sha256()
     for parameter in trained:
         weights.update(parameter.detach().float().cpu().numpy().tobytes())
@@ -43,5 +39,5 @@ def describe(scorer) -> Dict[str, Any]:
         "k": cfg.k,
         "chunk_size": cfg.chunk_size,
         "retrieval_layer_index": cfg.retrieval_layer_index,
-        "mean_gate": round(float(gates.mean()), 4),
+        "mean_gate": round(float(scorer.decoder.gates.mean()), 4),
     }

@@ -94,7 +94,8 @@ class DocumentStream:
         parts: Dict[str, List[Tensor]] = {}
         for window in self.windows:
             for piece, targets in zip(inputs.split(window), tokens.split(window)):
-                features = {with_window(window): scorer.final_hidden(scorer.backbone(piece[None]))[0]}
+                encoded = scorer.backbone.encode(piece[None])
+                features = {with_window(window): scorer.backbone.final_hidden(encoded)[0]}
                 _collect(parts, self.plain_scores(features, targets))
         for piece, targets in zip(inputs.split(scorer.size), tokens.split(scorer.size)):
             _collect(parts, self._read_segment(piece, targets))

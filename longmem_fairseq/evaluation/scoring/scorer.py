@@ -9,7 +9,6 @@
 Legend: B rows, T tokens of a window and of a segment, D width, V symbols.
 """
 
-import contextlib
 import os
 import pickle
 from typing import Any, Dict, List, Optional, Tuple
@@ -20,11 +19,12 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import Tensor
 
-from ...backbones.loading import Backbone, EncodedSegment, load_backbone
-from ...hub import LongMem, _find_data, find_checkpoint
-from ...memory.bank import MemoryBank
+from ...backbones.base import Backbone, EncodedSegment
+from ...backbones.loading import load_backbone
+from ...hub import LongMem, find_checkpoint, find_data
 from ...memory.branches import MemoryBranches
 from ...memory.cache import CacheSettings, NeuralCache
+from ...memory.reader import MemoryReader
 from ...models.longmem_decoder import LongMemDecoder
 from ...models.longmem_lm import LongMemModel
 from ...progress import token_bar
@@ -104,7 +104,7 @@ class Scorer:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = {name: value for name, value in settings.items() if value is not None}
         cfg = _read_configuration(checkpoint)
-        directory = _find_data(tokenizer, checkpoint, cfg["task"].get("data"))
+        directory = find_data(tokenizer, checkpoint, cfg["task"].get("data"))
         name = cfg["model"]["_name"]
         if issubclass(ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name) or object, LongMemModel):
             named = {"pretrained_model_path": backbone, "tokens_per_sample": tokens_per_sample}
@@ -112,7 +112,7 @@ class Scorer:
             loaded = LongMem.from_pretrained(checkpoint, data=directory, device=device, **settings)
             decoder, task = loaded.model.decoder, loaded.task
             size = task.args.tokens_per_sample
-            memory_size = decoder.cfg.memory_size if decoder.has_memory else 0
+            memory_size = decoder.memory_factory.settings.size
             return cls(decoder.backbone, decoder, TextTokenizer(task.dictionary, loaded.bpe), size, memory_size)
         if backbone is not None:
             raise ValueError(f"{checkpoint} is a {name} without another backbone: leave out --backbone")
@@ -120,15 +120,17 @@ class Scorer:
         if unknown:
             raise ValueError(f"{checkpoint} is a {name} without a memory and has no setting {unknown[0]}: leave it out")
         dictionary = Dictionary.load(os.path.join(directory, "dict.txt"))
-        model = load_backbone(checkpoint, dictionary, 0).to(device)
-        size = tokens_per_sample or cfg["task"].get("tokens_per_sample") or model.config["max_target_positions"]
+        model = load_backbone(checkpoint, dictionary).to(device)
+        size = tokens_per_sample or cfg["task"].get("tokens_per_sample") or model.trained_window
+        if size is None:
+            raise ValueError(f"{checkpoint} does not tell the window it was trained with: give --tokens-per-sample")
         memory_size = settings.get("memory_size", CACHE_SIZE)
         return cls(model, None, TextTokenizer.load(directory, dictionary), size, memory_size)
 
     @property
     def device(self) -> torch.device:
         """Device of the model."""
-        return next(self.backbone.parameters()).device
+        return self.backbone.device
 
     @property
     def has_memory(self) -> bool:
@@ -160,10 +162,9 @@ class Scorer:
             size = min(size, at_most + self.size)
         bank = cache = None
         if self.has_memory and size:
-            with self._memory_of(size):
-                bank = self.decoder.new_bank()
+            bank = self.decoder.memory_factory.with_size(size).bank(1, self.backbone.dtype, self.device)
         if size and (bool(self.cache) if cached is None else cached):
-            cache = NeuralCache(size, self.backbone.decoder.output_embed_dim, self.device)
+            cache = NeuralCache(size, self.backbone.width, self.device)
         return TextState(self.tokenizer.eos, bank, cache)
 
     @torch.no_grad()
@@ -193,8 +194,8 @@ class Scorer:
             parts.append(inputs[whole:][None])
         with token_bar(len(inputs), "memorizing") as progress:
             for part, followers in zip(parts, tokens.split([part.numel() for part in parts])):
-                encoded = self.backbone(part) if state.cache is not None else self.backbone.encode_for_memory(part)
-                self.write(state, encoded, followers)
+                encode = self.backbone.encode_for_memory if state.cache is None else self.backbone.encode
+                self.write(state, encode(part), followers)
                 progress.update(part.numel())
 
     def _skip(self, state: TextState, begin: int, length: int) -> int:
@@ -219,7 +220,7 @@ class Scorer:
             for keys, values in zip(encoded.keys, encoded.values):
                 state.bank.append(0, keys, values)
         if state.cache is not None:
-            state.cache.append(self.final_hidden(encoded).flatten(0, 1), followers)
+            state.cache.append(self.backbone.final_hidden(encoded).flatten(0, 1), followers)
 
     def window(self, state: TextState, prefix: Optional[Tensor] = None, room: int = 0) -> Window:
         """Read the end of the text that continuations share; see :class:`.window.Window`.
@@ -231,31 +232,18 @@ class Scorer:
         """
         return Window(self, state, prefix, room)
 
-    def final_hidden(self, encoded: EncodedSegment) -> Tensor:
-        """Return the input of the backbone's output layer, shape (B, T, D)."""
-        x, norm = encoded.hidden[-1], self.backbone.decoder.layer_norm
-        if norm is not None and not self.backbone.normalize_last_hidden:  # else it is normalized already
-            x = norm(x)
-        return x.transpose(0, 1)
+    def branches(self, state: TextState, rows: int) -> Optional[MemoryBranches]:
+        """Return memories for a number of rows that all start from a state's, which is only read; None without one."""
+        bank = state.bank
+        if bank is None:
+            return None
+        factory = self.decoder.memory_factory.with_size(bank.chunks * bank.chunk_size)
+        return factory.branches(rows, self.backbone.dtype, self.device, bank)
 
-    def reader(self, state: TextState, rows: int):
+    def reader(self, state: TextState, rows: int) -> Optional[MemoryReader]:
         """Return the reader of a state's memory for a number of rows; None without a memory."""
-        return None if state.bank is None else self.branches(state.bank, rows).reader()
-
-    def branches(self, bank: MemoryBank, rows: int) -> MemoryBranches:
-        """Return memories for a number of rows that all start from a bank, which is only read."""
-        with self._memory_of(bank.chunks * bank.chunk_size):
-            return self.decoder.memory_branches(rows, bank)
-
-    @contextlib.contextmanager
-    def _memory_of(self, size: int):
-        """Within this context the decoder makes and searches memories of so many tokens, and at least one chunk."""
-        cfg = self.decoder.cfg
-        kept, cfg.memory_size = cfg.memory_size, max(size, cfg.chunk_size)
-        try:
-            yield
-        finally:
-            cfg.memory_size = kept
+        branches = self.branches(state, rows)
+        return None if branches is None else branches.reader()
 
     def features(
         self,
@@ -276,8 +264,8 @@ class Scorer:
             Input of the output layer by system, shape (B, T, D), and the encoded segment.
         """
         incremental = incremental or {}
-        encoded = self.backbone(tokens, incremental.get(BACKBONE), start)
-        features = {BACKBONE: self.final_hidden(encoded)}
+        encoded = self.backbone.encode(tokens, incremental.get(BACKBONE), start)
+        features = {BACKBONE: self.backbone.final_hidden(encoded)}
         if self.decoder is not None:
             readers = {OFF: None, **{name: self.reader(state, len(tokens)) for name, state in states.items()}}
             for name, reader in readers.items():
@@ -287,7 +275,7 @@ class Scorer:
 
     def log_probs(self, features: Tensor) -> Tensor:
         """Return log-probabilities (..., V), float32, of features (..., D): the backbone's output layer is shared."""
-        return self.backbone.output_layer(features).float().log_softmax(-1)
+        return self.backbone.output(features).float().log_softmax(-1)
 
     def target_log_probs(self, features: Dict[str, Tensor], targets: Tensor, at_once: int = 1024) -> Dict[str, Tensor]:
         """Return the log-probabilities of targets by system.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...backbones.base import EncodedSegment
 from ...memory.cache import log_distribution, mix
+from ...memory.reader import MemoryReader
 from ...models.live_window import WINDOW, LiveWindow
 from .systems import BACKBONE, ON, without_cache
 from .text_state import TextState
@@ -32,7 +33,6 @@ class SystemDecoder(FairseqIncrementalDecoder):
         super().__init__(scorer.tokenizer.dictionary)
         self.base = without_cache(system)
         self.setting = scorer.cache[self.base] if system != self.base else None
-        self.has_memory = self.base == ON and state.bank is not None
         self.state, self.states = state, [state]
         self.backbone = scorer.backbone
         if self.base != BACKBONE:
@@ -48,14 +48,12 @@ class SystemDecoder(FairseqIncrementalDecoder):
         """Device of the model."""
         return self._scorer[0].device
 
-    def memory_branches(self, rows: int, base):
-        """See :meth:`longmem_fairseq.models.longmem_decoder.LongMemDecoder.memory_branches`."""
-        return self._scorer[0].branches(base, rows)
-
-    def side_network(self, encoded: EncodedSegment, reader, incremental_state=None) -> List[Tensor]:
+    def side_network(
+        self, encoded: EncodedSegment, reader: Optional[MemoryReader], incremental_state=None
+    ) -> List[Tensor]:
         """Return the input of the output layer, (B, T, D), in a list; keeps the backbone's final hidden states."""
         scorer = self._scorer[0]
-        self._hidden = scorer.final_hidden(encoded)
+        self._hidden = self.backbone.final_hidden(encoded)
         if self.base == BACKBONE:
             return [self._hidden]
         return [scorer.decoder.features(scorer.decoder.side_network(encoded, reader, incremental_state))]
@@ -84,9 +82,10 @@ class SystemDecoder(FairseqIncrementalDecoder):
                 self.states.append(state)
             stream = torch.cat([torch.tensor([state.last]), prompt[beyond:].cpu()])
             pieces.append(stream[:-1].to(scorer.device))
-        window = LiveWindow(self, scorer.size, len(prompts), self.state.bank)
-        if window.branches is not None:
-            window.branches.banks = [self.states[number].bank for number in numbers]
+        branches = scorer.branches(self.state, len(prompts)) if self.base == ON else None
+        if branches is not None:
+            branches.banks = [self.states[number].bank for number in numbers]
+        window = LiveWindow(self, scorer.size, len(prompts), branches)
         incremental_state: Dict[str, dict] = {WINDOW: {"window": window}}
         window.fill(pieces, incremental_state)
         if self.setting is not None:
@@ -104,7 +103,7 @@ class SystemDecoder(FairseqIncrementalDecoder):
         S = int(lengths.max())
         hidden = self._hidden
         if not S:
-            hidden = torch.zeros(len(pieces), 1, self.backbone.decoder.output_embed_dim, device=self.device)
+            hidden = torch.zeros(len(pieces), 1, self.backbone.width, device=self.device)
         tokens = torch.full((len(pieces), S), -1, device=self.device)
         for row, piece in enumerate(pieces):
             tokens[row, : max(0, len(piece) - 1)] = piece[1:]
