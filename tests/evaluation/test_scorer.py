@@ -223,10 +223,10 @@ def test_a_released_model(tmp_path):
     model = LongMem.from_pretrained(str(path), data=str(tmp_path), device="cpu", **settings)
     tokens = tokens_of(70) % 196 + 4
     found = DocumentStream(scorer, [32]).read(tokens)
-    model.encode = lambda text: tokens
-    close(found["memory 32"], model.score("").log_probabilities)
-    model.model.decoder.cfg.use_external_memory, model.document_memory = False, None
-    close(found[OFF], model.score("").log_probabilities)
+    without_memory = LongMem(model.model, model.task, use_memory=False)
+    for system, loaded in (("memory 32", model), (OFF, without_memory)):
+        loaded.encode = lambda text: tokens
+        close(found[system], loaded.score("").log_probabilities)
     inputs = torch.cat([torch.tensor([2]), tokens[:-1]])
     with torch.no_grad():
         alone = torch.cat([model.model.decoder.backbone.decoder(x[None])[0][0] for x in inputs.split(16)])
