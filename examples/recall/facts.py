@@ -62,7 +62,7 @@ def document(
     facts: int,
     stated_in: int,
     questions: int,
-    asked_in: int,
+    queried_in: int,
     eos: int,
 ) -> np.ndarray:
     """Make one document; its questions go round all facts before one comes again.
@@ -73,17 +73,17 @@ def document(
         facts: Number of facts.
         stated_in: Number of tokens of the part that states the facts.
         questions: Number of questions.
-        asked_in: Number of tokens of the part that has the questions.
+        queried_in: Number of tokens of the part that has the questions.
         eos: Token id of end-of-sentence.
 
     Returns:
-        Token ids, shape (stated_in + asked_in + 1,), int64.
+        Token ids, shape (stated_in + queried_in + 1,), int64.
     """
     names, values, fillers = kinds
     stated = np.stack([rng.choice(names, facts, replace=False), rng.choice(values, facts)], axis=1)  # (facts, 2)
     rounds = [rng.permutation(facts) for _ in range(-(-questions // facts))]
     repeated = stated[np.concatenate(rounds)[:questions]]
-    return np.concatenate([spread(rng, stated, stated_in, fillers), spread(rng, repeated, asked_in, fillers), [eos]])
+    return np.concatenate([spread(rng, stated, stated_in, fillers), spread(rng, repeated, queried_in, fillers), [eos]])
 
 
 def questions_of(tokens: np.ndarray, names: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:

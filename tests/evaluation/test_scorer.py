@@ -223,8 +223,7 @@ def test_a_released_model(tmp_path):
     model = LongMem.from_pretrained(str(path), data=str(tmp_path), device="cpu", **settings)
     tokens = tokens_of(70) % 196 + 4
     found = DocumentStream(scorer, [32]).read(tokens)
-    without_memory = LongMem(model.model, model.task, use_memory=False)
-    for system, loaded in (("memory 32", model), (OFF, without_memory)):
+    for system, loaded in (("memory 32", model), (OFF, model.without_memory())):
         loaded.encode = lambda text: tokens
         close(found[system], loaded.score("").log_probabilities)
     inputs = torch.cat([torch.tensor([2]), tokens[:-1]])
