@@ -1,4 +1,4 @@
-"""The comparison, as a command on a backbone and a LongMem: everything runs, goes on, and lands in one report."""
+"""The comparison, as a command on a backbone and a LongMem: everything runs, continues, and is in one report."""
 
 import json
 import subprocess
@@ -72,16 +72,16 @@ def test_one_report(outcome):
     assert list(report["evaluations"]) == list(PLAN) and list(report["models"]) == ["alone", "first"]
     assert outcome.output.strip() == (outcome.directory / "report.md").read_text().strip()
     assert (outcome.directory / "report.png").stat().st_size > 50_000
-    for step, found in report["evaluations"].items():
-        merged = found["tables"][0]
+    for step, evaluation in report["evaluations"].items():
+        merged = evaluation["tables"][0]
         for name in report["models"]:
-            own = json.loads((outcome.directory / "runs" / name / step / "report.json").read_text())["tables"][0]
-            for column, rows in own["figures"].items():
+            single = json.loads((outcome.directory / "runs" / name / step / "report.json").read_text())["tables"][0]
+            for column, rows in single["figures"].items():
                 for row, cell in rows.items():
                     same = row.startswith("backbone") and ("cache" not in row or step == "books")
                     owner = "alone" if same else name  # of the same backbone; elsewhere memories differ in size
-                    found_there = merged["figures"][column][f"{owner}: {row}"]["value"]
-                    assert found_there == pytest.approx(cell["value"], rel=1e-3)
+                    merged_value = merged["figures"][column][f"{owner}: {row}"]["value"]
+                    assert merged_value == pytest.approx(cell["value"], rel=1e-3)
         pairs = {(row["system"], row["against"]) for row in merged["differences"]}
         on = "memory 64" if step == "books" else "memory on"
         assert {(f"first: {on}", "first: memory off"), (f"first: {on}", "alone: backbone")} <= pairs
@@ -119,7 +119,7 @@ def test_plan(tmp_path, data):
 
 
 def test_rows_and_pairs():
-    """Two LongMems on one backbone: it stands there once; the second's systems are compared with the first's."""
+    """Two LongMems on one backbone: it appears once; the second's systems are compared with the first's."""
 
     def outcome(fingerprint, value):
         rows = {row: SystemScores({"1": (value, 2)}, ACCURACY) for row in ("backbone", "memory off", "memory on")}

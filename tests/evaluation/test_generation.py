@@ -1,4 +1,4 @@
-"""Generated answers are the likeliest tokens, one after the other, as scores of whole windows give them."""
+"""Generated answers are the likeliest tokens, one after the other, by scores of whole windows."""
 
 import pytest
 import torch
@@ -15,20 +15,20 @@ CACHE = {BACKBONE: CacheSettings(0.5, 0.5), ON: CacheSettings(0.6, 0.5)}
 
 @torch.no_grad()
 def greedily(scorer, system, state, prompt, one_line):
-    """The same with the whole window read anew for every token, and the cache as a plain distribution."""
+    """The same with the whole window read again for every token, and the cache as a plain distribution."""
     ends = scorer.tokenizer.line_ends().tolist() if one_line else []
     beyond = max(0, len(prompt) + STEPS + 1 - T)
     state = state.copy()
     scorer.memorize(state, prompt[:beyond])
     stream = torch.cat([torch.tensor([state.last]), prompt[beyond:]])
-    base, cached = system.replace(" + cache", ""), system.endswith("cache")
+    base, with_cache = system.replace(" + cache", ""), system.endswith("cache")
     for step in range(STEPS):
         features, _ = scorer.features(stream[None], {ON: state})
         hidden, log_probs = features[BACKBONE][0], scorer.log_probs(features[base][0, -1:])
-        if cached:
+        if with_cache:
             parts = [(state.cache.hidden, state.cache.tokens), (hidden[:-1], stream[1:])]
-            found = distribution(hidden[-1:], parts, CACHE[base].theta, V)
-            log_probs = ((1 - CACHE[base].weight) * log_probs.exp() + CACHE[base].weight * found).log()
+            cached = distribution(hidden[-1:], parts, CACHE[base].theta, V)
+            log_probs = ((1 - CACHE[base].weight) * log_probs.exp() + CACHE[base].weight * cached).log()
         scores = log_probs[0]
         ended = scores[[2, *ends]].logsumexp(0)
         scores[[0, 1, 3, *ends]] = float("-inf")
@@ -67,7 +67,7 @@ def test_systems_differ(scorer, state):
 
 
 def test_a_newline_ends_the_answer(scorer, state):
-    """Its probability is that of all symbols that begin with one, and of end-of-sentence."""
+    """Its probability is that of all symbols that start with one, and of end-of-sentence."""
     ends = set(scorer.tokenizer.line_ends().tolist())
     for seed in range(3):
         (answer,) = generate(scorer, ON, state, [tokens_of(5, seed)], STEPS)
@@ -77,7 +77,7 @@ def test_a_newline_ends_the_answer(scorer, state):
 
 @pytest.mark.parametrize("system", ["memory on + cache", "backbone + cache"])
 def test_prompts_in_a_batch_are_answered_as_alone(scorer, state, system):
-    """With a beam, whose hypotheses move between rows; what it finds is at least as likely as the greedy answer."""
+    """With a beam, whose hypotheses move between rows; its answer is at least as likely as the greedy answer."""
     prompts = [tokens_of(4, 1), tokens_of(9, 2), tokens_of(T + 5, 3)]
     together = generate(scorer, system, state, prompts, 4, beam=4, one_line=False)
     likelier = 0

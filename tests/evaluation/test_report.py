@@ -48,11 +48,11 @@ def test_markdown():
 
 def test_json_has_no_nan():
     nothing = SystemScores({"1": (0, 0)}, ACCURACY)
-    found = as_json(Table("t", {"x": {"a": nothing}}, pairs=[("a", "a")]))
-    assert found["figures"]["x"]["a"] == {
+    content = as_json(Table("t", {"x": {"a": nothing}}, pairs=[("a", "a")]))
+    assert content["figures"]["x"]["a"] == {
         "value": None, "low": None, "high": None, "statistic": "accuracy", "deviation": None, "items": 1
     }  # fmt: skip
-    assert found["differences"][0]["value"] is None
+    assert content["differences"][0]["value"] is None
 
 
 def test_plots(tmp_path):

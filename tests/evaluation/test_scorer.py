@@ -1,4 +1,4 @@
-"""Scores are those of evaluation by fairseq and of the models called plainly, and scoring remembers nothing."""
+"""Scores are those of evaluation by fairseq and of direct calls of the models, and scoring writes nothing."""
 
 import hashlib
 import math
@@ -32,13 +32,13 @@ def bank_bytes(state):
     return hashlib.sha256(held + str((counters, state.last, state.tokens)).encode()).hexdigest()
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def plainly(files, document):
-    """What the models say of a document's last segment: (backbone, memory off, memory on), (T,) each."""
+    """Score a document's last segment by direct calls: backbone, memory off, memory on, shape (T,) each."""
     stock, longmem = files.models
     inputs = torch.cat([torch.tensor([2]), document[:-1]])
     longmem.reset_memory()
@@ -57,10 +57,10 @@ def test_equals_the_models_called_segment_by_segment(scorer, files, segments):
     document = tokens_of(segments * T)
     state = scorer.new_state()
     scorer.memorize(state, document[:-T])
-    (found,) = scorer.window(state, document[-T:-10], room=10).score([document[-10:]])
+    (scores,) = scorer.window(state, document[-T:-10], room=10).score([document[-10:]])
     for name, expected in zip((BACKBONE, OFF, ON), plainly(files, document)):
-        close(found[name], expected[-10:])
-    assert (found[ON] - found[OFF]).abs().max() > 1e-3, "the memory says something"
+        close(scores[name], expected[-10:])
+    assert (scores[ON] - scores[OFF]).abs().max() > 1e-3, "the memory matters"
 
 
 def test_equals_fairseq_eval_lm(scorer, files, tmp_path):
@@ -78,9 +78,9 @@ def test_equals_fairseq_eval_lm(scorer, files, tmp_path):
     for document in documents:
         state = scorer.new_state()
         scorer.memorize(state, document[:-T])
-        (found,) = scorer.window(state, document[-T:-12], room=12).score([document[-12:]])
-        ours = found[ON].tolist()
-        assert any(segment[-12:] == pytest.approx(ours, abs=2e-3) for segment in segments)
+        (scores,) = scorer.window(state, document[-T:-12], room=12).score([document[-12:]])
+        scores_on = scores[ON].tolist()
+        assert any(segment[-12:] == pytest.approx(scores_on, abs=2e-3) for segment in segments)
 
 
 def test_batches_prompts_and_room_do_not_matter(scorer):
@@ -91,25 +91,25 @@ def test_batches_prompts_and_room_do_not_matter(scorer):
     scorer.memorize(state, context)
     together = scorer.window(state, prefix, room=20).score(rows)
     assert list(together[0]) == scorer.systems and len(scorer.systems) == 5
-    for row, found in zip(rows, together):
+    for row, scores in zip(rows, together):
         prompt = prefix if row.prompt is None else torch.cat([prefix, row.prompt])
         (alone,) = scorer.window(state, prompt, room=len(row.tokens)).score([row.tokens])
         for name in scorer.systems:
-            close(found[name], alone[name])
+            close(scores[name], alone[name])
 
 
 def test_a_full_window_moves_into_the_memory(scorer):
-    """Of a prefix longer than the window the beginning is memorised, for this window only; others do not see it."""
+    """Of a prefix longer than the window the start is memorized, for this window only; others do not see it."""
     context, prefix, suffix = tokens_of(50), tokens_of(T + 13, 1), tokens_of(6, 2)
     state = scorer.new_state()
     scorer.memorize(state, context)
     before = bank_bytes(state)
-    (found,) = scorer.window(state, prefix, room=6).score([suffix])
+    (scores,) = scorer.window(state, prefix, room=6).score([suffix])
     assert bank_bytes(state) == before
     scorer.memorize(state, prefix[:19])
     (expected,) = scorer.window(state, prefix[19:], room=6).score([suffix])
     for name in scorer.systems:
-        close(found[name], expected[name])
+        close(scores[name], expected[name])
 
 
 def test_scoring_writes_nothing(scorer):
@@ -126,13 +126,13 @@ def test_scoring_writes_nothing(scorer):
 
 
 def test_the_cache_is_mixed_in(scorer):
-    """Against the whole distribution, over the hidden states of a plain reading of the text."""
+    """Against the whole distribution, over the hidden states of a direct reading of the text."""
     scorer.cache = {ON: CacheSettings(0.4, 0.3)}
     context, prefix, suffix = tokens_of(2 * T), tokens_of(8, 1), tokens_of(5, 2)
     suffix[2] = context[7]
     state = scorer.new_state()
     scorer.memorize(state, context)
-    (found,) = scorer.window(state, prefix, room=5).score([suffix])
+    (scores,) = scorer.window(state, prefix, room=5).score([suffix])
     stream = torch.cat([torch.tensor([2]), context, prefix, suffix])
     with torch.no_grad():
         segments = [scorer.backbone.encode(x[None]) for x in stream[:-1].split(T)]
@@ -140,13 +140,13 @@ def test_the_cache_is_mixed_in(scorer):
     for t in range(5):
         at = len(stream) - 1 - 5 + t
         cached = distribution(hidden[at : at + 1], [(hidden[:at], stream[1 : at + 1])], 0.3, 4096)[0, suffix[t]]
-        expected = 0.6 * math.exp(found[ON][t]) + 0.4 * cached
-        assert math.exp(found["memory on + cache"][t]) == pytest.approx(float(expected), rel=1e-3)
+        expected = 0.6 * math.exp(scores[ON][t]) + 0.4 * cached
+        assert math.exp(scores["memory on + cache"][t]) == pytest.approx(float(expected), rel=1e-3)
 
 
 @pytest.mark.parametrize("pieces", [(500,), (1, 6, 70, 423), (T, 468)])
 def test_a_past_depends_on_its_tokens_only(scorer, pieces):
-    """Long texts are not encoded where they would give way at once; the memory is as if they had been."""
+    """Tokens that would be evicted at once are not encoded; the memory is as if they had been."""
     document = tokens_of(500)
     scorer.cache = CACHE
     expected = scorer.new_state()
@@ -163,10 +163,10 @@ def test_a_past_depends_on_its_tokens_only(scorer, pieces):
         scorer.memorize(state, document[at : at + piece])
         at += piece
     assert state.tokens == 500 and state.last == int(document[-1])
-    for found, wanted in zip(state.bank.contents(0), expected.bank.contents(0)):
-        close(found, wanted)
-    order, wanted = state.cache.hidden.sum(1).argsort(), expected.cache.hidden.sum(1).argsort()
-    close(state.cache.hidden[order], expected.cache.hidden[wanted])
+    for actual, reference in zip(state.bank.contents(0), expected.bank.contents(0)):
+        close(actual, reference)
+    order, reference = state.cache.hidden.sum(1).argsort(), expected.cache.hidden.sum(1).argsort()
+    close(state.cache.hidden[order], expected.cache.hidden[reference])
 
 
 def test_less_room_for_a_known_length_changes_nothing(scorer):
@@ -179,27 +179,27 @@ def test_less_room_for_a_known_length_changes_nothing(scorer):
 
 
 def test_a_stream_is_a_document_read_by_all(scorer, files):
-    """Against windows over the same segments; a stream that goes on behind a replay says the same."""
+    """Against windows over the same segments; a stream that continues behind a replay gives the same."""
     scorer.cache = CACHE
     document = tokens_of(6 * T + 5)
     stream = DocumentStream(scorer, [48, MEMORY], [2 * T])
-    found = stream.read(document)
-    assert list(found)[0] != "" and set(found) == set(stream.systems) and len(stream.systems) == 9
+    scores = stream.read(document)
+    assert list(scores)[0] != "" and set(scores) == set(stream.systems) and len(stream.systems) == 9
     for size in (48, MEMORY):
         state = scorer.new_state(size)
         for begin in range(0, len(document), T):
             (expected,) = scorer.window(state, None, room=T).score([document[begin : begin + T]])
             names = {BACKBONE: BACKBONE, OFF: OFF, ON: f"memory {size}", "backbone + cache": f"backbone + cache {size}",
                      "memory on + cache": f"memory {size} + cache {size}"}  # fmt: skip
-            for theirs, ours in names.items():
-                close(found[ours][begin : begin + T], expected[theirs])
+            for window_name, name in names.items():
+                close(scores[name][begin : begin + T], expected[window_name])
             scorer.memorize(state, document[begin : begin + T])
     wide = Scorer.load(str(files.backbone), str(files.directory), "cpu", tokens_per_sample=2 * T)
-    close(found[f"backbone, window {2 * T}"], DocumentStream(wide, []).read(document)[BACKBONE])
+    close(scores[f"backbone, window {2 * T}"], DocumentStream(wide, []).read(document)[BACKBONE])
     again = DocumentStream(scorer, [48, MEMORY], [2 * T])
     again.replay(document[: 4 * T])
     for name, log_probs in again.read(document[4 * T :]).items():
-        close(log_probs, found[name][4 * T :])
+        close(log_probs, scores[name][4 * T :])
 
 
 def test_a_backbone_alone(files):
@@ -209,28 +209,28 @@ def test_a_backbone_alone(files):
     assert scorer.systems == [BACKBONE, "backbone + cache"]
     state = scorer.new_state()
     scorer.memorize(state, tokens_of(100))
-    (found,) = scorer.window(state, tokens_of(5, 1), room=4).score([tokens_of(4, 2)])
-    assert list(found) == scorer.systems and len(state.cache) == 64
+    (scores,) = scorer.window(state, tokens_of(5, 1), room=4).score([tokens_of(4, 2)])
+    assert list(scores) == scorer.systems and len(state.cache) == 64
     assert scorer.describe()["backbone"] == "transformer_lm" and "k" not in scorer.describe()
 
 
 def test_a_released_model(tmp_path):
-    """Its side network takes the last hidden state normalised; its backbone alone must not be normalised twice."""
+    """Its side network takes the last hidden state normalized; its backbone alone must not be normalized twice."""
     path = ROOT / "tests" / "models" / "released" / "sidenet.pt"
     make_dictionary(196).save(str(tmp_path / "dict.txt"))
     settings = dict(memory_size=32, tokens_per_sample=16)
     scorer = Scorer.load(str(path), str(tmp_path), "cpu", **settings)
     model = LongMem.from_pretrained(str(path), data=str(tmp_path), device="cpu", **settings)
     tokens = tokens_of(70) % 196 + 4
-    found = DocumentStream(scorer, [32]).read(tokens)
+    scores = DocumentStream(scorer, [32]).read(tokens)
     for system, loaded in (("memory 32", model), (OFF, model.without_memory())):
         loaded.encode = lambda text: tokens
-        close(found[system], loaded.score("").log_probabilities)
+        close(scores[system], loaded.score("").log_probabilities)
     inputs = torch.cat([torch.tensor([2]), tokens[:-1]])
     with torch.no_grad():
         alone = torch.cat([model.model.decoder.backbone.decoder(x[None])[0][0] for x in inputs.split(16)])
-    close(found[BACKBONE], alone.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
-    assert (found["memory 32"] - found[OFF]).abs().max() > 1e-3
+    close(scores[BACKBONE], alone.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+    assert (scores["memory 32"] - scores[OFF]).abs().max() > 1e-3
 
 
 def test_settings_and_errors(files, scorer):

@@ -61,7 +61,7 @@ def test_the_same_data_give_the_same_interval():
 
 
 def test_runs_are_drawn_too():
-    """Two seeds that are all right and all wrong: every sentence scores one half, and yet little is known."""
+    """Two seeds that are all right and all wrong: every sentence scores one half, but little is known."""
     sample = SystemScores({str(i): ((1, 1), (0, 1)) for i in range(30)}, ACCURACY)
     assert sample.interval() == (50.0, 0.0, 100.0) and sample.deviation() == pytest.approx(100 / math.sqrt(2))
     better = SystemScores({str(i): ((1, 1), (i % 2, 1)) for i in range(30)}, ACCURACY)

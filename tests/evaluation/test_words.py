@@ -1,4 +1,4 @@
-"""Names and rare words are found where a reader sees them, and their tokens with them."""
+"""Names and rare words are located where a reader sees them, and their tokens with them."""
 
 import pytest
 
@@ -23,11 +23,11 @@ TEXT = (
 
 def test_kinds():
     kinds = kinds_of_characters(TEXT, COMMON)
-    found = {}
+    kinds_of_words = {}
     for word in ("The", "whale", "Ahab", "Then", "Starbuck", "quohog", "Now", "Quohog", "starfish", "Old", "Grog"):
         start = TEXT.index(word)
-        found[word] = set(kinds[start : start + len(word)].tolist())
-    assert found == {
+        kinds_of_words[word] = set(kinds[start : start + len(word)].tolist())
+    assert kinds_of_words == {
         "The": {OTHER}, "whale": {OTHER}, "Ahab": {NAME}, "Then": {OTHER}, "Starbuck": {NAME}, "quohog": {RARE},
         "Now": {OTHER}, "Quohog": {RARE_AGAIN}, "starfish": {RARE}, "Old": {OTHER},
         "Grog": {RARE},  # at a sentence's start alone: nothing says that it is a name

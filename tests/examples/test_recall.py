@@ -17,7 +17,7 @@ def test_questions():
     tokens = document(np.random.default_rng(0), kinds, 20, 100, 30, 70, eos=2)
     answers, distances = questions_of(tokens, kinds[0])
     assert len(tokens) == 171 and len(answers) == 30
-    assert len(set(tokens[answers[:20] - 1])) == 20  # each fact is asked before one is asked again
+    assert len(set(tokens[answers[:20] - 1])) == 20  # each fact comes once before one comes again
     for answer, distance in zip(answers, distances):
         assert (tokens[answer - 1 : answer + 1] == tokens[answer - 1 - distance : answer + 1 - distance]).all()
         assert 0 < answer - distance <= 100 < answer
