@@ -141,7 +141,7 @@ def test_errors_are_one_sentence(arguments, data, tmp_path, capsys):
     refuses("--limit 0 is less than 1", "--limit", 0)
     refuses("--model-overrides 5 is not a Python dictionary", "--model-overrides", 5)
     refuses("give it as --memory-size", "--model-overrides", "{'memory_size': 64}")
-    refuses("no setting memry_dtype", "--model-overrides", "{'memry_dtype': 'float16'}")
+    refuses("not have the setting memry_dtype", "--model-overrides", "{'memry_dtype': 'float16'}")
     assert not (tmp_path / "report.json").exists()
     evaluate(arguments, tmp_path, "--no-cache", "--limit", 1)
     refuses("results of another run .*name another --results-path")

@@ -118,7 +118,7 @@ class Scorer:
             raise ValueError(f"{checkpoint} is a {name} without another backbone: leave out --backbone")
         unknown = sorted(set(settings) - {"memory_size", "k", "chunk_size"})
         if unknown:
-            raise ValueError(f"{checkpoint} is a {name} without a memory and has no setting {unknown[0]}: leave it out")
+            raise ValueError(f"{checkpoint}, a {name}, does not have the setting {unknown[0]}: leave it out")
         dictionary = Dictionary.load(os.path.join(directory, "dict.txt"))
         model = load_backbone(checkpoint, dictionary).to(device)
         size = tokens_per_sample or cfg["task"].get("tokens_per_sample") or model.trained_window
