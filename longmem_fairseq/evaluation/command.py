@@ -39,11 +39,11 @@ class Outcome(NamedTuple):
 
 
 def configure_logging() -> None:
-    """Log what the evaluations report of a run on standard error, and only warnings of everything else."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", force=True)
-    for name in ("fairseq", "faiss", "matplotlib", "longmem_fairseq"):
+    """Log what this package reports of a run on standard error, and only warnings about models and of libraries."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", force=True)
+    package = __name__.partition(".")[0]
+    for name in ("fairseq", "faiss", "matplotlib", f"{package}.backbones", f"{package}.models", f"{package}.released"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("longmem_fairseq.evaluation").setLevel(logging.INFO)
 
 
 def main(evaluation: Evaluation, argv: Optional[Sequence[str]] = None) -> str:
