@@ -14,7 +14,7 @@ from typing import NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-_SCORES_AT_ONCE = 1 << 24  # elements (64 MiB of float32)
+SCORES_AT_ONCE = 1 << 24  # elements (64 MiB of float32)
 _QUERIES_AT_ONCE = 1024
 
 Part = Tuple[Tensor, Tensor]  # hidden states (M, D) or (Q, M, D), and the tokens (M,) or (Q, M) that followed them
@@ -103,7 +103,7 @@ def log_sums(
     Q, M = len(queries), len(tokens)
     sums = queries.new_full((2, len(thetas), Q), float("-inf"), dtype=torch.float32)
     rows = min(Q, _QUERIES_AT_ONCE)
-    columns = max(1, _SCORES_AT_ONCE // max(1, rows))
+    columns = max(1, SCORES_AT_ONCE // max(1, rows))
     for i in range(0, Q, rows):
         for j in range(0, M, columns):
             scores = queries[i : i + rows].float() @ hidden[j : j + columns].float().T  # (q, m)

@@ -239,7 +239,10 @@ def test_settings_and_errors(files, scorer):
     assert (changed.size, changed.memory_size, changed.decoder.cfg.k) == (16, 64, 9)
     assert Scorer.load(path, data, "cpu", memory_size=0).systems == [BACKBONE, OFF]
     for sentence, call in (
-        ("not have the setting memory_dtype", lambda: Scorer.load(str(files.backbone), data, "cpu", memory_dtype="float16")),
+        (
+            "not have the setting memory_dtype",
+            lambda: Scorer.load(str(files.backbone), data, "cpu", memory_dtype="float16"),
+        ),
         ("leave out --backbone", lambda: Scorer.load(str(files.backbone), data, "cpu", backbone=path)),
         ("longer than the backbone's 64 positions", lambda: Scorer.load(path, data, "cpu", tokens_per_sample=65)),
         ("40 tokens does not fit into a window of 32", lambda: scorer.window(scorer.new_state(), None, 40)),

@@ -32,11 +32,11 @@ def random(Q, M, seed=0, scale=1.0):
 @given(Q=st.integers(1, 5), M=st.integers(1, 40), seed=st.integers(0, 99), block=st.sampled_from([1, 7, 1 << 24]))
 def test_log_sums_are_the_definition(Q, M, seed, block):
     queries, targets, hidden, tokens = random(Q, M, seed)
-    kept, module._SCORES_AT_ONCE = module._SCORES_AT_ONCE, block
+    kept, module.SCORES_AT_ONCE = module.SCORES_AT_ONCE, block
     try:
         sums = log_sums(queries, targets, hidden, tokens, [0.5, 2.0])
     finally:
-        module._SCORES_AT_ONCE = kept
+        module.SCORES_AT_ONCE = kept
     for t, theta in enumerate((0.5, 2.0)):
         for q in range(Q):
             expected = naive(queries[q], hidden, tokens, theta)[int(targets[q])]
