@@ -288,11 +288,11 @@ def test_code_in_a_file_is_not_run(tmp_path, files):
     with pytest.raises(ValueError, match="malicious.pt cannot be read: it asks for posix.mkdir"):
         load_released(malicious)
     with pytest.raises(
-        BackboneError, match="malicious.pt is not a readable fairseq checkpoint: it asks for posix.mkdir"
+        BackboneError, match="malicious.pt is not a readable .*: it asks for posix.mkdir"
     ):
         load_released(files["side network"], malicious)
     with pytest.raises(
-        BackboneError, match="malicious.pt is not a readable fairseq checkpoint: it asks for posix.mkdir"
+        BackboneError, match="malicious.pt is not a readable .*: it asks for posix.mkdir"
     ):
         load_backbone(malicious, load_released(files["side network"]).decoder.dictionary, 0)
     assert not created.exists()
