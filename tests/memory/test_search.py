@@ -175,7 +175,7 @@ def test_choice_by_name():
     assert [choose_search(name, CPU).name for name in ("torch", "faiss")] == ["torch", "faiss"]
     with pytest.raises(ValueError, match="--memory-search annoy is unknown: choose auto, .*faiss.* or "):
         choose_search("annoy", CPU)
-    message = "--memory-search native is not available: it searches main memory, but the memory is on cuda:0 .*torch$"
+    message = "--memory-search native is not available: it searches main memory, but the memory is on cuda:0; .*torch$"
     with pytest.raises(ValueError, match=message):
         choose_search("native", GPU)
 
