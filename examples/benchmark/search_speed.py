@@ -28,8 +28,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.benchmark.tables import lines_of, machine, save_plot, stop, table, write_json
-from examples.benchmark.variants import RealKeys
+from examples.benchmark.command import save_plot, stop
+from examples.benchmark.machine import describe_machine
+from examples.benchmark.real_keys import RealKeys
+from examples.benchmark.tables import bullet_list, table
+from longmem_fairseq.files import write_json
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search.base import faiss_search, has_faiss_gpu, torch_search
 from longmem_fairseq.memory.search.index import IndexSearch, LaneIndex, chunk_products, found_too
@@ -303,8 +306,8 @@ def main() -> None:
             table(rows, shown),
         ]
     )
-    result = {"machine": machine(), "options": {**vars(options), "device": str(options.device)}, "rows": rows}
-    print(text, *lines_of(result["machine"]), sep="\n")
+    result = {"machine": describe_machine(), "options": {**vars(options), "device": str(options.device)}, "rows": rows}
+    print(text, *bullet_list(result["machine"]), sep="\n")
     if options.json:
         write_json(options.json, result)
     if options.markdown:
