@@ -122,15 +122,11 @@ def variants_with_memory(
     """
     model = load(options, memory_size=size)
     if size:
-        inputs = behind_eos(tokens[: size - 1], model)
-        model.document_memory.memorize(
-            "text", inputs, model.model.decoder.backbone.encode_for_memory, model.task.args.tokens_per_sample
-        )
+        model.reader.memorize(model.memory, "text", tokens[: size - 1])  # and the end-of-sentence before them
     name = f"memory of {size:,}" if size else "memory off"
     inputs = behind_eos(prompt, model)
     return [
-        ContinuationVariant(name, beam, model.task, model.model, inputs, False, model.document_memory)
-        for beam in options.beams
+        ContinuationVariant(name, beam, model.task, model.model, inputs, False, model.memory) for beam in options.beams
     ]
 
 

@@ -21,7 +21,7 @@ from examples.benchmark.machine import describe_machine
 from examples.benchmark.tables import bullet_list, table
 from longmem_fairseq.files import write_json
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.document_memory import Document, DocumentMemory
+from longmem_fairseq.memory.document_memory import DocumentMemory, MemorizedDocument
 from longmem_fairseq.memory.memory_file import DTYPES, load_memory, save_memory
 
 MODEL = ("0" * 64, 17)  # a fingerprint and a layer
@@ -36,7 +36,7 @@ def measure(options: argparse.Namespace) -> List[Dict[str, object]]:
     """Save and load a full memory in turns; return one row for each precision."""
     saved_memory, loaded_memory = empty_memory(options), empty_memory(options)
     keys, values = torch.randn(2, options.heads, options.tokens, options.head_dim)
-    saved_memory.replace(keys, values, [Document("random", 0, options.tokens)])
+    saved_memory.replace(keys, values, [MemorizedDocument("random", 0, options.tokens)])
     saving: Dict[str, List[float]] = {dtype: [] for dtype in DTYPES}
     loading: Dict[str, List[float]] = {dtype: [] for dtype in DTYPES}
     sizes = {}

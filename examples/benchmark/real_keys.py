@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Iterator, List, Sequence, Tuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +24,8 @@ from examples.quickstart.standard_library import standard_library
 from longmem_fairseq.files import write_whole
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.memory.bank import MemoryBank
+from longmem_fairseq.memory.factory import MemoryFactory
+from longmem_fairseq.memory.search.base import SearchBackend
 from longmem_fairseq.text import read_text
 
 _CHUNKS_AT_ONCE = 1 << 13  # chunks written into a bank at a time
@@ -57,29 +60,40 @@ class RealKeys:
         real = self.queries[heads][:, places].to(queries.device)
         return real[None].expand(B, -1, -1, -1).contiguous()
 
-    def searched_by(self, search):
-        """Wrap a search backend: whatever its queries are, it searches for real ones."""
-        return SearchForRealQueries(self, search)
+
+class RealQueriesFactory(MemoryFactory):
+    """A factory of memories that are searched for real queries, whatever the queries of the model are.
+
+    Args:
+        factory: Factory of the same memories, searched for the model's queries.
+        real: Real keys and queries.
+    """
+
+    def __init__(self, factory: MemoryFactory, real: RealKeys):
+        super().__init__(factory.settings, factory.kv_heads, factory.head_dim, factory.attention)
+        self.real = real
+
+    def search(self, device: torch.device) -> SearchBackend:
+        """Return the search of banks for a model on a device, with its queries replaced."""
+        return SearchForRealQueries(super().search(device), self.real)
 
 
-class SearchForRealQueries:
+class SearchForRealQueries(SearchBackend):
     """A search backend that replaces its queries by real ones.
 
     Args:
-        real: Real keys and queries.
         search: Search backend that finds the chunks.
+        real: Real keys and queries.
     """
 
-    def __init__(self, real: RealKeys, search):
-        self.real, self.search = real, search
+    def __init__(self, search: SearchBackend, real: RealKeys):
+        self.search, self.real = search, real
+        self.name = search.name
 
-    def __call__(self, bank: MemoryBank, lanes, queries: Tensor, n: int) -> Tensor:
-        return self.search(bank, lanes, self.real.queries_like(queries), n)
-
-    @property
-    def recall(self):
-        """Recall of the last search, as the wrapped backend counts it; None for exact search."""
-        return getattr(self.search, "recall", None)
+    def __call__(self, bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
+        slots = self.search(bank, lanes, self.real.queries_like(queries), n)
+        self.recall = self.search.recall
+        return slots
 
 
 def texts(paths: Sequence[str]) -> Iterator[str]:
@@ -114,20 +128,19 @@ def keys_and_queries(model: LongMem, tokens: Tensor, options: argparse.Namespace
 
     Args:
         model: Model with an empty memory of ``options.tokens`` tokens.
-        tokens: Token ids of the text, shape (tokens + queries,), int64.
+        tokens: Token ids of the text, behind an end-of-sentence, shape (tokens + queries,), int64.
         options: Options of this command.
 
     Returns:
         Mean keys (H, N, d) of the chunks in the memory, and queries (H, T, d) of the reading layer.
     """
-    decoder, size = model.model.decoder, model.task.args.tokens_per_sample
-    model.document_memory.memorize("texts", tokens[: options.tokens], decoder.backbone.encode_for_memory, size)
+    model.reader.memorize(model.memory, "texts", tokens[1 : options.tokens])  # it adds the first end-of-sentence
     queries: List[Tensor] = []
-    branches = decoder.memory_branches(1, model.document_memory.bank)
-    branches.watch = lambda rows, bank, q, slots, scaling: queries.append(q[0].clone())
-    for piece in tokens[options.tokens :][None].split(size, dim=1):
-        decoder.side_network(decoder.backbone(piece), branches.reader())
-    return model.document_memory.bank.contents(0)[2].contiguous(), torch.cat(queries, dim=1).float()
+    branches = model.reader.branches(1, model.memory.bank)
+    branches.on_read = lambda event: queries.append(event.queries[0].clone())
+    for segment in model.reader.read(tokens[options.tokens :]):
+        model.model.decoder.side_network(segment.encoded, branches.reader())
+    return model.memory.bank.contents(0)[2].contiguous(), torch.cat(queries, dim=1).float()
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
     python -m examples.benchmark.throughput                                    # the reference shape, on the CPU
     python -m examples.benchmark.throughput --mode train --batch 8             # or --mode generate
-    python -m examples.benchmark.throughput --memory-index IVF1024,Flat --memory-sizes 0 1048576 --keys keys.safetensors
+    python -m examples.benchmark.throughput --memory-index IVF1024,Flat:nprobe=32 --memory-sizes 0 1048576 --keys KEYS
     python -m examples.benchmark.throughput --device cuda --dtype bf16 --layers 24 --dim 1024 --heads 16 \
         --vocab 50264 --segment 1024 --retrieval-layer-index 17 --batch 8 --full-windows 4096 8192
 
@@ -46,9 +46,9 @@ from examples.benchmark.tables import bullet_list, table
 from examples.benchmark.variants import DTYPES, FullAttentionVariant, build_decoder, build_variant
 from longmem_fairseq.files import write_json, write_text
 from longmem_fairseq.memory.placement import DEVICES, choose_placement
-from longmem_fairseq.memory.search.base import SEARCHES
-from longmem_fairseq.memory.search.index_spec import FLAT, index_spec
-from longmem_fairseq.modules.self_attention import _square_mask
+from longmem_fairseq.memory.search.base import registered_searches
+from longmem_fairseq.memory.search.index_spec import FLAT, index_spec, split_index
+from longmem_fairseq.modules.self_attention import forget_masks
 
 
 def timed(run: Callable[[], None], times: int, device: torch.device) -> float:
@@ -78,7 +78,7 @@ def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
         for _ in range(2):
             variant.step()
         if options.device.type == "cuda":
-            _square_mask.cache_clear()  # ALiBi keeps the masks of the last windows, which count for their variant only
+            forget_masks()  # ALiBi keeps the masks of the last windows, which count for their variant only
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             variant.step()
@@ -240,7 +240,7 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     add("--k", type=int, default=64, help="number of tokens read per query and head (default: %(default)s)")
     add("--chunk-size", type=int, default=4, help="number of tokens in a chunk (default: %(default)s)")
     add("--memory-sizes", type=int, nargs="+", default=[0, 4096, 65536], help="memory sizes in tokens; 0: memory off")
-    add("--memory-search", choices=SEARCHES, default="auto", help="as in training (default: %(default)s)")
+    add("--memory-search", choices=registered_searches(), default="auto", help="as in training (default: %(default)s)")
     add("--memory-dtype", choices=("auto", *DTYPES), default="auto", help="precision of the keys and values in memory")
     add("--memory-index", default=FLAT, help="as in training; a memory too small for the index is searched exactly")
     add("--memory-index-parameters", default="", help=argparse.SUPPRESS)
@@ -286,11 +286,11 @@ def parse(arguments: List[str]) -> argparse.Namespace:
         if 0 < size < options.segment:
             stop(f"--memory-sizes {size} is smaller than one segment of {options.segment} tokens")
     try:
-        if options.memory_index != FLAT:
+        index, parameters = split_index(options.memory_index, options.memory_index_parameters)
+        if index != FLAT:
             chunks = max(options.memory_sizes) // options.chunk_size
-            width = options.dim // options.heads
-            index_spec(options.memory_index, options.memory_index_parameters, width, chunks)
-        choose_placement(options.memory_device, options.memory_map, options.device, options.memory_index != FLAT)
+            index_spec(index, parameters, options.dim // options.heads, chunks)
+        choose_placement(options.memory_device, options.memory_map, options.device, index != FLAT)
     except ValueError as error:
         stop(str(error))
     return options
@@ -331,7 +331,7 @@ def main(arguments: List[str]) -> None:
             row["peak_memory_bytes"] = peak
     rows, full = measured[: len(options.memory_sizes)], measured[len(options.memory_sizes) :]
     for row, variant in zip(rows, variants):
-        index = variant.decoder.cfg.memory_index if variant.memory_size else None
+        index = variant.decoder.memory_factory.settings.index if variant.memory_size else None
         row.update(memory_size=variant.memory_size, index=index, bank_bytes=variant.bank_bytes)
     for row, window in zip(full, options.full_windows):
         row["window"] = window

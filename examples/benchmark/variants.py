@@ -10,6 +10,7 @@ Legend: B lanes, T tokens of a segment, H heads, d width of a head, N chunks tha
 import argparse
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Dict, List, Optional, Tuple
 
 import torch
@@ -19,13 +20,17 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.benchmark.real_keys import RealKeys
-from longmem_fairseq.backbones.loading import Backbone, build_backbone
+from examples.benchmark.real_keys import RealKeys, RealQueriesFactory
+from longmem_fairseq.backbones.base import Backbone
+from longmem_fairseq.backbones.loading import build_backbone
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search.index_spec import FLAT, index_spec
-from longmem_fairseq.models.live_window import WINDOW, LiveWindow
-from longmem_fairseq.models.longmem_decoder import MEMORY_DTYPES, LongMemDecoder
+from longmem_fairseq.memory.factory import MemoryFactory
+from longmem_fairseq.memory.search.index_spec import FLAT
+from longmem_fairseq.memory.settings import MEMORY_DTYPES, MemorySettings
+from longmem_fairseq.memory.split_memories import SplitMemories
+from longmem_fairseq.models.live_window import WINDOW, new_window
+from longmem_fairseq.models.longmem_decoder import LongMemDecoder
 from longmem_fairseq.models.longmem_lm import LongMemConfig
 from longmem_fairseq.modules.mixed_precision import compute_products_in
 
@@ -74,7 +79,8 @@ def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
             "memory_scope": "document",
         },
     )
-    decoder = LongMemDecoder(cfg, dictionary, backbone)
+    factory = MemoryFactory(MemorySettings.from_config(cfg), backbone.num_kv_heads, backbone.head_dim)
+    decoder = LongMemDecoder(cfg, dictionary, backbone, factory)
     decoder.start_from_backbone()
     if products_only(options):
         compute_products_in(decoder, DTYPES[options.dtype])
@@ -88,7 +94,7 @@ def products_only(options: argparse.Namespace) -> bool:
     return DTYPES[options.dtype] == torch.bfloat16 and options.mode != "train" and options.device.type == "cpu"
 
 
-def with_memory_size(decoder: LongMemDecoder, memory_size: int) -> LongMemDecoder:
+def with_memory_size(decoder: LongMemDecoder, memory_size: int, real: Optional[RealKeys] = None) -> LongMemDecoder:
     """Return a decoder that shares all modules with another and has memories of another size.
 
     A memory that is too small for the index is searched exactly.
@@ -96,19 +102,23 @@ def with_memory_size(decoder: LongMemDecoder, memory_size: int) -> LongMemDecode
     Args:
         decoder: Decoder whose modules and weights are shared.
         memory_size: Number of tokens that a lane's memory holds; 0 for no memory.
+        real: Real keys and queries; the memories are searched for these queries.
     """
+    factory = decoder.memory_factory
+    settings = replace(factory.settings, size=memory_size)
+    if settings.indexed and not can_index(settings, factory.head_dim):
+        settings = replace(settings, index=FLAT, index_parameters="")
+    factory = MemoryFactory(settings, factory.kv_heads, factory.head_dim, factory.attention)
     other = copy.copy(decoder)
-    other._memories = {}
-    other.cfg = OmegaConf.merge(decoder.cfg, {"memory_size": memory_size})
-    if other.cfg.memory_index != FLAT and not can_index(other.cfg, decoder.backbone.head_dim):
-        other.cfg.memory_index, other.cfg.memory_index_parameters = FLAT, ""
+    other.memory_factory = factory if real is None else RealQueriesFactory(factory, real)
+    other.memories = SplitMemories(other.memory_factory)
     return other
 
 
-def can_index(cfg, width: int) -> bool:
+def can_index(settings: MemorySettings, head_dim: int) -> bool:
     """Whether a memory of the configured size has enough chunks to train the index."""
     try:
-        index_spec(cfg.memory_index, cfg.memory_index_parameters, width, cfg.memory_size // cfg.chunk_size)
+        settings.index_spec(head_dim)
     except ValueError:
         return False
     return True
@@ -127,7 +137,7 @@ class StreamVariant:
     def __init__(
         self, decoder: LongMemDecoder, memory_size: int, options: argparse.Namespace, real: Optional[RealKeys] = None
     ):
-        self.decoder = with_memory_size(decoder, memory_size)
+        self.decoder = with_memory_size(decoder, memory_size, real)
         self.memory_size, self.options, self.real, self.start = memory_size, options, real, 0
         self.lanes = torch.arange(options.batch).numpy()
         self.hits = self.total = 0.0
@@ -135,11 +145,7 @@ class StreamVariant:
     def fill(self) -> None:
         """Fill the memory with random tokens, encoded up to the memory layer, or with real keys."""
         if self.real is not None and self.memory_size:
-            self.decoder.memorize(*self._next())
-            memory = next(iter(self.decoder._memories.values()))
-            memory.flush()
-            self.real.fill(memory.bank)
-            memory.search = self.real.searched_by(memory.search)
+            self.real.fill(self._allocated_bank())
             return
         segments = -(-self.memory_size // self.options.segment) + 1 if self.memory_size else 0
         for _ in tqdm(range(segments), desc=f"filling {self.memory_size:,}", leave=False, mininterval=2):
@@ -147,15 +153,19 @@ class StreamVariant:
 
     def fill_with_noise(self) -> None:
         """Fill the memory with noise, which is enough where the cost does not depend on what the memory holds."""
+        fill_with_noise(self._allocated_bank())
+
+    def _allocated_bank(self) -> MemoryBank:
+        """Return the bank after the first segment was written."""
         self.decoder.memorize(*self._next())
-        memory = next(iter(self.decoder._memories.values()))
+        (memory,) = self.decoder.memories
         memory.flush()
-        fill_with_noise(memory.bank)
+        return memory.bank
 
     @property
     def banks(self) -> List[MemoryBank]:
         """Memory banks of all lanes."""
-        return [memory.bank for memory in self.decoder._memories.values()]
+        return [memory.bank for memory in self.decoder.memories]
 
     @property
     def bank_bytes(self) -> int:
@@ -213,9 +223,9 @@ class GenerationVariant:
     def __init__(
         self, decoder: LongMemDecoder, memory_size: int, options: argparse.Namespace, real: Optional[RealKeys] = None
     ):
-        self.decoder = with_memory_size(decoder, memory_size)
+        self.decoder = with_memory_size(decoder, memory_size, real)
         self.memory_size, self.options, self.real = memory_size, options, real
-        self.window = LiveWindow(self.decoder, options.segment, options.batch)
+        self.window = new_window(self.decoder, options.segment, options.batch)
         self.state: Dict = {WINDOW: {"window": self.window}}
 
     @torch.no_grad()
@@ -223,11 +233,10 @@ class GenerationVariant:
         """Fill the memories with encoded random tokens or real keys, and half of each window with random tokens."""
         branches, T = self.window.branches, self.options.segment
         if branches is not None:
-            branches.banks = [self.decoder.new_bank() for _ in range(self.options.batch)]
+            branches.banks = [branches.new_bank() for _ in range(self.options.batch)]
             if self.real is not None:
                 for bank in branches.banks:
                     self.real.fill(bank)
-                branches.search = self.real.searched_by(branches.search)
             else:
                 for _ in tqdm(range(-(-self.memory_size // T)), desc=f"filling {self.memory_size:,}", leave=False):
                     encoded = self.decoder.backbone.encode_for_memory(random_tokens(self.options, T))
@@ -238,7 +247,7 @@ class GenerationVariant:
     def fill_with_noise(self) -> None:
         """Fill the memories with noise, and half of each window with random tokens."""
         branches = self.window.branches
-        branches.banks = [self.decoder.new_bank() for _ in range(self.options.batch)]
+        branches.banks = [branches.new_bank() for _ in range(self.options.batch)]
         for bank in branches.banks:
             fill_with_noise(bank)
         self._fill_half_window()
@@ -297,9 +306,9 @@ class FullAttentionVariant:
     def step(self) -> None:
         """Compute the logits of one window of each row; hidden states are dropped as soon as they are used."""
         x = self.backbone.embed(random_tokens(self.options, self.window))
-        for layer in self.backbone.decoder.layers:
+        for layer in self.backbone.layers:
             x = layer(x)[0]
-        self.backbone.output_layer(self.backbone.decoder.layer_norm(x).transpose(0, 1))
+        self.backbone.output(self.backbone.final_norm(x).transpose(0, 1))
 
 
 def fill_with_noise(bank: MemoryBank) -> None:

@@ -78,7 +78,7 @@ def continue_page(model: LongMem, name: str, memory: str, book: Book, options: D
         model.forget()
         start = time.perf_counter()
         model.memorize(memory, name)
-        row.update(memory_tokens=model.document_memory.tokens, memorise_seconds=time.perf_counter() - start)
+        row.update(memory_tokens=model.memory.tokens, memorise_seconds=time.perf_counter() - start)
     torch.manual_seed(1)
     start = time.perf_counter()
     row["continuation"] = model.generate(book.page, **options)

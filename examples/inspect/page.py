@@ -156,7 +156,8 @@ def render_page(title: str, content: Dict[str, object]) -> str:
 
 def summary(trace: Trace, model: LongMem) -> Dict[str, object]:
     """Collect the settings and figures of the page's head."""
-    cfg = model.model.decoder.cfg
+    decoder = model.model.decoder
+    memory = decoder.memory_factory.settings
     read = trace.heads >= 0
     places = trace.position + trace.begin + 1 + torch.arange(len(trace.tokens))[:, None]
     weights = trace.masses * trace.gates[trace.heads.clamp(min=0)] * read
@@ -165,9 +166,9 @@ def summary(trace: Trace, model: LongMem) -> Dict[str, object]:
         "perplexity": round(math.exp(-float(trace.log_probabilities.mean())), 3),
         "without": round(math.exp(-float(trace.without_memory.mean())), 3),
         "distance": round(distance),
-        "memory": cfg.memory_size,
-        "k": cfg.k,
-        "layer": cfg.retrieval_layer_index,
+        "memory": memory.size,
+        "k": memory.tokens_per_query,
+        "layer": decoder.backbone.memory_layer,
         "window": model.task.args.tokens_per_sample,
     }
 
@@ -188,7 +189,7 @@ def make_page(model: LongMem, title: str, text: str, documents: Sequence[Tuple[s
     stream = StreamTexts(model)
     for name, document in documents:
         model.memorize(document, name)
-        placed = model.document_memory.documents[-1]
+        placed = model.memory.documents[-1]
         stream.add(placed.begin, model.encode(document))
     trace = model.trace(text, **part)
     stream.add(trace.position, model.encode(text))

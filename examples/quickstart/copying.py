@@ -58,7 +58,7 @@ def copying_losses(
     length = (window - 1) // copies
     tokens = random_copies(dictionary, length, copies, rows, seed)  # (B, 1 + T)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    device = next(backbone.parameters()).device
+    device = backbone.device
     encoded = backbone.encode(inputs.to(device))
     logits = backbone.output(backbone.final_hidden(encoded)).float()  # (B, T, V)
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets.to(device), reduction="none")  # (B, T)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from examples.benchmark import sizes
-from longmem_fairseq.backbones.loading import backbone_config
+from longmem_fairseq.backbones.loading import describe_backbone
 from longmem_fairseq.models.longmem_lm import LongMemModel
 from longmem_fairseq.released.released_checkpoint import SIDE_NETWORK
 from tests.fairseq_runs import make_dictionary
@@ -43,7 +43,7 @@ def test_parameters_of_the_released_model():
     )  # fmt: skip
     dictionary = make_dictionary(51200 - 4)
     cfg = argparse.Namespace(
-        save_backbone=True, backbone_config=json.dumps(backbone_config(argparse.Namespace(**config), len(dictionary))),
+        save_backbone=True, backbone_config=json.dumps(describe_backbone(argparse.Namespace(**config), len(dictionary))),
         tokens_per_sample=1024, retrieval_layer_index=17, **SIDE_NETWORK,
     )  # fmt: skip
     with torch.device("meta"):
@@ -63,8 +63,8 @@ def test_activations_that_training_keeps(tmp_path):
     for earlier, places in before:
         model(earlier, segments=places)
     stored = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    bank = model.decoder.memory(segments, model.decoder.backbone.decoder.embed_tokens.weight).bank
-    stored |= {x.untyped_storage().data_ptr() for x in (bank.keys, bank.values)}
+    (memory,) = model.decoder.memories
+    stored |= {x.untyped_storage().data_ptr() for x in (memory.bank.keys, memory.bank.values)}
     saved = {}
 
     def keep(x):

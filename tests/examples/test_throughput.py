@@ -34,7 +34,7 @@ def test_throughput(tmp_path):
 @pytest.mark.parametrize("mode", ["eval", "train", "generate"])
 def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
     """The small memory is searched exactly, the large one by the index, in a file."""
-    indexed = "--memory-sizes 0 64 4096 --memory-index IVF32,Flat --memory-index-parameters nprobe=4 --gbps 10"
+    indexed = "--memory-sizes 0 64 4096 --memory-index IVF32,Flat:nprobe=4 --gbps 10"
     arguments = [*TINY.split(), *indexed.split(), "--keys", str(keys), "--memory-map", str(tmp_path), "--mode", mode,
                  "--tflops", "1", "--dtype", "bf16", "--batch", "2"]  # fmt: skip
     options = throughput.parse(arguments)
@@ -47,7 +47,7 @@ def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
     for row, variant in zip(rows, variants):
         row["memory_size"] = variant.memory_size
     throughput.compare(rows, [], options, speed)
-    assert [variant.decoder.cfg.memory_index for variant in variants[1:]] == ["flat", "IVF32,Flat"]
+    assert [variant.decoder.memory_factory.settings.index for variant in variants[1:]] == ["flat", "IVF32,Flat"]
     assert variants[0].tokens == 2 * (4 if mode == "generate" else 16)
     assert rows[2]["cost_of_smallest"] == pytest.approx(rows[2]["seconds_per_step"] / rows[1]["seconds_per_step"])
     assert rows[2]["roofline_share"] > 0
@@ -67,7 +67,8 @@ def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
             "--full-windows needs --mode eval: leave it out",
         ),
         (["--memory-sizes", "64", "--memory-index", "IVF99,Flat"], "IVF99,Flat is trained on 99 chunks or more"),
-        (["--memory-index-parameters", "x=1", "--memory-index", "IVF4,Flat"], "x=1 cannot be set for IVF4,Flat"),
+        (["--memory-index", "IVF4,Flat:x=1"], "IVF4,Flat:x=1 has search parameters that cannot be set for IVF4,Flat"),
+        (["--memory-index-parameters", "x=1", "--memory-index", "IVF4,Flat"], "IVF4,Flat:x=1 has search parameters"),
         (["--memory-device", "cuda"], "--memory-device cuda: the model is on cpu"),
         (["--heads", "3"], "--dim must be a multiple of --heads"),
         (["--steps", "0"], "--steps 0 is less than 1"),

@@ -6,8 +6,9 @@ import torch
 
 from longmem_fairseq.memory.memory_file import load_memory, save_memory
 from longmem_fairseq.models.live_window import prefill
+from longmem_fairseq.models.reading import DocumentReader
 from longmem_fairseq.released.released_model import load_released
-from longmem_fairseq.tasks.generator import backbone_identity, new_document_memory
+from longmem_fairseq.tasks.generator import backbone_identity
 from tests.models.test_live_window import decode
 from tests.models.test_released import RECORDED, SEGMENTS
 from tests.models.tiny import documents, longmem, read
@@ -63,22 +64,19 @@ def test_decoding_in_half_precision(tmp_path, dtype):
 @pytest.mark.parametrize("saved, loaded", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_memories_on_disk_change_devices(tmp_path, saved, loaded):
     """A memory that is saved on one device is loaded on another with the same contents."""
-    model = longmem(tmp_path, memory_search="torch")
-    document_memories = {}
+    model, path = longmem(tmp_path, memory_search="torch"), str(tmp_path / "memory")
+    reader, memories = DocumentReader(model.decoder, T), {}
     for device in ("cpu", "cuda"):
-        model = model.to(device)
-        document_memories[device] = new_document_memory(model.decoder)
-        (doc,) = documents([30])
-        document_memories[device].memorize("text", doc.to(device), model.decoder.backbone.encode_for_memory, T)
+        model.to(device)
+        memories[device] = reader.new_memory()
+        reader.memorize(memories[device], "text", *documents([30]))
         if device == saved:
-            save_memory(
-                str(tmp_path / "memory"), document_memories[device], *backbone_identity(model.decoder), dtype="float32"
-            )
-    model = model.to(loaded)
-    document_memory = new_document_memory(model.decoder)
-    load_memory(str(tmp_path / "memory"), document_memory, *backbone_identity(model.decoder))
-    assert document_memory.bank.keys.device.type == loaded
-    for contents, expected in zip(document_memory.bank.contents(0), document_memories["cpu"].bank.contents(0)):
+            save_memory(path, memories[device], *backbone_identity(model.decoder), dtype="float32")
+    model.to(loaded)
+    memory = reader.new_memory()
+    load_memory(path, memory, *backbone_identity(model.decoder))
+    assert memory.bank.keys.device.type == loaded
+    for contents, expected in zip(memory.bank.contents(0), memories["cpu"].bank.contents(0)):
         torch.testing.assert_close(contents.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
