@@ -25,8 +25,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.benchmark.tables import lines_of, machine, save_plot, stop, table, write_json
-from examples.benchmark.variants import RealKeys
+from examples.benchmark.command import require_at_least, require_device, save_plot, stop, synchronize
+from examples.benchmark.machine import describe_machine
+from examples.benchmark.real_keys import RealKeys
+from examples.benchmark.tables import bullet_list, table
+from longmem_fairseq.files import write_json, write_text
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search.base import SearchBackend
 from longmem_fairseq.memory.search.faiss import FaissSearch, has_faiss_gpu
@@ -113,17 +116,16 @@ def backends(bank: MemoryBank, options: argparse.Namespace) -> Dict[str, Callabl
 
 def times(run: Callable[[], object], options: argparse.Namespace) -> List[float]:
     """Return the milliseconds of each run."""
-    cuda = options.device.type == "cuda"
-    taken, began = [], time.perf_counter()
-    while len(taken) < options.steps and (len(taken) < 3 or time.perf_counter() - began < options.seconds):
-        if cuda:
-            torch.cuda.synchronize()
+    milliseconds, began = [], time.perf_counter()
+    while len(milliseconds) < options.steps and (
+        len(milliseconds) < 3 or time.perf_counter() - began < options.seconds
+    ):
+        synchronize(options.device)
         start = time.perf_counter()
         run()
-        if cuda:
-            torch.cuda.synchronize()
-        taken.append(1000 * (time.perf_counter() - start))
-    return taken
+        synchronize(options.device)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    return milliseconds
 
 
 def measure(name: str, search: Callable, bank: MemoryBank, queries: Tensor, options: argparse.Namespace) -> Dict:
@@ -239,7 +241,7 @@ def parse() -> argparse.Namespace:
         metavar="INDEX[:PARAMETERS]",
         help="indices to measure as well, such as HNSW32:efSearch=64",
     )
-    add("--keys", help="file of real keys and queries, made by real_keys.py, in place of noise")
+    add("--keys", help="path of a file of real keys and queries, made by real_keys.py, in place of noise")
     add("--threads", type=int, help="number of threads on the CPU (default: PyTorch's)")
     add("--steps", type=int, default=20, help="most runs of each search (default: %(default)s)")
     add(
@@ -254,12 +256,12 @@ def parse() -> argparse.Namespace:
         default=torch.device("cpu"),
         help="device of the memory, cpu or cuda (default: %(default)s)",
     )
-    add("--json", help="file to write the result to")
-    add("--markdown", help="file to write the printed table to")
-    add("--png", help="file to draw recall over time in")
+    add("--json", help="path of a file for the result")
+    add("--markdown", help="path of a file for the printed table")
+    add("--png", help="path of a PNG of recall over time")
     options = parser.parse_args()
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: PyTorch finds no GPU here")
+    require_at_least(options, 1, "tokens", "heads", "width", "queries", "chunk_size", "n", "steps")
+    require_device(options.device)
     if min(options.tokens) < options.n * options.chunk_size:
         stop(
             f"--tokens {min(options.tokens)} is less than --n {options.n} chunks of --chunk-size "
@@ -331,12 +333,12 @@ def main() -> None:
             table(rows, headings),
         ]
     )
-    result = {"machine": machine(), "options": {**vars(options), "device": str(options.device)}, "rows": rows}
-    print(text, *lines_of(result["machine"]), sep="\n")
+    result = {"machine": describe_machine(), "options": {**vars(options), "device": str(options.device)}, "rows": rows}
+    print(text, *bullet_list(result["machine"]), sep="\n")
     if options.json:
         write_json(options.json, result)
     if options.markdown:
-        Path(options.markdown).write_text(text + "\n")
+        write_text(options.markdown, text + "\n")
     if options.png:
         save_plot(options.png, lambda axes: draw(axes, result))
     wrong = sorted({row["backend"] for row in rows if (row.get("worst") or 0.0) > 1e-3})

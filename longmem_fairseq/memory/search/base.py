@@ -174,6 +174,3 @@ def _listed(names: Sequence[str]) -> str:
     """Return names as a sentence lists them: ``a, b or c``."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
-
-
-SEARCHES = ("auto", "native", "faiss", "torch")
