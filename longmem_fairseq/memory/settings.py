@@ -76,7 +76,7 @@ class MemorySettings:
     @property
     def enabled(self) -> bool:
         """Whether there is a memory."""
-        return self.size > 0
+        return self.size != 0  # a negative size is refused by check
 
     @property
     def indexed(self) -> bool:

@@ -47,7 +47,8 @@ def write_backbone(tmp_path):
 @pytest.fixture
 def train(parse):
     """What fairseq-train builds on a backbone's path, with tiny sizes: train(path, "--k", 9).model, .cfg and .task."""
-    fewer = [x for name, value in LONGMEM.items() if name != "retrieval_layer_index" for x in ("--" + name.replace("_", "-"), value)]
+    sizes = {name: value for name, value in LONGMEM.items() if name != "retrieval_layer_index"}
+    fewer = [x for name, value in sizes.items() for x in ("--" + name.replace("_", "-"), value)]
     tiny = [x for name, value in LONGMEM.items() for x in ("--" + name.replace("_", "-"), value)]
 
     def train(path, *arguments, default_layer=False, **named):
