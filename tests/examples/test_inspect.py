@@ -149,7 +149,7 @@ def test_refusals(gpt2, tmp_path):
     done = run_example(
         "inspect.page", "--path", gpt2, "--text", gpt2 / "book", "--output", tmp_path / "page", "--cpu", "--from", 5000
     )
-    assert done.returncode == 1 and "none lies between 5000" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "none of them between 5000" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
