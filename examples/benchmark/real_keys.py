@@ -6,7 +6,7 @@ The file holds ``means``, the mean keys of the chunks of the first ``--tokens`` 
 ``queries``, the queries of the side network's reading layer for the next ``--queries`` tokens, shape (H, T, d); both
 float32.
 
-Legend: H heads, N chunks of the text, T queries, d width of a head, n chunks found for a query.
+Legend: B rows of a batch, H heads, N chunks, T queries, d width of a head.
 """
 
 import argparse

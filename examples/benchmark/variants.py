@@ -90,7 +90,7 @@ def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
 
 
 def products_only(options: argparse.Namespace) -> bool:
-    """Whether only matrix products have the precision ``--dtype``, as with --inference-dtype: bfloat16 on the CPU."""
+    """Return whether only matrix products have ``--dtype``, as with --inference-dtype: for bfloat16 on the CPU."""
     return DTYPES[options.dtype] == torch.bfloat16 and options.mode != "train" and options.device.type == "cpu"
 
 
@@ -116,7 +116,7 @@ def with_memory_size(decoder: LongMemDecoder, memory_size: int, real: Optional[R
 
 
 def can_index(settings: MemorySettings, head_dim: int) -> bool:
-    """Whether a memory of the configured size has enough chunks to train the index."""
+    """Return whether a memory of these settings has enough chunks to train its index."""
     try:
         settings.index_spec(head_dim)
     except ValueError:

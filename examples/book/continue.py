@@ -93,7 +93,7 @@ def report(rows: Sequence[Dict], book: Book) -> str:
     for row in rows:
         lines += [f"--- memory: {row['memory']}", str(row["continuation"]).rstrip(), ""]
     lines += ["--- the book continues", book.following[:400].rstrip(), ""]
-    lines += ["| memory | tokens in it | memorising | generating | perplexity of the next page |"]
+    lines += ["| memory | tokens in it | memorizing | generating | perplexity of the next page |"]
     lines += ["| --- | ---: | ---: | ---: | ---: |"]
     for row in rows:
         lines.append(

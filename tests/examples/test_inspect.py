@@ -9,7 +9,7 @@ import torch
 
 from examples.inspect import page
 from longmem_fairseq.hub import LongMem
-from tests.browser import Page, find_browser
+from tests.browser import Page, in_browser
 from tests.examples.commands import run_example
 from tests.text_models import gpt2_model, sentencepiece_model
 
@@ -17,10 +17,6 @@ NASTY = "<script>document.title = 'no'</script><!-- &amp; </pre>\n\tdéjà vu �
 TEXT = NASTY * 4 + "end"
 BOOK = "A book that was read before: déjà vu 漢字.\n" * 3
 PARTS = {"begin": 30, "tokens": 60}
-
-in_browser = pytest.mark.skipif(
-    find_browser() is None, reason="Chromium is not installed: apt-get install chromium, or set BROWSER_BINARY"
-)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +145,7 @@ def test_refusals(gpt2, tmp_path):
     done = run_example(
         "inspect.page", "--path", gpt2, "--text", gpt2 / "book", "--output", tmp_path / "page", "--cpu", "--from", 5000
     )
-    assert done.returncode == 1 and "none lies between 5000" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "none of them between 5000" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ def test_real_keys(tmp_path):
     directory = sentencepiece_model(tmp_path)
     (tmp_path / "texts").mkdir()
     for name in "ab":
-        (tmp_path / "texts" / name).write_text(f"The text {name} that is memorised and read.\n" * 9)
+        (tmp_path / "texts" / name).write_text(f"The text {name} that is memorized and read.\n" * 9)
     done = run_example(
         "benchmark.real_keys", "--path", directory, "--text", tmp_path / "texts", "--tokens", 90, "--queries", 20,
         "--chunk-size", 3, "--output", tmp_path / "keys.safetensors",

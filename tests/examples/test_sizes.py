@@ -42,10 +42,14 @@ def test_parameters_of_the_released_model():
         decoder_attention_heads=16, decoder_normalize_before=True, activation_fn="gelu_accurate",
     )  # fmt: skip
     dictionary = make_dictionary(51200 - 4)
+    description = json.dumps(describe_backbone(argparse.Namespace(**config), len(dictionary)))
     cfg = argparse.Namespace(
-        save_backbone=True, backbone_config=json.dumps(describe_backbone(argparse.Namespace(**config), len(dictionary))),
-        tokens_per_sample=1024, retrieval_layer_index=17, **SIDE_NETWORK,
-    )  # fmt: skip
+        save_backbone=True,
+        backbone_config=description,
+        tokens_per_sample=1024,
+        retrieval_layer_index=17,
+        **SIDE_NETWORK,
+    )
     with torch.device("meta"):
         model = LongMemModel.build_model(cfg, task_of(dictionary))
     assert (sizes.parameters(model, True), sizes.parameters(model, False)) == (151_083_024, 407_072_768)
