@@ -1,7 +1,6 @@
-"""A fairseq language model as one safetensors file, and back."""
+"""A fairseq language model converted to one safetensors file and back is the same model."""
 
 import os
-import sys
 
 import pytest
 import torch
@@ -28,23 +27,22 @@ def test_there_and_back(tmp_path, model, half):
     assert (same == load_backbone(path, VOCABULARY, 1).fingerprint) != half
 
 
-def test_refusals(tmp_path, monkeypatch):
+def test_refusals(tmp_path):
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "created"),)
 
     def refusal(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["convert_safetensors.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return str(caught.value)
+        with pytest.raises(SystemExit) as error:
+            main(list(map(str, arguments)))
+        return str(error.value)
 
     file, out = tmp_path / "file", tmp_path / "out"
     torch.save({"model": {}, "cfg": {"model": Payload()}}, file)
     assert "asks for posix.mkdir, which may run code" in refusal(file, f"{out}.safetensors")
     assert not (tmp_path / "created").exists()
     torch.save({"weight": torch.ones(1)}, file)
-    assert "is no fairseq checkpoint: it lacks the weights" in refusal(file, f"{out}.safetensors")
-    assert "is no safetensors file" in refusal(file, f"{out}.pt")
+    assert "is not a fairseq checkpoint: it lacks the weights" in refusal(file, f"{out}.safetensors")
+    assert "is not a safetensors file" in refusal(file, f"{out}.pt")
     assert "none.pt" in refusal(tmp_path / "none.pt", f"{out}.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left half-written"
