@@ -34,7 +34,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longmem_fairseq.backbones.loading import BackboneError, read_backbone
+from longmem_fairseq.backbones.base import BackboneError
+from longmem_fairseq.backbones.loading import read_backbone
 from longmem_fairseq.data.manifest import dictionary_fingerprint
 from longmem_fairseq.files import write_text, write_whole
 from longmem_fairseq.safe_load import load_safely
@@ -137,7 +138,8 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
     by_number = {int(symbol): row for row, symbol in enumerate(symbols, len(SPECIALS)) if symbol.isdigit()}
     if sorted(by_number) == list(range(len(by_number))) and by_number:
         rows = [by_number[number] for number in range(len(by_number))]
-        end = tokenizer[0].get(_END_OF_TEXT) if tokenizer else _same_row(weights["embed_tokens.weight"], rows, EOS)
+        embedding = weights["decoder.embed_tokens.weight"]
+        end = tokenizer[0].get(_END_OF_TEXT) if tokenizer else _same_row(embedding, rows, EOS)
         special = {"bos_token_id": end, "eos_token_id": end}
     else:
         rows = list(range(settings["vocabulary"]))

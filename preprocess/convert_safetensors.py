@@ -1,17 +1,22 @@
-"""Convert a fairseq language model to one safetensors file, and back.
+"""Convert a fairseq language model to one safetensors file and back, and a LongMem checkpoint to a model directory.
 
     python -m preprocess.convert_safetensors checkpoint.pt model.safetensors [--half]
     python -m preprocess.convert_safetensors model.safetensors checkpoint.pt
+    python -m preprocess.convert_safetensors longmem/checkpoint_best.pt directory/ [--half]
 
 fairseq's checkpoints are pickles with the optimizer's state in them. The safetensors file holds the weights and, as
 JSON in its header, the model's configuration: no code, a third of the size or, in half precision, a sixth. The way back
 writes a checkpoint (in single precision) that every fairseq command reads.
+
+A model directory holds ``config.json``, ``side_network.safetensors``, ``backbone.safetensors``, and the dictionary and
+tokenizer of the data that the LongMem model was trained on; ``LongMem.from_pretrained("directory/")`` reads it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -21,10 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from longmem_fairseq.files import write_whole
+from longmem_fairseq.hub import LongMem
+from longmem_fairseq.models.model_directory import write_directory
 from longmem_fairseq.safe_load import load_safely
 from preprocess.checkpoint_file import write_checkpoint
 
 PROG = "python -m preprocess.convert_safetensors"
+DATA_FILES = ("dict.txt", "sentencepiece.model", "encoder.json", "vocab.bpe")
 
 
 def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
@@ -87,6 +95,26 @@ def to_fairseq(path: str, checkpoint: str) -> None:
     write_checkpoint(Path(checkpoint), json.loads(metadata["model"]), {"_name": "language_modeling"}, weights, {})
 
 
+def to_directory(checkpoint: str, directory: str, half: bool = False) -> None:
+    """Convert a LongMem checkpoint to a model directory.
+
+    Args:
+        checkpoint: Path of the checkpoint; ``dict.txt`` is beside it or in the directory of its training data.
+        directory: Path of the directory to write; it is created if it does not exist.
+        half: If true, write all floating-point tensors as float16.
+
+    Raises:
+        FileNotFoundError: The checkpoint or its dictionary does not exist.
+        ValueError: The checkpoint is not one of a LongMem model, or holds code.
+    """
+    longmem = LongMem.from_pretrained(checkpoint, device="cpu")
+    write_directory(longmem.model, directory, half, longmem.task.args.tokens_per_sample)
+    for name in DATA_FILES:
+        source, destination = Path(longmem.task.args.data, name), Path(directory, name)
+        if source.is_file() and not (destination.exists() and source.samefile(destination)):
+            write_whole(destination, lambda path, source=source: shutil.copyfile(source, path))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error that the user can repair ends it with one sentence.
 
@@ -96,15 +124,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", help="a .pt checkpoint or a .safetensors file")
-    parser.add_argument("destination", help="the other kind of file, to write")
-    parser.add_argument("--half", action="store_true", help="write float16 weights into the safetensors file")
+    parser.add_argument("source", help=".pt checkpoint or .safetensors file")
+    parser.add_argument("destination", help=".safetensors file, .pt checkpoint or model directory to write")
+    parser.add_argument("--half", action="store_true", help="write float16 weights into safetensors files")
     args = parser.parse_args(arguments)
     try:
         if args.destination.endswith(".safetensors"):
             to_safetensors(args.source, args.destination, args.half)
-        else:
+        elif args.destination.endswith(".pt") or args.source.endswith(".safetensors"):
             to_fairseq(args.source, args.destination)
+        else:
+            to_directory(args.source, args.destination, args.half)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{PROG}: error: {error}") from None
 

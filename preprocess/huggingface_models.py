@@ -255,7 +255,7 @@ def export_gpt2(weights: Weights, settings: Config, rows: Sequence[int]) -> tupl
     """Convert a ``transformer_lm`` to a GPT2LMHeadModel.
 
     Args:
-        weights: Tensors by their names in the decoder (``embed_tokens.weight`` ...).
+        weights: Tensors by the names of a ``transformer_lm`` (``decoder.embed_tokens.weight`` ...).
         settings: Settings of the model, as in its checkpoint.
         rows: Symbol of the dictionary for each row of GPT-2's embedding.
 
@@ -281,11 +281,11 @@ def export_gpt2(weights: Weights, settings: Config, rows: Sequence[int]) -> tupl
     tied = bool(settings["share_decoder_input_output_embed"])
     index = torch.tensor(rows)
     exported = {
-        "transformer.wte.weight": weights["embed_tokens.weight"][index],
-        "transformer.wpe.weight": weights["embed_positions.weight"][2:],
+        "transformer.wte.weight": weights["decoder.embed_tokens.weight"][index],
+        "transformer.wpe.weight": weights["decoder.embed_positions.weight"][2:],
     }
     for i in range(settings["decoder_layers"]):
-        layer, exported_layer = f"layers.{i}", f"transformer.h.{i}"
+        layer, exported_layer = f"decoder.layers.{i}", f"transformer.h.{i}"
         for exported_name, name in _NORMS:
             for part in ("weight", "bias"):
                 exported[f"{exported_layer}.{exported_name}.{part}"] = weights[f"{layer}.{name}.{part}"]
@@ -296,9 +296,9 @@ def export_gpt2(weights: Weights, settings: Config, rows: Sequence[int]) -> tupl
             exported[f"{exported_layer}.{exported_name}.weight"] = weights[f"{layer}.{name}.weight"].t()
             exported[f"{exported_layer}.{exported_name}.bias"] = weights[f"{layer}.{name}.bias"]
     for part in ("weight", "bias"):
-        exported[f"transformer.ln_f.{part}"] = weights[f"layer_norm.{part}"]
+        exported[f"transformer.ln_f.{part}"] = weights[f"decoder.layer_norm.{part}"]
     if not tied:
-        exported["lm_head.weight"] = weights["output_projection.weight"][index]
+        exported["lm_head.weight"] = weights["decoder.output_projection.weight"][index]
     config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],

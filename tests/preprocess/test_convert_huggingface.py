@@ -300,7 +300,7 @@ def test_checkpoint_says_which_dictionary(converted, tmp_path):
     lines = (converted.data / "dict.txt").read_text().splitlines(keepends=True)
     (tmp_path / "dict.txt").write_text("".join(reversed(lines)))
     with pytest.raises(ValueError, match="another dictionary"):
-        load_backbone(converted.checkpoint, Dictionary.load(str(tmp_path / "dict.txt")), 1)
+        load_backbone(converted.checkpoint, Dictionary.load(str(tmp_path / "dict.txt")))
 
 
 @pytest.mark.parametrize(
