@@ -1,4 +1,4 @@
-"""Text documents to fairseq data: one item per document, nothing lost, an end-of-document symbol after each.
+r"""Text documents to fairseq data: one item per document, nothing lost, an end-of-document symbol after each.
 
     python -m preprocess.binarize_documents --train books/ --valid valid/ --test test.jsonl.zst \
         --tokenizer sentencepiece --vocab-size 8000 --destdir data --workers 2

@@ -1,4 +1,4 @@
-"""Convert a Hugging Face GPT-2 or OPT to a fairseq language model, and a fairseq GPT-2 to a Hugging Face one.
+r"""Convert a Hugging Face GPT-2 or OPT to a fairseq language model, and a fairseq GPT-2 to a Hugging Face one.
 
     python -m preprocess.convert_huggingface gpt2-medium/ backbone/ [--dict dict.txt]
     python -m preprocess.binarize_documents --tokenizer gpt2 --gpt2-encoder-json backbone/encoder.json \

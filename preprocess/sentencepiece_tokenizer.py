@@ -50,7 +50,7 @@ class SentencePieceTokenizer(Tokenizer):
             reason = error.strerror if isinstance(error, OSError) else "not a sentencepiece model"
             raise InputError(f"--tokenizer {model} cannot be loaded: {reason}") from None
         self._processor = processor
-        # what the model puts before every text (a dummy prefix), seen before a byte that joins nothing
+        # the pieces that the model puts before every text (a dummy prefix), with a byte that does not join them
         self._anchor = processor.encode("\x00")
         usable = [
             piece
@@ -96,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
         return np.concatenate(parts)
 
     def _encode_continuation(self, text: str) -> np.ndarray:
-        """Encode what follows other tokens, without the space that some models put before a text."""
+        """Encode a text that follows other tokens, without the space that some models put before a text."""
         pieces = self._processor.encode(f"\x00{text}")
         return self._to_id[pieces[len(self._anchor) :]]
 

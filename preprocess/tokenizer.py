@@ -75,7 +75,7 @@ class Tokenizer(ABC):
         """
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of what decides how text is encoded: the same for the same files on every machine."""
+        """Return the SHA-256 of the identity: the same for the same files on every machine."""
         return hashlib.sha256(self._identity).hexdigest()
 
     @property

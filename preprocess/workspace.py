@@ -68,7 +68,7 @@ class Workspace:
             for split in manifest["splits"]:
                 manifests.verify(self.destination, split)
         except manifests.ManifestError as error:
-            raise InputError(f"{error} (--overwrite does)") from None
+            raise InputError(f"{error}; --overwrite replaces the data") from None
         return True
 
     def _require_free(self) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark runs, and with it: our data is, token by token, what fairseq's own two tools make of the same text."""
+"""The benchmark runs, and its data equals, token by token, the data that fairseq's two tools make of the same text."""
 
 import json
 

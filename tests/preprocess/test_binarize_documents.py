@@ -1,4 +1,4 @@
-"""The command as users run it: from text to data that stock fairseq reads, and what happens when something is wrong."""
+"""The command as users run it: from text to data that stock fairseq reads, and its errors."""
 
 import filecmp
 import json

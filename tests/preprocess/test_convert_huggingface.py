@@ -71,7 +71,7 @@ def numbers_of(dictionary):
 
 @torch.no_grad()
 def difference(gpt2, directory):
-    """Largest difference between logits of a GPT-2 and of what it was converted to, over the whole window."""
+    """Largest difference between logits of a GPT-2 and of the converted model, over the whole window."""
     model, dictionary = load_stock(directory)
     index = numbers_of(dictionary)
     numbers = torch.randint(len(index), (3, gpt2.config.n_positions), generator=torch.Generator().manual_seed(1))
@@ -117,7 +117,7 @@ def test_symbols_that_gpt2_lacks_take_little(tmp_path):
     known = numbers_of(dictionary).tolist()
     for symbol in set(range(len(dictionary))) - {dictionary.eos(), *known}:
         assert (probabilities[..., symbol] <= probabilities[..., known].mean(dim=-1) * (1 + 1e-5)).all()
-    # The end of a document is what ended them for GPT-2.
+    # The end of a document is GPT-2's <|endoftext|>.
     torch.testing.assert_close(probabilities[..., dictionary.eos()], probabilities[..., known[-1]])
 
 
@@ -260,7 +260,7 @@ def converted(tmp_path_factory):
 
 
 def test_stock_evaluation(converted, tmp_path):
-    """fairseq-eval-lm without this package reads the checkpoint, and scores what the model itself says."""
+    """fairseq-eval-lm without this package reads the checkpoint, and its scores are the model's."""
     output = run(
         "eval_lm", converted.data, "--path", converted.checkpoint, "--task", "language_modeling", "--gen-subset",
         "valid", "--sample-break-mode", "none", "--tokens-per-sample", POSITIONS, "--max-sentences", 1, "--cpu",

@@ -90,7 +90,7 @@ def test_dictionary_survives_its_file(tokenizer, tmp_path):
 
 
 def test_stock_fairseq_encodes_a_prompt_alike(tokenizer, model_file, sources):
-    """What ``fairseq-interactive --bpe sentencepiece`` does with one line of input."""
+    """``fairseq-interactive --bpe sentencepiece`` encodes one line of input to the same tokens."""
     config = Namespace(
         sentencepiece_model=str(model_file), sentencepiece_enable_sampling=False, sentencepiece_alpha=None
     )
