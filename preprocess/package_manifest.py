@@ -1,7 +1,7 @@
 """``longmem_fairseq.data.manifest`` without the rest of the package.
 
 Importing the package registers its models with fairseq, which takes seconds that a script does not have to spend. The
-module itself needs numpy alone, so it is loaded from its file.
+modules here need numpy alone, so they are loaded from their files.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_NAME = "longmem_fairseq.data.manifest"
+_PACKAGE = Path(__file__).resolve().parent.parent / "longmem_fairseq"
 
 
-def _load() -> ModuleType:
-    if _NAME in sys.modules:  # the package is there already; its exceptions must be the same classes
-        return sys.modules[_NAME]
-    path = Path(__file__).resolve().parent.parent / "longmem_fairseq" / "data" / "manifest.py"
-    spec = importlib.util.spec_from_file_location(_NAME, path)
-    module = sys.modules[_NAME] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _load(name: str) -> ModuleType:
+    """Load a module of the package from its file, unless it is loaded: its exceptions must be the same classes."""
+    full_name = f"longmem_fairseq.{name}"
+    if full_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full_name, _PACKAGE.joinpath(*name.split(".")).with_suffix(".py"))
+        module = sys.modules[full_name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[full_name]
 
 
-manifest = _load()
+_load("files")  # the manifest imports it
+mmap_index = _load("data.mmap_index")
+manifest = _load("data.manifest")

@@ -10,6 +10,7 @@ import numpy as np
 
 from preprocess.errors import InputError
 from preprocess.package_manifest import manifest as manifests
+from preprocess.package_manifest import mmap_index
 from preprocess.workspace import Workspace
 
 
@@ -128,9 +129,8 @@ def write_index(path: Path, sizes_path: Path, dtype: type) -> None:
     2 GB of data.
     """
     sizes = np.memmap(sizes_path, dtype=np.int32, mode="r") if sizes_path.stat().st_size else np.empty(0, np.int32)
-    code = next(code for code, known in manifests.INDEX_DTYPES.items() if known is dtype)
     with open(path, "wb") as stream:
-        stream.write(manifests.INDEX_HEADER.pack(manifests.INDEX_MAGIC, 1, code, len(sizes)))
+        stream.write(mmap_index.pack_header(dtype, len(sizes)))
         stream.write(sizes)
         start = 0
         for first in range(0, len(sizes), 1 << 20):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from ...tasks.document_scores import write_atomically
+from ...files import write_text
 from ..scoring.systems import BACKBONE, OFF, ON, WITH_CACHE
 from .statistics import Interval, Sample
 
@@ -224,5 +224,5 @@ def write(directory: str, report: Dict[str, Any], text: str, tables: Sequence[Ta
         OSError: one cannot be written.
     """
     draw(tables, os.path.join(directory, "report.png"))
-    write_atomically(os.path.join(directory, "report.md"), text)
-    write_atomically(os.path.join(directory, "report.json"), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(os.path.join(directory, "report.md"), text)
+    write_text(os.path.join(directory, "report.json"), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
