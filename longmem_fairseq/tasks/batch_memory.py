@@ -19,16 +19,15 @@ class BatchMemory:
     """Bring a model's memory to the start of each batch, and save it with each checkpoint.
 
     Args:
-        train_subset: Name of the split that is trained on, ``--train-subset``.
-        saves: Whether the memory is saved with each checkpoint, ``--memory-snapshot``.
+        cfg: Configuration of the task: ``train_subset`` and ``memory_snapshot``.
 
     Attributes:
         model: The model that is trained, without the wrapper of distributed training; None before it is built.
         snapshots: Snapshots of the training; None if none are written or read.
     """
 
-    def __init__(self, train_subset: str, saves: bool = False):
-        self.train_subset, self.saves = train_subset, saves
+    def __init__(self, cfg):
+        self.cfg = cfg
         self.snapshots: Optional[MemorySnapshots] = None
         self.model = None
         self._lanes: Dict[Tuple[str, bool], LaneDataset] = {}  # by split, and whether it is read in training
@@ -42,7 +41,7 @@ class BatchMemory:
             training: Whether the epoch is one of training.
         """
         self._lanes[epoch.dataset.documents.split, training] = epoch.dataset
-        if training and epoch.dataset.documents.split == self.train_subset:
+        if training and epoch.dataset.documents.split == self.cfg.train_subset:
             self._epoch = weakref.ref(epoch)
 
     def before_training(self, sample: Dict[str, Any], model, optimizer) -> None:
@@ -58,7 +57,7 @@ class BatchMemory:
         autocast = isinstance(optimizer, AMPOptimizer)
         if self.snapshots is not None:
             self.snapshots.load(sample, self.model, self._epoch(), autocast)
-            if self.saves:
+            if self.cfg.memory_snapshot:
                 before_each_checkpoint(optimizer, self._save)
         replay_past(sample, model, self._lanes_of(sample["split"], training=True), autocast)
 
@@ -74,7 +73,7 @@ class BatchMemory:
 
     def after_checkpoint(self) -> None:
         """Remove snapshots whose checkpoints are gone."""
-        if self.saves:
+        if self.cfg.memory_snapshot:
             self.snapshots.remove_unused()
 
     def _save(self) -> None:

@@ -7,7 +7,7 @@ from fairseq.data import Dictionary
 
 from ..data.directories import has_split, open_split
 from ..data.document_dataset import DocumentDataset
-from .memory_policies import memory_policy
+from ..memory.policies import memory_policy
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def load_documents(cfg, dictionary: Dictionary, split: str, epoch: int = 1, comb
     logger.info(
         "%s: %s documents, %s tokens (%.0f on average)", split, f"{len(documents):,}", f"{documents.tokens:,}", mean
     )
-    if mean < cfg.tokens_per_sample / 8 and not memory_policy(str(cfg.memory_scope)).joins_documents:
+    if mean < cfg.tokens_per_sample / 8 and not memory_policy(cfg.memory_scope).joins_documents:
         logger.warning(
             "%s: items of %.0f tokens on average are much shorter than a segment; if they are lines of texts, "
             "join them with --memory-scope stream, or keep documents whole with preprocess/binarize_documents.py",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..memory.document_memory import DocumentMemory
 from ..models.live_window import expand_state, prefill
+from ..models.reading import DocumentReader
 from .no_repeated_ngrams import NoRepeatedNgrams
 
 
@@ -72,7 +73,7 @@ class LongMemGenerator(SequenceGenerator):
         if self.repeat_ngram_blocker is not None:
             self.repeat_ngram_blocker = NoRepeatedNgrams(self.repeat_ngram_blocker.no_repeat_ngram_size)
         if document_memories is None:
-            document_memories = [new_document_memory(model.decoder) for model in models]
+            document_memories = [DocumentReader(model.decoder, segment).new_memory() for model in models]
         self.segment, self.document_memories = segment, document_memories
 
     @torch.no_grad()
@@ -95,13 +96,12 @@ class LongMemGenerator(SequenceGenerator):
         ]
         pasts = [prompt[:-1] for prompt in prompts]
         self.model.prefilled = [
-            prefill(model.decoder, pasts, self.segment, document_memory and document_memory.bank)
-            for model, document_memory in zip(self.model.models, self.document_memories)
+            prefill(model.decoder, pasts, self.segment, memory and memory.bank, use_memory=memory is not None)
+            for model, memory in zip(self.model.models, self.document_memories)
         ]
         last = torch.stack([prompt[-1] for prompt in prompts]).repeat_interleave(self.beam_size)
         return self._generate(sample, prefix_tokens, constraints, bos_token=last)
 
-    @torch.no_grad()
     def memorize(self, name: str, tokens: Tensor) -> None:
         """Write a document into the memory of every model.
 
@@ -112,25 +112,10 @@ class LongMemGenerator(SequenceGenerator):
         Raises:
             ValueError: A model's memory is off, or it has a document of this name.
         """
-        inputs = torch.cat([tokens.new_tensor([self.eos]), tokens])
-        for model, document_memory in zip(self.model.models, self.document_memories):
-            if document_memory is None:
-                raise ValueError(f"{name} cannot be memorised: the model's memory is off")
-            document_memory.memorize(
-                name, inputs.to(model.decoder.device), model.decoder.backbone.encode_for_memory, self.segment
-            )
-
-
-def new_document_memory(decoder) -> Optional[DocumentMemory]:
-    """Make an empty document memory for a model.
-
-    Args:
-        decoder: Decoder of the model.
-
-    Returns:
-        The memory, or None if the model's memory is off.
-    """
-    return DocumentMemory(decoder.new_bank()) if decoder.has_memory else None
+        for model, memory in zip(self.model.models, self.document_memories):
+            if memory is None:
+                raise ValueError(f"{name} cannot be memorized: the model's memory is off")
+            DocumentReader(model.decoder, self.segment).memorize(memory, name, tokens)
 
 
 def backbone_identity(decoder) -> tuple:
@@ -142,4 +127,4 @@ def backbone_identity(decoder) -> tuple:
     Returns:
         Fingerprint of the backbone in hexadecimal, and number of the memory layer.
     """
-    return bytes(decoder.backbone_fingerprint.cpu().tolist()).hex(), decoder.cfg.retrieval_layer_index
+    return bytes(decoder.backbone_fingerprint.cpu().tolist()).hex(), decoder.backbone.memory_layer

@@ -6,7 +6,7 @@ from typing import Callable, Dict, Optional, Tuple
 from ..data.document_dataset import DocumentDataset
 from ..data.lane_dataset import LaneDataset
 from ..data.lane_iterator import LaneIterator
-from .memory_policies import memory_policy
+from ..memory.policies import memory_policy
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class LaneBatches:
             limits.append(max_sentences)
         if max_tokens is not None:
             limits.append(max(1, max_tokens // self.cfg.tokens_per_sample))
-        policy = memory_policy(str(self.cfg.memory_scope))
+        policy = memory_policy(self.cfg.memory_scope)
         lanes = LaneDataset(
             documents,
             min(limits),

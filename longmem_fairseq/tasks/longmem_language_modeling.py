@@ -48,7 +48,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
 
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
         super().__init__(args, dictionary, output_dictionary, targets)
-        self.memory = BatchMemory(args.train_subset, args.memory_snapshot)
+        self.memory = BatchMemory(args)
         self.lane_batches = LaneBatches(args, dictionary.eos(), self.memory.start_epoch)
         self.session: Optional[MemorySession] = None
         self._model = self._model_cfg = self._last_batch = None

@@ -109,10 +109,10 @@ class MemorySession:
         try:
             tokens = self.encode(read_text(path))
         except ValueError as error:
-            raise ValueError(f"--memory-text {path} cannot be memorised: {error}") from error
+            raise ValueError(f"--memory-text {path} cannot be memorized: {error}") from error
         self.generator.memorize("standard input" if path == "-" else path, tokens)
         logger.info(
-            "memorised %s: %s tokens in %.1f s; the memory has %s of at most %s",
+            "memorized %s: %s tokens in %.1f s; the memory has %s of at most %s",
             path,
             f"{len(tokens):,}",
             time.time() - start,

@@ -21,11 +21,11 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 
 from ..data.lane_iterator import LaneIterator
-from ..memory.memory_file import SnapshotError
+from ..memory.container import SnapshotError
+from ..memory.policies import memory_policy
 from ..memory.training_snapshot import load_training_memory, save_training_memory
 from .checkpoints import Restored, place_in
 from .generator import backbone_identity
-from .memory_policies import memory_policy
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def snapshots_of_training(cfg, restored: Optional[Restored]) -> Optional["Memory
         restored = None  # at the start of an epoch all memories are empty
     resume = str(cfg.resume_memory or ("snapshot" if cfg.memory_snapshot else "replay"))
     if restored is not None and resume == "replay":
-        if memory_policy(str(cfg.memory_scope)).shares_memory:
+        if memory_policy(cfg.memory_scope).shares_memory:
             logger.warning(
                 "a memory that all lanes share is rebuilt from the last batches alone, and may hold some more or "
                 "fewer of them than before; a snapshot (--memory-snapshot) is exact"
@@ -144,9 +144,9 @@ class MemorySnapshots:
         failure = None
         try:
             os.makedirs(self.directory, exist_ok=True)
-            _check_space(self.directory, model.decoder.training_memory)
-            about = _about(model, iterator, iterator.iterations_in_epoch)
-            size = save_training_memory(path, model.decoder.training_memory, about)
+            memory = model.decoder.memories.get(training=True)
+            _check_space(self.directory, memory)
+            size = save_training_memory(path, memory, _place(model, iterator, iterator.iterations_in_epoch))
         except OSError as error:
             failure = error
         if not _all_ranks(failure is None, model.decoder.device):
@@ -212,8 +212,8 @@ class MemorySnapshots:
         try:
             with torch.autocast("cuda", enabled=autocast):  # the keys of one token show the memory's precision
                 like = model.decoder.backbone.encode_for_memory(sample["net_input"]["src_tokens"][:, :1]).keys
-            memory = model.decoder.memory(segments, like)
-            load_training_memory(path, memory, _about(model, iterator, restored.batches))
+            memory = model.decoder.memories.allocate(training=True, lanes=segments.n_lanes, like=like)
+            load_training_memory(path, memory, _place(model, iterator, restored.batches))
         except SnapshotError as error:
             raise SnapshotError(f"{error}: {_REPLAY}") from error
         if model.needs_replay(segments).any():
@@ -229,7 +229,7 @@ class MemorySnapshots:
                 places[path] = int(match[1]), int(match[2])
         if not places:
             return
-        used = {self._place(path) for path in self._files("checkpoint*.pt")}
+        used = {self._checkpoint_place(path) for path in self._files("checkpoint*.pt")}
         for path, place in places.items():
             if place not in used:
                 os.remove(path)
@@ -237,7 +237,7 @@ class MemorySnapshots:
     def _files(self, pattern: str):
         return glob.glob(os.path.join(glob.escape(self.directory), pattern))
 
-    def _place(self, checkpoint: str) -> Optional[Tuple[int, int]]:
+    def _checkpoint_place(self, checkpoint: str) -> Optional[Tuple[int, int]]:
         """Return epoch and batch of a checkpoint, which is read once unless the file changes."""
         status = os.stat(checkpoint)
         identity = status.st_ino, status.st_mtime_ns, status.st_size
@@ -253,7 +253,7 @@ def _path(directory: str, iterator: LaneIterator, batches: int) -> str:
     return snapshot_path(directory, iterator.epoch, batches, iterator.shard_id, iterator.dataset.n_ranks)
 
 
-def _about(model, iterator: LaneIterator, batches: int) -> Dict[str, Any]:
+def _place(model, iterator: LaneIterator, batches: int) -> Dict[str, Any]:
     """Describe what a snapshot must match: the place in the data, the lanes, and the source of keys and values."""
     backbone, layer = backbone_identity(model.decoder)
     return {

@@ -10,7 +10,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import II
 
 from ..memory.memory_file import DTYPES
-from .memory_policies import memory_policy
+from ..memory.policies import memory_policy
 
 logger = logging.getLogger(__name__)
 
@@ -50,21 +50,21 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
 
     memory_text: Optional[List[str]] = field(
         default=None,
-        metadata={"help": "generation: memorise a document before the first prompt (repeatable; - is standard input)"},
+        metadata={"help": "generation: memorize a document before the first prompt (repeatable; - is standard input)"},
     )
     memory_load: Optional[str] = field(
         default=None, metadata={"help": "generation: start with a memory written by --memory-save"}
     )
     memory_save: Optional[str] = field(
         default=None,
-        metadata={"help": "generation: write what was memorised to a file, after each turn with --memorize-turns"},
+        metadata={"help": "generation: write what was memorized to a file, after each turn with --memorize-turns"},
     )
     memory_save_dtype: ChoiceEnum(list(DTYPES)) = field(
         default="float16", metadata={"help": "precision of keys and values in the file of --memory-save"}
     )
     memorize_turns: bool = field(
         default=False,
-        metadata={"help": "generation: memorise each prompt and its best answer, so that later prompts can read them"},
+        metadata={"help": "generation: memorize each prompt and its best answer, so that later prompts can read them"},
     )
     prompt_tokens: Optional[int] = field(
         default=None,
@@ -105,7 +105,7 @@ def check_options(cfg: LongMemLanguageModelingConfig) -> None:
         ValueError: An option is not supported.
         FileNotFoundError: A file or directory that an option names does not exist.
     """
-    memory_policy(str(cfg.memory_scope))
+    memory_policy(cfg.memory_scope)
     if cfg.tokens_per_sample < 1:
         raise ValueError(f"--tokens-per-sample {cfg.tokens_per_sample} is less than one token: raise it")
     if cfg.output_dictionary_size >= 0:

@@ -79,7 +79,5 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_a_failed_write_names_the_option_to_change(tmp_path):
     scores = DocumentScores(1)
     scores.sums[:] = 1
-    with pytest.raises(
-        OSError, match="cannot be written: .*: free the disk or change --results-path"
-    ):
+    with pytest.raises(OSError, match="cannot be written: .*: free the disk or change --results-path"):
         scores.write(str(tmp_path / "gone"), ["a"])

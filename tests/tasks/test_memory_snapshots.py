@@ -10,7 +10,7 @@ import torch
 
 from longmem_fairseq.data.lane_dataset import LaneDataset
 from longmem_fairseq.data.lane_iterator import LaneIterator
-from longmem_fairseq.memory.memory_file import SnapshotError
+from longmem_fairseq.memory.container import SnapshotError
 from longmem_fairseq.tasks.checkpoints import Restored
 from longmem_fairseq.tasks.memory_snapshots import MemorySnapshots, before_each_checkpoint
 from tests.data.test_lane_dataset import SCOPES, Documents

@@ -26,11 +26,11 @@ class Model:
         ]
         return (segments.starts > 0) & ~np.array(in_place)
 
-    def memorize(self, src_tokens, segments, join=False):
-        assert join or not self.needs_replay(segments).any(), "segments must come in order"
+    def memorize(self, src_tokens, segments, restart=False):
+        assert restart or not self.needs_replay(segments).any(), "segments must come in order"
         self.memorized += 1
         for row, lane in enumerate(segments.lanes.tolist()):
-            if join or segments.starts[row] == 0:
+            if restart or segments.starts[row] == 0:
                 self.tokens[lane] = []
             self.tokens[lane] += src_tokens[row, : segments.lengths[row]].tolist()
             self.streams[lane], self.ends[lane] = segments.streams[row], segments.ends[row]
@@ -72,7 +72,7 @@ def test_memory_is_as_if_never_stopped(lengths, T, lanes, ranks, scope, memory_t
         if memory_tokens:
             replay_past(batch, resumed, dataset)
             assert resumed.memorized == before
-        resumed.memorize(batch["net_input"]["src_tokens"], batch["net_input"]["segments"], join=not memory_tokens)
+        resumed.memorize(batch["net_input"]["src_tokens"], batch["net_input"]["segments"], restart=not memory_tokens)
 
 
 def test_no_gradients(monkeypatch):
