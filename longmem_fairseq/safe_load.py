@@ -2,7 +2,8 @@
 
 import re
 from argparse import Namespace
-from typing import Any, Dict
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator
 
 import torch
 
@@ -20,6 +21,17 @@ def allow_namespaces() -> None:
     torch.serialization.add_safe_globals(ALLOWED)
 
 
+@contextmanager
+def namespaces_allowed() -> Iterator[None]:
+    """Let torch's safe loader accept :data:`ALLOWED` within a block.
+
+    torch's own context manager withdraws at its end what was allowed before it, too.
+    """
+    missing = [allowed for allowed in ALLOWED if allowed not in torch.serialization.get_safe_globals()]
+    with torch.serialization.safe_globals(missing):
+        yield
+
+
 def load_safely(path: str) -> Any:
     """Read a file of ``torch.save``.
 
@@ -35,7 +47,7 @@ def load_safely(path: str) -> Any:
             the reason alone.
     """
     try:
-        with torch.serialization.safe_globals(ALLOWED):
+        with namespaces_allowed():
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

@@ -11,7 +11,6 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from fairseq.logging import metrics
 
-
 # Sums that describe the use of the memory, in the order in which they are logged.
 _FIGURES = (
     "memory_batches",

@@ -19,7 +19,7 @@ from fairseq.distributed import utils as distributed_utils
 
 from ..data.manifest import dictionary_fingerprint
 from ..files import write_whole
-from ..safe_load import ALLOWED, load_safely, why_unreadable
+from ..safe_load import load_safely, namespaces_allowed, why_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 
 def _map(path: str) -> Dict[str, Any]:
     """Read a checkpoint without its tensors, which stay on disk."""
-    with torch.serialization.safe_globals(ALLOWED):
+    with namespaces_allowed():
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 

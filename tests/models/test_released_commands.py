@@ -102,7 +102,7 @@ def test_evaluation_of_the_backbone(released, tmp_path):
     """The backbone is a model of its own for fairseq-eval-lm, given the package and its task."""
     output = run(
         "eval_lm", released.data, *TASK, "--path", released.backbone, *EVALUATE, "--gen-subset", "single",
-        cwd=tmp_path,
+        "--model-overrides", SEGMENTS, cwd=tmp_path,
     )  # fmt: skip
     model = load_released(released.side, use_external_memory=False)
     losses = []
