@@ -11,7 +11,7 @@ import torch
 
 from examples.inspect import page
 from longmem_fairseq.hub import LongMem
-from tests.browser import Page, find_browser
+from tests.browser import Page, in_browser
 from tests.repository import ROOT
 from tests.text_models import gpt2_model, sentencepiece_model
 
@@ -19,10 +19,6 @@ NASTY = "<script>document.title = 'no'</script><!-- &amp; </pre>\n\tdéjà vu �
 TEXT = NASTY * 4 + "end"
 BOOK = "A book that was read before: déjà vu 漢字.\n" * 3
 PARTS = {"begin": 30, "tokens": 60}
-
-in_browser = pytest.mark.skipif(
-    find_browser() is None, reason="no Chromium is here: apt-get install chromium, or set BROWSER_BINARY"
-)
 
 
 def command(*arguments):
