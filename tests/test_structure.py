@@ -39,6 +39,9 @@ MOST_IMPORTS = {"models/longmem_decoder.py": 9}
 MOST_README_WORDS = 2500
 
 FRAGMENT = re.compile(r"^ +[a-z_, ]+: (of|whose|which|what|from|by|in|with|how) ")
+ARGUMENT = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
+# A description starts with a capital letter, or with a name that is written in small ones, and ends with a full stop.
+SENTENCE = re.compile(r"^([A-Z0-9`:\"']|(fairseq|faiss|sacrebleu|torch)\b).*\.$")
 BANNED = re.compile(r"\b(amid|anew|cannot be had|gives way|give way|goes on|go on)\b", re.IGNORECASE)
 
 Modules = Dict[str, Path]
@@ -229,6 +232,30 @@ def test_arguments_are_described_by_noun_phrases():
     """``path: Path of the checkpoint.``, not ``path: of the checkpoint``."""
     matches = lines_that_match(FRAGMENT)
     assert not matches, "\n".join(matches)
+
+
+def arguments_of(docstring: str) -> Iterator[Tuple[str, str]]:
+    """Yield (names, description) of the entries under "Args:" and "Attributes:"."""
+    entries, section = [], ""
+    for line in docstring.splitlines():
+        if line and not line.startswith(" "):
+            section = line
+        elif section in ("Args:", "Attributes:") and ARGUMENT.match(line):
+            entries.append(list(ARGUMENT.match(line).groups()))
+        elif section in ("Args:", "Attributes:") and line.strip():
+            entries[-1][1] += f" {line.strip()}"
+    return map(tuple, entries)
+
+
+def test_arguments_are_described_by_sentences():
+    fragments = []
+    for path in python_files(PACKAGE, "preprocess"):
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Module)):
+                for names, description in arguments_of(ast.get_docstring(node) or ""):
+                    if not SENTENCE.match(description):
+                        fragments.append(f"{path}: {getattr(node, 'name', '')}: {names}: {description}")
+    assert not fragments, "\n".join(fragments)
 
 
 def test_plain_words():
