@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search.base import torch_search
+from longmem_fairseq.memory.search.torch import TorchSearch
 from longmem_fairseq.memory.stream_memory import Memory, MemoryOutOfStep
 from longmem_fairseq.modules.joint_attention import memory_attention
 
 H, D, C = 2, 4, 3
 SCALING = 0.5
+
+torch_search = TorchSearch()
 
 
 def make_memory(lanes=3, N=4, chunks_per_query=2, search=torch_search) -> Memory:
@@ -308,11 +310,12 @@ def test_says_which_rows_have_a_memory():
 def test_recomputation_reads_the_same_without_searching_again():
     searches = []
 
-    def counting(*args):
-        searches.append(args[-1])
-        return torch_search(*args)
+    class Counting(TorchSearch):
+        def __call__(self, *args):
+            searches.append(args[-1])
+            return super().__call__(*args)
 
-    memory = make_memory(N=8, chunks_per_query=2, search=counting)
+    memory = make_memory(N=8, chunks_per_query=2, search=Counting())
     step(memory, at([0], [5], [0], [3]))
     step(memory, at([0], [5], [3], [6]))
     segments = at([0], [5], [9], [5])

@@ -6,7 +6,7 @@ import torch
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search.base import torch_search
+from longmem_fairseq.memory.search.torch import TorchSearch
 from longmem_fairseq.memory.stream_memory import MemoryOutOfStep
 from longmem_fairseq.modules.joint_attention import naive_memory_attention, row_memory_attention
 from longmem_fairseq.released.shared_memory import SharedMemory
@@ -16,7 +16,7 @@ HEADS, WIDTH, CHUNK, CAPACITY = 2, 4, 3, 8  # of chunks
 
 def new_memory(dtype=torch.float32, attention=naive_memory_attention, **options):
     bank = MemoryBank(1, HEADS, WIDTH, CAPACITY * CHUNK + 2, CHUNK, dtype, exact_means=True)
-    return SharedMemory(bank, torch_search, attention, 2, **options)
+    return SharedMemory(bank, TorchSearch(), attention, 2, **options)
 
 
 def at(starts, lengths, streams=None):
@@ -123,7 +123,7 @@ def test_means_before_rounding():
 
 def test_more_than_one_lane_refused():
     with pytest.raises(ValueError, match="a shared memory lies in one lane, not in 2"):
-        SharedMemory(MemoryBank(2, HEADS, WIDTH, 12, CHUNK), torch_search, naive_memory_attention, 2)
+        SharedMemory(MemoryBank(2, HEADS, WIDTH, 12, CHUNK), TorchSearch(), naive_memory_attention, 2)
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from longmem_fairseq.memory import training_snapshot
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.memory_file import SnapshotError
-from longmem_fairseq.memory.search.base import torch_search
+from longmem_fairseq.memory.search.torch import TorchSearch
 from longmem_fairseq.memory.stream_memory import Memory
 from longmem_fairseq.memory.training_snapshot import load_training_memory, save_training_memory
 from longmem_fairseq.modules.joint_attention import memory_attention
@@ -27,7 +27,7 @@ ABOUT = {"epoch": 1, "batch": 12, "backbone": "0123"}
 def make(shared=False, dtype=torch.float32, N=4):
     lanes = 1 if shared else 3
     bank = MemoryBank(lanes, H, D, N * C, C, dtype, exact_means=shared)
-    return (SharedMemory if shared else Memory)(bank, torch_search, memory_attention, 2)
+    return (SharedMemory if shared else Memory)(bank, TorchSearch(), memory_attention, 2)
 
 
 def step(memory, segments):
