@@ -18,7 +18,8 @@ BOOK = [7 * i % 23 for i in range(50)]  # symbols w0, w1...: more than three seg
 PROMPTS = ([1, 8, 15], [7, 14, 21, 5, 12])
 NEW_TOKENS = 6  # prompt and answer fit into one segment
 ADAPT = (
-    "--arch longmem_lm --criterion longmem_cross_entropy --memory-size 64 --k 8 --chunk-size 4 --retrieval-layer-index 1"
+    "--arch longmem_lm --criterion longmem_cross_entropy --retrieval-layer-index 1 "
+    "--memory-size 64 --k 8 --chunk-size 4"
 ).split()
 TRAIN = (
     f"--tokens-per-sample {T} --batch-size 4 --max-update 3 --optimizer adam --lr 0.01 --num-workers 0 "
