@@ -1,6 +1,7 @@
 """LongMem for fairseq: long-term memory for pretrained language models (``--user-dir longmem_fairseq``).
 
-Importing the package registers its models, task, criterion, backbone families and memory policies; nothing else happens.
+Importing the package registers its models, task, criterion, backbone families and memory policies; nothing else
+happens.
 """
 
 from .backbones import alibi_lm, transformer_lm  # noqa: F401

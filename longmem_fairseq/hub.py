@@ -324,7 +324,10 @@ def _load_directory(directory: str, data: str, settings: dict):
     unknown = [key for key in settings if key not in LongMemConfig.__dataclass_fields__ and key not in task_settings]
     if unknown:
         raise ValueError(f"{directory} does not have the setting {unknown[0]}: leave it out")
-    values = {**_task_settings({}), **{key: value for key, value in {**saved, **settings}.items() if key in task_settings}}
+    values = {
+        **_task_settings({}),
+        **{key: value for key, value in {**saved, **settings}.items() if key in task_settings},
+    }
     task_args = OmegaConf.create({**values, "data": data, "path": directory, "fp16": False})
     task = LongMemLanguageModelingTask(task_args, Dictionary.load(os.path.join(data, "dict.txt")))
     cfg = argparse.Namespace(

@@ -319,7 +319,9 @@ def register_backbone_family(model_class: type) -> Callable[[Family], Family]:
 
     def register(family: Family) -> Family:
         if model_class in _FAMILIES:
-            raise ValueError(f"{model_class.__name__} already has the backbone family {_FAMILIES[model_class].__name__}")
+            raise ValueError(
+                f"{model_class.__name__} already has the backbone family {_FAMILIES[model_class].__name__}"
+            )
         _FAMILIES[model_class] = family
         return family
 

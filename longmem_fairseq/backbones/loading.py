@@ -48,31 +48,35 @@ def _registered_name(name: str) -> str:
     return next(key for key, value in MODEL_REGISTRY.items() if value is model_class)
 
 
-def build_backbone(config: Dict[str, Any], dictionary) -> Backbone:
+def build_backbone(config: Dict[str, Any], dictionary, memory_layer: int = 0) -> Backbone:
     """Build a backbone with random weights from its description.
 
     Args:
         config: Description, as :func:`describe_backbone` returns it.
         dictionary: fairseq dictionary of the data.
+        memory_layer: Number of the layer whose keys and values are written into the memory, counted from 0.
 
     Raises:
-        BackboneError: The dictionary does not fit.
+        BackboneError: The dictionary does not fit, or there is no such layer.
     """
     if config["vocabulary"] != len(dictionary):
         raise BackboneError(
             f"the backbone has {config['vocabulary']} symbols and the dictionary of the data has {len(dictionary)}: "
             "preprocess the data with the backbone's dict.txt"
         )
-    return backbone_family(config["model"]).build(config, dictionary)
+    backbone = backbone_family(config["model"]).build(config, dictionary)
+    backbone.select_memory_layer(memory_layer)
+    return backbone
 
 
-def load_backbone(path: str, dictionary) -> Backbone:
+def load_backbone(path: str, dictionary, memory_layer: int = 0) -> Backbone:
     """Load a backbone from a checkpoint.
 
     Args:
         path: Path of a checkpoint of a language model of a registered family, or of a ``longmem_lm`` that holds its
             backbone.
         dictionary: fairseq dictionary of the data.
+        memory_layer: Number of the layer whose keys and values are written into the memory, counted from 0.
 
     Raises:
         BackboneError: The file is missing or unreadable, its model cannot be a backbone, or it was trained with
@@ -81,7 +85,7 @@ def load_backbone(path: str, dictionary) -> Backbone:
     state = _read_checkpoint(path)
     try:
         config, weights = _describe(state)
-        backbone = build_backbone(config, dictionary)
+        backbone = build_backbone(config, dictionary, memory_layer)
         _check_dictionary(state, dictionary)
         backbone.load_weights(weights)
     except ValueError as error:
@@ -148,9 +152,7 @@ def _describe(state: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Tensor]]
     if description:  # of a longmem_lm
         weights = {name[len(_IN_LONGMEM) :]: x for name, x in model.items() if name.startswith(_IN_LONGMEM)}
         if not weights:
-            raise BackboneError(
-                "it is a longmem_lm saved without --save-backbone: name the checkpoint of its backbone"
-            )
+            raise BackboneError("it is a longmem_lm saved without --save-backbone: name the checkpoint of its backbone")
         return json.loads(description), weights
     weights = {name: x for name, x in model.items() if name.startswith("decoder.")}
     embedding = weights.get("decoder.embed_tokens.weight")

@@ -120,7 +120,9 @@ class TransformerBackbone(Backbone):
     @classmethod
     def build(cls, config: Dict[str, Any], dictionary) -> "TransformerBackbone":
         model = MODEL_REGISTRY[config["model"]]
-        cfg = OmegaConf.structured(model.__dataclass())  # settings that the description leaves out keep their defaults
+        cfg = OmegaConf.structured(
+            getattr(model, "__dataclass")()
+        )  # settings that the description leaves out keep their defaults
         OmegaConf.set_struct(cfg, False)
         args = SimpleNamespace(**{key: None if OmegaConf.is_interpolation(cfg, key) else cfg[key] for key in cfg})
         vars(args).update({key: value for key, value in config.items() if key not in ("model", "vocabulary")})

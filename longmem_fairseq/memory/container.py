@@ -18,7 +18,7 @@ Header = Dict[str, str]
 Checksum = Callable[[Header, Dict[str, Tensor]], str]
 
 
-class ContainerError(ValueError):
+class SnapshotError(ValueError):
     """A file is not a container that can be used here; the message gives the reason."""
 
 
@@ -85,24 +85,22 @@ def read_container(path: str, file_format: str, checksum: Checksum, kind: str) -
         Header and tensors.
 
     Raises:
-        ContainerError: The file is missing, damaged, changed, or of another format.
+        SnapshotError: The file is missing, damaged, changed, or of another format.
     """
     if not os.path.isfile(path):
-        raise ContainerError(f"the {kind} {path} does not exist")
+        raise SnapshotError(f"the {kind} {path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != file_format:
-                raise ContainerError(
+                raise SnapshotError(
                     f"the {kind} {path} has the format {header.get('format')}, but this version reads {file_format}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ContainerError(f"the {kind} {path} is damaged, or not a safetensors file: {error}") from error
+        raise SnapshotError(f"the {kind} {path} is damaged, or not a safetensors file: {error}") from error
     if header.get(checksum.__name__) != checksum(header, tensors):
-        raise ContainerError(
-            f"the {kind} {path} is not as it was written: its checksum ({checksum.__name__}) differs"
-        )
+        raise SnapshotError(f"the {kind} {path} is not as it was written: its checksum ({checksum.__name__}) differs")
     return header, tensors
 
 

@@ -9,7 +9,7 @@ from typing import Dict
 import torch
 from torch import Tensor
 
-from .container import ContainerError, read_container, sha256, write_container
+from .container import SnapshotError, read_container, sha256, write_container
 from .document_memory import DocumentMemory, MemorizedDocument
 
 FORMAT = "longmem memory 1"
@@ -60,7 +60,7 @@ def load_memory(path: str, memory: DocumentMemory, backbone: str, layer: int) ->
         layer: Number of the model's memory layer; the file must have the same.
 
     Raises:
-        ContainerError: The file is missing, damaged, changed, or of another model.
+        SnapshotError: The file is missing, damaged, changed, or of another model.
     """
     header, tensors = read_container(path, FORMAT, sha256, "memory")
     _check(path, header, tensors, memory, backbone, layer)
@@ -74,17 +74,17 @@ def _check(
 ) -> None:
     """Refuse a file of another model."""
     if header.get("backbone") != backbone:
-        raise ContainerError(
+        raise SnapshotError(
             f"the memory {path} was made by a backbone with fingerprint {str(header.get('backbone'))[:12]}, but the "
             f"model's has {backbone[:12]}: memorize the documents again with this one"
         )
     if header.get("layer") != str(layer):
-        raise ContainerError(
+        raise SnapshotError(
             f"the memory {path} is of layer {header.get('layer')}, but the model's memory layer is {layer} "
             "(--retrieval-layer-index): memorize the documents again"
         )
     keys, values, bank = tensors["keys"], tensors["values"], memory.bank
     if keys.shape != values.shape or keys.shape[::2] != (bank.heads, bank.head_dim):
-        raise ContainerError(
+        raise SnapshotError(
             f"the memory {path} has {keys.shape[0]} heads of width {keys.shape[2]}, not {bank.heads} of {bank.head_dim}"
         )

@@ -267,7 +267,9 @@ class StreamReader(MemoryReader):
         if self.slots is None:
             return super().distance()
         slots, C = self.slots, self.bank.chunk_size
-        starts, lengths = (_to(slots.device, x).view(-1, 1, 1, 1) for x in (self.segments.starts, self.segments.lengths))
+        starts, lengths = (
+            _to(slots.device, x).view(-1, 1, 1, 1) for x in (self.segments.starts, self.segments.lengths)
+        )
         t = torch.arange(slots.size(2), device=slots.device).view(1, 1, -1, 1)
         middle = self.bank.chunk_numbers(self.segments.lanes, slots) * C + (C - 1) / 2
         read = (slots >= 0) & (t < lengths)

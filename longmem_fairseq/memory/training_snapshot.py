@@ -7,7 +7,7 @@ match is a place in the data, the backbone, and the settings of the memory.
 import json
 from typing import Any, Dict, Optional
 
-from .container import ContainerError, crc32, read_container, write_container
+from .container import SnapshotError, crc32, read_container, write_container
 from .stream_memory import StreamMemory
 
 FORMAT = "longmem training memory 1"
@@ -44,13 +44,13 @@ def load_training_memory(path: str, memory: StreamMemory, place: Dict[str, Any])
         place: What the file must match, as in :func:`save_training_memory`.
 
     Raises:
-        ContainerError: The file is missing, damaged, changed, or of another place, backbone or setting.
+        SnapshotError: The file is missing, damaged, changed, or of another place, backbone or setting.
     """
     header, tensors = read_container(path, FORMAT, crc32, "snapshot")
     saved, current = json.loads(header["about"]), {**place, **_sizes(memory)}
     changed = [f"{name} was {x} and is {current.get(name)}" for name, x in saved.items() if x != current.get(name)]
     if changed:
-        raise ContainerError(f"the snapshot {path} does not fit: {'; '.join(changed)}")
+        raise SnapshotError(f"the snapshot {path} does not fit: {'; '.join(changed)}")
     state = json.loads(header["state"])
     if state is not None:
         memory.restore(tensors, state)

@@ -150,9 +150,7 @@ def _replace(old: Tensor, rows: Tensor, new: Tensor, S: int) -> Tensor:
     return result
 
 
-def new_window(
-    decoder, size: int, rows: int, base: Optional[MemoryBank] = None, use_memory: bool = True
-) -> LiveWindow:
+def new_window(decoder, size: int, rows: int, base: Optional[MemoryBank] = None, use_memory: bool = True) -> LiveWindow:
     """Return empty windows with a memory for each row, as far as the decoder has a memory.
 
     Args:

@@ -37,7 +37,8 @@ class LongMemConfig(FairseqDataclass):
         default=64, metadata={"help": "number of tokens read per query and head; a multiple of --chunk-size"}
     )
     chunk_size: int = field(
-        default=4, metadata={"help": "number of tokens in a chunk: chunks are searched by their mean key and read whole"}
+        default=4,
+        metadata={"help": "number of tokens in a chunk: searched by its mean key and read whole"},
     )
     retrieval_layer_index: Optional[int] = field(
         default=None,
@@ -66,16 +67,16 @@ class LongMemConfig(FairseqDataclass):
     memory_index: str = field(
         default=FLAT,
         metadata={
-            "help": "flat: exact search; or an approximate faiss index on the CPU for memories of a million tokens, with "
-            "its search parameters behind a colon: IVF1024,Flat:nprobe=32 or IVF4096,PQ32 or HNSW32:efSearch=64"
+            "help": "flat: exact search; or an approximate faiss index on the CPU for memories of a million tokens, "
+            "with search parameters behind a colon: IVF1024,Flat:nprobe=32, IVF4096,PQ32 or HNSW32:efSearch=64"
         },
     )
     memory_index_parameters: str = field(default="", metadata={"help": _HIDDEN})  # now part of memory_index
     memory_device: ChoiceEnum(list(DEVICES)) = field(
         default="auto",
         metadata={
-            "help": "where keys and values are stored; auto: on the model's device; on the CPU, chunks that are read are "
-            "moved to it"
+            "help": "where keys and values are stored; auto: on the model's device; cpu: in main memory, and "
+            "chunks that are read are moved to the model"
         },
     )
     memory_map: Optional[str] = field(

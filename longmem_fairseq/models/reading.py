@@ -108,9 +108,7 @@ class DocumentReader:
         memory.add(name, begin)
 
     @torch.no_grad()
-    def read(
-        self, inputs: Tensor, branches: Optional[MemoryBranches] = None, begin: int = 0
-    ) -> Iterator[ReadSegment]:
+    def read(self, inputs: Tensor, branches: Optional[MemoryBranches] = None, begin: int = 0) -> Iterator[ReadSegment]:
         """Encode a document segment by segment, and write each segment when the next one is requested.
 
         Args:
@@ -129,9 +127,7 @@ class DocumentReader:
                 branches.write([0], piece, encoded.keys, encoded.values)
 
     @torch.no_grad()
-    def score(
-        self, tokens: Tensor, memory: Optional[DocumentMemory] = None, use_memory: bool = True
-    ) -> Tensor:
+    def score(self, tokens: Tensor, memory: Optional[DocumentMemory] = None, use_memory: bool = True) -> Tensor:
         """Score a document behind what was memorized.
 
         Args:

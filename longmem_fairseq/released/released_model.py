@@ -79,7 +79,9 @@ def load_released(
     else:
         cfg.save_backbone, cfg.backbone_config = True, json.dumps(backbone)
     dictionary = dictionary or _dictionary(backbone["vocabulary"])
-    model = LongMemModel.build_model(cfg, argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary))
+    model = LongMemModel.build_model(
+        cfg, argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    )
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # lists every tensor, one a line

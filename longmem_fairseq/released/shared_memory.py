@@ -146,6 +146,4 @@ def _end_to_end(x: Tensor, lengths: np.ndarray) -> Tensor:
     return torch.cat([row[:, :length] for row, length in zip(x, lengths.tolist())], dim=1)
 
 
-register_memory_policy(
-    MemoryPolicy("shared", SharedMemory, joins_documents=True, shares_memory=True, exact_means=True)
-)
+register_memory_policy(MemoryPolicy("shared", SharedMemory, joins_documents=True, shares_memory=True, exact_means=True))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search.faiss import FaissSearch, has_faiss_gpu
 from longmem_fairseq.memory.search.torch import TorchSearch, top_indices
-from longmem_fairseq.modules.joint_attention import (
+from longmem_fairseq.modules.memory_attention import (
     has_triton,
     memory_attention,
     naive_memory_attention,

@@ -13,13 +13,14 @@ from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.branches import MemoryBranches
 from longmem_fairseq.memory.document_memory import DocumentMemory
 from longmem_fairseq.memory.memory_file import load_memory, save_memory
+from longmem_fairseq.memory.reader import ChunkReader
 from longmem_fairseq.memory.search import native
 from longmem_fairseq.memory.search.faiss import FaissSearch
 from longmem_fairseq.memory.search.index import IndexSearch, count_hits
 from longmem_fairseq.memory.search.index_spec import FLAT, index_spec, split_index
 from longmem_fairseq.memory.search.native import NativeSearch
 from longmem_fairseq.memory.search.torch import TorchSearch
-from longmem_fairseq.modules.joint_attention import memory_attention
+from longmem_fairseq.modules.memory_attention import memory_attention
 from longmem_fairseq.modules.query_groups import group_queries, ungroup
 from tests.memory.kernel import needs_kernel
 
@@ -243,7 +244,9 @@ def test_copies_of_a_bank_are_independent():
     bank = MemoryBank(1, H, D, 300 * C, C)
     search = search_of("IVF4,Flat", "nprobe=4", 300)
     write(bank, 0, 290 * C, generator)
-    branches = MemoryBranches(2, lambda: MemoryBank(1, H, D, 300 * C, C), search, memory_attention, 4, base=bank)
+    branches = MemoryBranches(
+        2, lambda: MemoryBank(1, H, D, 300 * C, C), ChunkReader(search, memory_attention, 4), base=bank
+    )
     queries = torch.randn(2, H, 3, D, generator=generator)
     branches.reader()(queries, 1.0)
     keys = torch.randn(2, H, 60 * C, D, generator=generator)

@@ -115,15 +115,16 @@ from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search.index import IndexSearch
 from longmem_fairseq.memory.search.index_spec import index_spec
-from longmem_fairseq.memory.stream_memory import Memory
+from longmem_fairseq.memory.reader import ChunkReader
+from longmem_fairseq.memory.stream_memory import StreamMemory
 from longmem_fairseq.memory.placement import Placement
 from longmem_fairseq.memory.search.faiss import FaissSearch
-from longmem_fairseq.modules.joint_attention import memory_attention
+from longmem_fairseq.modules.memory_attention import memory_attention
 
 H, d, C, T, N = 4, 16, 4, 128, 2048
 search = FaissSearch() if sys.argv[1] == "flat" else IndexSearch(index_spec(sys.argv[1], "", d, N), FaissSearch())
 where = Placement(directory=sys.argv[2] if len(sys.argv) > 2 else None)
-memory = Memory(MemoryBank(1, H, d, N * C, C, placement=where), search, memory_attention, 4)
+memory = StreamMemory(MemoryBank(1, H, d, N * C, C, placement=where), ChunkReader(search, memory_attention, 4))
 address = memory.bank.keys.data_ptr()
 
 
