@@ -1,22 +1,27 @@
-"""fairseq's commands with an extension that a user directory registers, and the parsing of their results."""
+"""fairseq's commands with an extension that a user directory registers, and the comparison with a reference."""
 
+import copy
 import json
 import math
 import re
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Protocol, Sequence, Tuple
 
+import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import T
-from tests.fairseq_runs import finish, start
+from tests.conftest import VALID_LENGTHS, T
+from tests.fairseq_runs import finish, make_dictionary, random_documents, start, weights
+from tests.models.reference import Reference as StockReference
+from tests.models.reference import Setting
+from tests.models.tiny import HEADS, stock_config, stock_model, write_checkpoint
 from tests.repository import ROOT
 
 EOS, FIRST = 2, 4  # ids of end-of-sentence and of the symbol w0
 BOOK = [7 * i % 23 for i in range(50)]  # symbols w0, w1...: more than three segments
 PROMPTS = ([1, 8, 15], [7, 14, 21, 5, 12])
-NEW_TOKENS = 6  # prompt and answer fit into one segment
+NEW_TOKENS = 2 * T  # the window of an answer is full several times
 ADAPT = (
     "--arch longmem_lm --criterion longmem_cross_entropy --retrieval-layer-index 1 "
     "--memory-size 64 --k 8 --chunk-size 4"
@@ -26,8 +31,8 @@ TRAIN = (
     "--no-epoch-checkpoints --log-format json --log-interval 1"
 ).split()
 GENERATE = (
-    f"--memory-text book.txt --input prompts.txt --beam 2 --nbest 2 --max-len-b {NEW_TOKENS} --buffer-size 2 "
-    "--batch-size 2"
+    "--memory-text book.txt --input prompts.txt --buffer-size 2 --batch-size 2 --beam 2 --nbest 2 "
+    f"--min-len {NEW_TOKENS} --max-len-b {NEW_TOKENS}"
 ).split()
 
 
@@ -89,7 +94,13 @@ class Commands:
 
 
 Answers = List[Tuple[int, List[int], List[float]]]
-Reader = Callable[[Sequence[int]], Tensor]
+
+
+class Reference(Protocol):
+    """A model that reads one document."""
+
+    def read(self, tokens: List[int]) -> Tensor:
+        """Read the next segment, write it into the memory, and return its logits, shape (T, V)."""
 
 
 def answers_of(output: str) -> Answers:
@@ -112,32 +123,53 @@ def segments(inputs: Sequence[int]) -> List[List[int]]:
     return [list(inputs[i : i + T]) for i in range(0, len(inputs), T)]
 
 
-def perplexity(read: Reader, document: Sequence[int]) -> float:
-    """Return the perplexity of a document.
+def check_perplexities(perplexities: Dict[str, Tuple[float, float]], new_reference: Callable[[], Reference]) -> None:
+    """Compare the perplexities of the validation documents with those of a reference."""
+    for number, document in enumerate(random_documents(VALID_LENGTHS, seed=1)):
+        expected = perplexity(new_reference(), document)
+        assert perplexities[f"valid:{number}"][0] == pytest.approx(expected, rel=1e-4)
+    assert any(with_memory != pytest.approx(without, rel=1e-4) for with_memory, without in perplexities.values())
 
-    Args:
-        read: Function that reads the next segment and returns its logits, shape (T, V).
-        document: Token ids.
-    """
+
+def perplexity(reference: Reference, document: Sequence[int]) -> float:
+    """Return the perplexity of a document, given as token ids."""
     document = [int(token) for token in document]
-    logits = torch.cat([read(segment) for segment in segments([EOS, *document[:-1]])])
+    logits = torch.cat([reference.read(segment) for segment in segments([EOS, *document[:-1]])])
     return math.exp(-float(logits.double().log_softmax(-1).gather(1, torch.tensor(document)[:, None]).mean()))
 
 
-def check_answers(answers: Answers, new_reader: Callable[[], Reader]) -> None:
-    """Compare the scores of generated tokens with those of a reference that reads the book and then the answer.
-
-    Args:
-        answers: Hypotheses.
-        new_reader: Function that returns a reader with an empty memory, as for :func:`perplexity`.
-    """
-    book = segments([EOS, *(FIRST + symbol for symbol in BOOK)])
+def check_answers(answers: Answers, new_reference: Callable[[], Reference]) -> None:
+    """Compare the scores of generated tokens with those of a reference that reads the book and then the answer."""
     for prompt, answer, scores in answers:
-        read = new_reader()
-        for segment in book:
-            read(segment)
+        assert len(answer) == len(scores) == NEW_TOKENS + 1
+        reference = new_reference()
+        for segment in segments([EOS, *(FIRST + symbol for symbol in BOOK)]):
+            reference.read(segment)
         inputs = [EOS, *(FIRST + symbol for symbol in PROMPTS[prompt]), *answer[:-1]]
-        assert len(inputs) <= T and len(answer) == len(scores)
-        logits = read(inputs)[-len(answer) :]
+        logits = windows(reference, inputs)[-len(answer) :]
         expected = logits.double().log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0] / math.log(2)
         torch.testing.assert_close(torch.tensor(scores).double(), expected, atol=5e-4, rtol=1e-4)
+
+
+def windows(reference: Reference, inputs: Sequence[int]) -> Tensor:
+    """Return the logits of inputs that are read one by one: the older half of a full window moves into the memory."""
+    logits, window, new = [], [], 0
+    for token in inputs:
+        if len(window) == T:
+            logits.append(copy.deepcopy(reference).read(window)[-new:])
+            reference.read(window[: T // 2])
+            window, new = window[T // 2 :], 0
+        window, new = [*window, token], new + 1
+    return torch.cat([*logits, copy.deepcopy(reference).read(window)[-new:]])
+
+
+def stock_backbone(path: Path) -> str:
+    """Write the checkpoint of a transformer_lm with random weights and return its path."""
+    return write_checkpoint(path, stock_model(dictionary=make_dictionary()), stock_config())
+
+
+def stock_reference(checkpoint: Path, kind=StockReference) -> StockReference:
+    """Return a reference of a model adapted from ``stock_backbone`` with ``ADAPT`` and ``--save-backbone``."""
+    gelu = torch.nn.functional.gelu
+    setting = Setting(HEADS, gelu, "learned", reduction=2, memory_layer=1, chunk=4, k=8, memory=64, padding=1)
+    return kind({name[len("decoder.") :]: value for name, value in weights(checkpoint).items()}, setting)

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search import base
 from longmem_fairseq.memory.search.base import SearchBackend, choose_search, register_search
-from tests.extending.commands import ADAPT, Commands, answers_of
-from tests.fairseq_runs import finish, make_dictionary, weights
-from tests.models.tiny import stock_config, stock_model, write_checkpoint
+from tests.extending.commands import ADAPT, Commands, check_answers, check_perplexities, stock_backbone, stock_reference
+from tests.fairseq_runs import finish, weights
 
 
 class LoopSearch(SearchBackend):
@@ -81,34 +80,25 @@ def commands(tiny_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(commands):
-    """The same model trained with the new search, and with torch's."""
-    dictionary = make_dictionary()
-    backbone = write_checkpoint(commands.directory / "backbone.pt", stock_model(dictionary=dictionary), stock_config())
-    options = [*ADAPT, "--pretrained-model-path", backbone]
+def checkpoint(commands):
+    """A model trained with the new search, which is the same as one trained with torch's."""
+    options = [*ADAPT, "--pretrained-model-path", stock_backbone(commands.directory / "backbone.pt"), "--save-backbone"]
     trainings = {name: commands.start_training(name, *options, "--memory-search", name) for name in ("loop", "torch")}
-    logs = {name: finish(training) for name, training in trainings.items()}
-    assert "search by loop" in logs["loop"] and "search by torch" in logs["torch"]
-    return {name: commands.directory / name / "checkpoint_last.pt" for name in logs}
-
-
-def test_trains_as_with_torch(checkpoints):
-    loop, expected = (weights(checkpoints[name]) for name in ("loop", "torch"))
+    for name, training in trainings.items():
+        assert f"search by {name}" in finish(training)
+    loop, expected = (weights(commands.directory / name / "checkpoint_last.pt") for name in ("loop", "torch"))
     assert loop.keys() == expected.keys()
     for name in expected:
         assert torch.equal(loop[name], expected[name]), name
+    return commands.directory / "loop" / "checkpoint_last.pt"
 
 
-def test_evaluates_as_with_torch(commands, checkpoints):
-    evaluations = {name: commands.start_evaluation(path, f"of_{name}") for name, path in checkpoints.items()}
-    outputs = {name: finish(evaluation) for name, evaluation in evaluations.items()}
-    assert "search by loop" in outputs["loop"] and "search by torch" in outputs["torch"]
-    perplexities = commands.perplexities("of_loop")
-    assert perplexities == commands.perplexities("of_torch")
-    assert any(with_memory != without for with_memory, without in perplexities.values())
+def test_evaluates_as_the_reference(commands, checkpoint):
+    """The search comes from the checkpoint."""
+    output = finish(commands.start_evaluation(checkpoint, "results"))
+    assert "search by loop" in output
+    check_perplexities(commands.perplexities("results"), lambda: stock_reference(checkpoint))
 
 
-def test_generates_as_with_torch(commands, checkpoints):
-    generations = [commands.start_generation(checkpoints[name]) for name in ("loop", "torch")]
-    loop, expected = (answers_of(finish(generation)) for generation in generations)
-    assert loop == expected
+def test_generates_as_the_reference(commands, checkpoint):
+    check_answers(commands.generate(checkpoint), lambda: stock_reference(checkpoint))
