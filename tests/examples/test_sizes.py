@@ -1,4 +1,4 @@
-"""What the README says of sizes: parameters, bytes of memory, and the formulas of peak memory."""
+"""The table of sizes in docs/backbones.md: parameters, bytes of memory, and the formulas of peak memory."""
 
 import argparse
 import json
@@ -19,14 +19,14 @@ OPTIONS = argparse.Namespace(segment=1024, batch=1, memory_size=65536)
 
 @pytest.fixture(scope="module")
 def table():
-    """The README's table: size -> numbers, without those that were measured."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    """Return the rows of the table by size, without those that were measured."""
+    lines = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip().replace(",", "") for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     return {row[0]: row[1:] for row in rows if row[0] in sizes.GPT2}
 
 
 @pytest.mark.parametrize("name", sizes.GPT2)
-def test_the_table_of_the_readme(table, name):
+def test_the_table_of_the_documentation(table, name):
     backbone, side, memory, evaluation, _, training, _ = table[name]
     found = sizes.computed(name, OPTIONS)
     assert (found["backbone"], found["side_network"]) == (int(backbone), int(side))
