@@ -222,6 +222,24 @@ def test_block_is_python(block):
                 assert hasattr(module, alias.name), f"{block.place}: {node.module} has no {alias.name}"
 
 
+def classes(source: str) -> Dict[str, str]:
+    """Return the classes of a Python file by their names, without comments and positions."""
+    return {node.name: ast.dump(node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+
+def test_examples_of_extending_are_those_that_are_tested():
+    tested = {}
+    for path in (ROOT / "tests" / "extending").glob("*.py"):
+        tested.update(classes(text(path)))
+    shown = {}
+    for block in BLOCKS:
+        if block.page == "docs/extending.md" and block.language == "python":
+            shown.update(classes(block.text))
+    assert len(shown) > 5
+    for class_name, source in shown.items():
+        assert tested.get(class_name) == source, f"docs/extending.md: {class_name} differs from tests/extending"
+
+
 def test_fairseq_accepts_its_options():
     fairseq = [list(words) for _, words in COMMANDS if words[0].startswith("fairseq-")]
     assert fairseq
