@@ -1,10 +1,11 @@
 """LongMem for fairseq: long-term memory for pretrained language models (``--user-dir longmem_fairseq``).
 
-Importing the package registers its models, task and criterion with fairseq; nothing else happens.
+Importing the package registers its models, task, criterion, backbone families and memory policies; nothing else
+happens.
 """
 
-from .backbones import alibi_lm  # noqa: F401
+from .backbones import alibi_lm, transformer_lm  # noqa: F401
 from .criterions import longmem_cross_entropy  # noqa: F401
 from .models import longmem_lm  # noqa: F401
-from .released import parallel_lm, released_model  # noqa: F401
+from .released import parallel_backbone, parallel_lm, released_format, shared_memory  # noqa: F401
 from .tasks import longmem_language_modeling  # noqa: F401

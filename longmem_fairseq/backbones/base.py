@@ -1,29 +1,35 @@
-"""The frozen backbone: a pre-norm decoder-only language model of fairseq, read for its hidden states.
+"""The contract of a backbone family, and the registry of families.
 
-Legend: B lanes, T tokens of a segment, D width, H heads, d = D / H, N layers, V symbols.
+A family adapts one kind of decoder-only language model of fairseq, so that LongMem can read its hidden states. A new
+one is added in a file of its own (see docs/extending.md).
+
+Legend: B lanes, T tokens of a segment, S cached tokens, D width, H heads, H_kv key/value heads, d width of a head,
+N layers, V symbols.
 """
 
-import hashlib
-import json
-from typing import Any, Dict, List, NamedTuple, Optional, Union
+from abc import ABC, abstractmethod
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Type, TypeVar, Union
 
 import torch
-from fairseq.models.transformer import TransformerDecoderBase
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import Tensor, nn
 
-from ..modules.self_attention import IncrementalState, SelfAttention
+from ..modules.cached_attention import IncrementalState
+from ..modules.side_layer import SideLayer, SideNetworkOptions
 
 
 class BackboneError(ValueError):
-    """A checkpoint that cannot be a backbone; the message says why."""
+    """A checkpoint cannot be a backbone; the message gives the reason."""
 
 
 class EncodedSegment(NamedTuple):
-    """What the backbone made of one segment.
+    """What the backbone computed for one segment.
 
     Attributes:
-        hidden: h_0 (embedding output) to h_N, each (T, B, D); after :meth:`Backbone.encode_for_memory` only h_0 to h_m.
-        keys, values: of the memory layer, after their projections, shape (B, H, T, d).
+        hidden: Hidden states h_0 (embedding output) to h_N, each (T, B, D); after
+            :meth:`Backbone.encode_for_memory` only h_0 to h_m.
+        keys: Keys of the memory layer without position, shape (B, H_kv, T, d).
+        values: Values of the memory layer, shape (B, H_kv, T, d).
     """
 
     hidden: List[Tensor]
@@ -31,165 +37,311 @@ class EncodedSegment(NamedTuple):
     values: Tensor
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """A frozen decoder: always in evaluation mode, never with a gradient.
 
+    Weights are named as in the checkpoints of the family's models: ``decoder.*``.
+
     Args:
-        decoder: a pre-norm decoder; its self-attention modules are exchanged for :class:`SelfAttention`, which
-            computes the same from the same parameters.
-        memory_layer: m, the layer whose keys and values are remembered, counted from 0.
-        config: what rebuilds the decoder (see :func:`longmem_fairseq.backbones.loading.build_backbone`), plain JSON
-            types.
+        config: Description from which :meth:`build` makes the same model again, plain JSON types, with the name of
+            the fairseq model under ``model`` and the number of symbols under ``vocabulary``.
 
     Attributes:
-        fingerprint: of the weights it was loaded with (see :func:`backbone_fingerprint`); None before.
-        normalize_last_hidden: give h_N behind the final LayerNorm, as the released LongMem's side network has it.
+        config: The description.
+        memory_layer: Number m of the layer whose keys and values are written into the memory, counted from 0.
+        fingerprint: SHA-256 of the weights that were loaded (see
+            :func:`longmem_fairseq.backbones.fingerprint.backbone_fingerprint`); None before.
+        normalize_last_hidden: Whether h_N is taken behind the final norm, as in the released LongMem.
     """
 
-    def __init__(self, decoder: TransformerDecoderBase, memory_layer: int, config: Dict[str, Any]):
+    def __init__(self, config: Dict[str, Any]):
         super().__init__()
-        self.decoder = decoder
-        self.memory_layer = memory_layer
         self.config = config
+        self.memory_layer = 0
         self.fingerprint: Optional[str] = None
         self.normalize_last_hidden = False
-        for layer in decoder.layers:
-            if not isinstance(layer.self_attn, SelfAttention):
-                layer.self_attn = _fused(layer.self_attn)
+
+    # What a family implements ------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, cfg: Any, vocabulary: int) -> Dict[str, Any]:
+        """Return the description of a model of this family.
+
+        Args:
+            cfg: Configuration of the model as its checkpoint holds it (``cfg.model``).
+            vocabulary: Number of symbols in the model's dictionary, V.
+
+        Returns:
+            The decisive settings, plain JSON types, without ``model`` and ``vocabulary``.
+
+        Raises:
+            BackboneError: A model with these settings cannot be a backbone.
+        """
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Dict[str, Any], dictionary) -> "Backbone":
+        """Build a backbone with random weights from its description.
+
+        Args:
+            config: Description, with ``model`` and ``vocabulary``.
+            dictionary: fairseq dictionary of the data.
+        """
+
+    @property
+    @abstractmethod
+    def layers(self) -> nn.ModuleList:
+        """The N decoder layers.
+
+        ``layer(x, incremental_state=...)`` takes (T, B, D) and returns a tuple that starts with (T, B, D);
+        ``layer.self_attn`` is a :class:`longmem_fairseq.modules.cached_attention.CachedAttention` that caches keys
+        without position.
+        """
+
+    @property
+    @abstractmethod
+    def final_norm(self) -> Optional[nn.Module]:
+        """The norm between the last layer and the output projection; None where the model has none."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """D, the width of the hidden states."""
+
+    @property
+    @abstractmethod
+    def num_heads(self) -> int:
+        """H, the number of query heads."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H_kv, the number of key/value heads; H unless the family groups its queries."""
+        return self.num_heads
+
+    @property
+    @abstractmethod
+    def head_dim(self) -> int:
+        """d, the width of a head."""
+
+    @property
+    @abstractmethod
+    def max_positions(self) -> Optional[int]:
+        """The longest window that the positions allow, in tokens; None where there is no limit."""
+
+    @abstractmethod
+    def embed(self, tokens: Tensor, start: Union[int, Tensor] = 0) -> Tensor:
+        """Return h_0.
+
+        Args:
+            tokens: Token ids, shape (B, T), int64.
+            start: Position of the first token in the window; or one for each row, shape (B,), int64, where T is 1.
+
+        Returns:
+            Embeddings with whatever position term the family adds to them, shape (T, B, D).
+
+        Raises:
+            BackboneError: The window is longer than :attr:`max_positions`.
+        """
+
+    @abstractmethod
+    def memory_keys_and_values(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return the memory layer's keys and values without running the layer.
+
+        Args:
+            x: Input of the memory layer, shape (T, B, D).
+
+        Returns:
+            Keys without position and values, shape (B, H_kv, T, d).
+        """
+
+    @abstractmethod
+    def output(self, features: Tensor) -> Tensor:
+        """Return logits (..., V) of normalised features (..., D)."""
+
+    @abstractmethod
+    def side_layer(self, reads_memory: bool, options: SideNetworkOptions) -> SideLayer:
+        """Build a trainable side layer of this family's kind and shape.
+
+        Args:
+            reads_memory: Whether the layer attends to the memory too.
+            options: Options of the side network.
+        """
+
+    @abstractmethod
+    def side_norm(self, options: SideNetworkOptions) -> Optional[nn.Module]:
+        """Build the side network's final norm, of the kind of :attr:`final_norm`; None where that is None."""
+
+    # What all families share -------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Take the gradient from all weights; a family calls this at the end of ``__init__``."""
         self.requires_grad_(False)
-        super().train(False)
+        self.train(False)
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Stay in evaluation mode whatever is asked."""
+        """Stay in evaluation mode, whatever is requested."""
         return super().train(False)
 
     @property
     def num_layers(self) -> int:
-        return len(self.decoder.layers)
+        """N, the number of layers."""
+        return len(self.layers)
 
     @property
-    def num_heads(self) -> int:
-        return self.decoder.layers[0].self_attn.num_heads
+    def vocabulary(self) -> int:
+        """V, the number of symbols."""
+        return self.config["vocabulary"]
 
     @property
-    def head_dim(self) -> int:
-        return self.decoder.layers[0].self_attn.head_dim
+    def trained_window(self) -> Optional[int]:
+        """The window that the model was trained with, in tokens, as far as its description tells."""
+        return self.max_positions
 
     @property
-    def layer_norm_eps(self) -> float:
-        return self.decoder.layers[0].self_attn_layer_norm.eps
+    def dtype(self) -> torch.dtype:
+        """Precision of the activations between the layers."""
+        return (next(self.parameters()) if self.final_norm is None else self.final_norm.weight).dtype
 
     @property
-    def max_positions(self) -> Optional[int]:
-        """The longest window that its position embeddings allow; None where there is no such limit."""
-        positions = self.decoder.embed_positions
-        return getattr(positions, "max_positions", None) if isinstance(positions, nn.Embedding) else None
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    def select_memory_layer(self, number: int) -> None:
+        """Choose the layer whose keys and values are written into the memory.
+
+        Args:
+            number: Number m of the layer, counted from 0.
+
+        Raises:
+            BackboneError: The backbone does not have this layer.
+        """
+        if not 0 <= number < self.num_layers:
+            raise BackboneError(
+                f"--retrieval-layer-index {number} is outside the backbone, whose layers are 0 to {self.num_layers - 1}"
+            )
+        self.memory_layer = number
+
+    def forward(self, tokens: Tensor, state: IncrementalState = None, start: Union[int, Tensor] = 0) -> EncodedSegment:
+        """See :meth:`encode`."""
+        return self.encode(tokens, state, start)
 
     @torch.no_grad()
-    def forward(
-        self, tokens: Tensor, incremental_state: IncrementalState = None, start: Union[int, Tensor] = 0
-    ) -> EncodedSegment:
-        """Encode tokens (B, T), of which the first stands at position ``start`` of the window.
+    def encode(self, tokens: Tensor, state: IncrementalState = None, start: Union[int, Tensor] = 0) -> EncodedSegment:
+        """Encode one segment of each lane with all layers.
 
-        With ``start`` of shape (B,), int64, T is 1.
+        Args:
+            tokens: Token ids, shape (B, T), int64.
+            state: Incremental state of decoding, which is extended; None for a window that starts here.
+            start: Position of the first token in the window, as for :meth:`embed`.
         """
-        layers = self.decoder.layers
         hidden = [self.embed(tokens, start)]
-        recorded = []
-        attention = layers[self.memory_layer].self_attn
-        # The keys and values are taken where the layer computes them, rather than projected a second time.
-        hooks = [
-            projection.register_forward_hook(lambda module, inputs, output: recorded.append(output))
-            for projection in (attention.k_proj, attention.v_proj)
-        ]
-        try:
-            for layer in layers:
-                hidden.append(layer(hidden[-1], incremental_state=incremental_state)[0])  # (T, B, D)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        keys, values = (attention._heads(x) for x in recorded)
-        return EncodedSegment(self.residual_stream(hidden), keys, values)
+        for number, layer in enumerate(self.layers):
+            # The memory layer always runs with a cache, from which its keys and values are taken.
+            layer_state = {} if state is None and number == self.memory_layer else state
+            hidden.append(layer(hidden[-1], incremental_state=layer_state)[0])  # (T, B, D)
+            if number == self.memory_layer:
+                keys, values = (x[:, :, -tokens.size(1) :] for x in self.cached_memory(layer_state))
+        return EncodedSegment(self._residual_stream(hidden), keys, values)
 
     @torch.no_grad()
     def encode_for_memory(self, tokens: Tensor) -> EncodedSegment:
-        """As forward, but only as far as the memory needs: the layers above the memory layer are not run."""
-        layers = self.decoder.layers
-        hidden = [self.embed(tokens)]
-        for layer in layers[: self.memory_layer]:
-            hidden.append(layer(hidden[-1])[0])
-        layer = layers[self.memory_layer]
-        attention = layer.self_attn
-        x = layer.self_attn_layer_norm(hidden[-1].transpose(0, 1) if attention.batch_first else hidden[-1])
-        return EncodedSegment(hidden, attention._heads(attention.k_proj(x)), attention._heads(attention.v_proj(x)))
+        """Encode one segment of each lane only as far as the memory needs: layers above the memory layer do not run.
 
-    def embed(self, tokens: Tensor, start: Union[int, Tensor] = 0) -> Tensor:
-        """h_0 of tokens (B, T), shape (T, B, D); ``start`` as in forward.
+        Args:
+            tokens: Token ids, shape (B, T), int64; the window starts with them.
+        """
+        hidden = [self.embed(tokens)]
+        for layer in self.layers[: self.memory_layer]:
+            hidden.append(layer(hidden[-1])[0])
+        return EncodedSegment(hidden, *self.memory_keys_and_values(hidden[-1]))
+
+    def cached_memory(self, state: IncrementalState) -> Tuple[Tensor, Tensor]:
+        """Return the memory layer's keys and values of a window that is being decoded, shape (B, H_kv, S, d)."""
+        cache = self.layers[self.memory_layer].self_attn.cache(state)
+        return cache["prev_key"], cache["prev_value"]
+
+    def final_hidden(self, encoded: EncodedSegment) -> Tensor:
+        """Return what the output projection takes, shape (B, T, D), of a segment encoded with all layers."""
+        x = encoded.hidden[-1]
+        if self.final_norm is not None and not self.normalize_last_hidden:  # else h_N was normalised already
+            x = self.final_norm(x)
+        return x.transpose(0, 1)
+
+    def load_weights(self, weights: Dict[str, Tensor]) -> None:
+        """Load weights of a checkpoint.
+
+        Args:
+            weights: Tensors by their names in the checkpoint, ``decoder.*``.
 
         Raises:
-            BackboneError: where the window is longer than the position embeddings.
+            BackboneError: They do not fit the description.
         """
-        decoder = self.decoder
-        x = decoder.embed_scale * decoder.embed_tokens(tokens)
-        if decoder.project_in_dim is not None:
-            x = decoder.project_in_dim(x)
-        if decoder.embed_positions is not None:
-            if isinstance(start, Tensor):
-                positions = self._positions(0, int(start.max()) + 1)
-                positions = positions[start.to(positions.device)][:, None]  # (B, 1, D)
-            else:
-                positions = self._positions(start, start + tokens.size(1))
-            x = x + positions.to(x)  # sinusoidal tables are no buffers
-        if decoder.layernorm_embedding is not None:
-            x = decoder.layernorm_embedding(x)
-        return x.transpose(0, 1)  # (T, B, D)
+        for name, value in weights.items():
+            if not value.is_floating_point():
+                raise BackboneError(f"its weights are quantised ({name} is {value.dtype}): give its original weights")
+        try:
+            missing, unexpected = self.load_state_dict(self.upgrade_weights(weights), strict=False)
+        except RuntimeError as error:  # lists every tensor of another shape, one a line
+            first = str(error).splitlines()[1].strip()
+            raise BackboneError(f"its weights do not fit its configuration: {first}") from error
+        for names, problem in ((missing, "are missing"), (unexpected, "are left over")):
+            if names:
+                raise BackboneError(
+                    f"its weights do not fit its configuration: {len(names)} {problem}, such as {names[0]}"
+                )
 
-    def _positions(self, begin: int, end: int) -> Tensor:
-        """Embeddings of positions begin to end - 1, shape (end - begin, D).
+    def upgrade_weights(self, weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """Return the weights of an older checkpoint under today's names; families override this where they differ."""
+        return weights
 
-        They are taken by number: fairseq numbers the tokens of its input, which is not the window when decoding
-        step by step.
-        """
-        table = self.decoder.embed_positions
-        if self.max_positions is not None and end > self.max_positions:
-            raise BackboneError(
-                f"a segment of {end} tokens is longer than the backbone's {self.max_positions} positions: lower "
-                "--tokens-per-sample"
-            )
-        first = self.decoder.padding_idx + 1  # fairseq's position embeddings start behind the padding's
-        if isinstance(table, nn.Embedding):
-            return table.weight[first + begin : first + end]
-        if table.weights.size(0) < first + end:
-            table.weights = table.get_embedding(first + end, table.embedding_dim, table.padding_idx).to(table.weights)
-        return table.weights[first + begin : first + end]
-
-    def residual_stream(self, hidden: List[Tensor]) -> List[Tensor]:
-        """The hidden states as the side network's residual connections use them."""
-        if self.normalize_last_hidden and self.decoder.layer_norm is not None:
-            return hidden[:-1] + [self.decoder.layer_norm(hidden[-1])]
+    def _residual_stream(self, hidden: List[Tensor]) -> List[Tensor]:
+        """Return the hidden states as the side network's residual connections use them."""
+        if self.normalize_last_hidden and self.final_norm is not None:
+            return hidden[:-1] + [self.final_norm(hidden[-1])]
         return hidden
 
-    def output_layer(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of normalised features (..., D)."""
-        if self.decoder.project_out_dim is not None:
-            x = self.decoder.project_out_dim(x)
-        return self.decoder.output_projection(x)
+
+Family = TypeVar("Family", bound=Type[Backbone])
+_FAMILIES: Dict[type, Type[Backbone]] = {}
 
 
-def backbone_fingerprint(backbone: Backbone) -> str:
-    """SHA-256 of the configuration and of all weights as float32, in hexadecimal; the same in every fairseq."""
-    digest = hashlib.sha256(json.dumps(backbone.config, sort_keys=True).encode())
-    for name, tensor in sorted(backbone.decoder.state_dict().items()):
-        if name.endswith("._float_tensor"):  # of sinusoidal positions in fairseq 0.12.2: never initialised, never read
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy())
-    return digest.hexdigest()
+def register_backbone_family(model_class: type) -> Callable[[Family], Family]:
+    """Register a family for a class of fairseq models and the classes derived from it.
+
+    Args:
+        model_class: Class that is registered with fairseq (``register_model``), or a base class of such classes.
+
+    Raises:
+        ValueError: The class has a family already.
+    """
+
+    def register(family: Family) -> Family:
+        if model_class in _FAMILIES:
+            raise ValueError(
+                f"{model_class.__name__} already has the backbone family {_FAMILIES[model_class].__name__}"
+            )
+        _FAMILIES[model_class] = family
+        return family
+
+    return register
 
 
-def _fused(stock: nn.Module) -> SelfAttention:
-    """The same attention with the same parameters, computed by :class:`SelfAttention`."""
-    fused = SelfAttention(stock.embed_dim, stock.num_heads, dropout=stock.dropout_module.p)
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        setattr(fused, name, getattr(stock, name))
-    return fused
+def backbone_family(model: Optional[str]) -> Type[Backbone]:
+    """Return the family of a fairseq model: that of its class, or of the nearest base class that has one.
+
+    Args:
+        model: Name of the model or of an architecture, as fairseq's registries have it.
+
+    Raises:
+        BackboneError: There is no such family.
+    """
+    model_class = ARCH_MODEL_REGISTRY.get(model) or MODEL_REGISTRY.get(model)
+    for base in () if model_class is None else model_class.__mro__:
+        if base in _FAMILIES:
+            return _FAMILIES[base]
+    raise BackboneError(
+        f"the model is a {model}: a backbone must be a decoder-only transformer_lm (or alibi_lm) of fairseq, or of "
+        "another registered backbone family"
+    )

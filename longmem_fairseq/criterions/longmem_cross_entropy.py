@@ -142,7 +142,7 @@ def memory_figures(model, reader, zero) -> dict:
     distance, reads = reader.distance()
     hits, wanted = reader.recall or (0.0, 0.0)
     decoder = model.decoder
-    gate = torch.sigmoid(decoder.layers[decoder.reading_layer].self_attn.memory_gate.detach().float()).mean()
+    gate = decoder.gates.mean()
     return {
         "memory_batches": zero + 1,
         "gate": zero + gate,

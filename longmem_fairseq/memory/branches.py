@@ -1,6 +1,6 @@
-"""The memories of generation: hypotheses share one until they remember different things.
+"""The memories of generation: hypotheses share one until they write different tokens.
 
-Legend: B rows of a batch, H heads, T tokens, d width of a head, R rows that share a memory, n chunks read per query.
+Legend: B rows of a batch, H query heads, H_kv key/value heads, T tokens, d width of a head, R rows that share a bank.
 """
 
 import copy
@@ -11,100 +11,121 @@ import torch
 from torch import Tensor
 
 from .bank import MemoryBank
-from .search.base import SearchFunction
+from .reader import ChunkReader, MemoryReader, Observer, chunk_ages
+
+_LANE = np.zeros(1, dtype=np.int64)  # the only lane of each bank
 
 
 class MemoryBranches:
-    """Which memory each row of a batch reads: copied only where rows that share one are given different tokens.
+    """Which bank each row of a batch reads; a bank is copied only where rows that share it write different tokens.
 
     Reordering rows, as beam search does at every step, moves references and copies nothing.
 
     Args:
-        rows: number of rows.
-        new_bank: makes an empty bank of one lane.
-        search: finds chunks in a bank.
-        attention: reads them (see :func:`longmem_fairseq.modules.joint_attention.memory_attention`).
-        chunks_per_query: how many chunks each query and head reads, k / chunk_size.
-        base: a bank of one lane that every row begins with; it is only read.
+        rows: Number of rows, B.
+        new_bank: Function that makes an empty bank of one lane.
+        chunk_reader: Search and attention.
+        base: Bank of one lane that every row starts with, which is only read; None for an empty memory.
 
     Attributes:
-        banks: the bank of each row; None where it has nothing to read yet.
-        watch: called with (rows, bank, queries (1, H, R * T, d), slots (1, H, R * T, n), scaling) after each reading,
-            for those who want to see what is read; the queries of the rows stand end to end.
+        banks: Bank of each row; None where there is nothing to read yet.
+        on_read: Observer of all readers (see :class:`longmem_fairseq.memory.reader.MemoryReader`).
     """
 
     def __init__(
         self,
         rows: int,
         new_bank: Callable[[], MemoryBank],
-        search: SearchFunction,
-        attention: Callable,
-        chunks_per_query: int,
+        chunk_reader: ChunkReader,
         base: Optional[MemoryBank] = None,
     ):
-        self.new_bank, self.base = new_bank, base
-        self.search, self.attention, self.chunks_per_query = search, attention, chunks_per_query
+        self.new_bank, self.chunk_reader, self.base = new_bank, chunk_reader, base
         self.banks: List[Optional[MemoryBank]] = [base] * rows
-        self.watch: Optional[Callable] = None
+        self.on_read: Optional[Observer] = None
 
     def reorder(self, order: Sequence[int]) -> None:
-        """Row i becomes what row ``order[i]`` was; rows may be left out or repeated."""
+        """Make row i what row ``order[i]`` was; rows may be dropped or repeated."""
         self.banks = [self.banks[row] for row in order]
 
     def write(self, rows: Sequence[int], tokens: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Remember the same number of tokens for each of some rows.
+        """Write the same number of tokens for each of some rows.
 
         Args:
-            rows: which rows, none twice.
-            tokens: what their keys and values were computed from, shape (b, T): rows that share a memory and are given
-                the same tokens go on sharing it.
-            keys, values: shape (b, H, T, d).
+            rows: Numbers of the rows, b of them, none twice.
+            tokens: Token ids that the keys and values belong to, shape (b, T), int64. Rows that share a bank and write
+                the same tokens continue to share it.
+            keys: Keys, shape (b, H_kv, T, d).
+            values: Values, shape (b, H_kv, T, d).
         """
         groups: Dict[Tuple, List[int]] = {}
-        for i, (row, own) in enumerate(zip(rows, tokens.tolist())):
-            groups.setdefault((id(self.banks[row]), *own), []).append(i)
+        for i, (row, row_tokens) in enumerate(zip(rows, tokens.tolist())):
+            groups.setdefault((id(self.banks[row]), *row_tokens), []).append(i)
         for members in groups.values():
-            ours = {rows[i] for i in members}
+            writers = {rows[i] for i in members}
             bank = self.banks[rows[members[0]]]
             if bank is None:
                 bank = self.new_bank()
-            elif bank is self.base or any(other is bank for row, other in enumerate(self.banks) if row not in ours):
+            elif bank is self.base or any(other is bank for row, other in enumerate(self.banks) if row not in writers):
                 bank = copy.deepcopy(bank)
             bank.append(0, keys[members[0]], values[members[0]])
-            for row in ours:
+            for row in writers:
                 self.banks[row] = bank
 
     def reader(self, rows: Optional[Sequence[int]] = None) -> "BranchReader":
-        """What attention reads from for some rows, by default all."""
-        return BranchReader(self, self.banks if rows is None else [self.banks[row] for row in rows])
+        """Return what attention reads from for some rows, by default all."""
+        banks = self.banks if rows is None else [self.banks[row] for row in rows]
+        reader = BranchReader(banks, self.chunk_reader)
+        reader.on_read = self.on_read
+        return reader
 
 
-class BranchReader:
-    """What one batch reads: called with the queries, it searches and attends, once for each memory."""
+class BranchReader(MemoryReader):
+    """What one batch reads, each row from a bank that it may share; every bank is searched once for all its rows.
 
-    def __init__(self, branches: MemoryBranches, banks: Sequence[Optional[MemoryBank]]):
-        self.branches = branches
-        self._rows: Dict[int, List[int]] = {}
-        self._banks: Dict[int, MemoryBank] = {}
+    Args:
+        banks: Bank of each row, or None.
+        chunk_reader: Search and attention.
+    """
+
+    def __init__(self, banks: Sequence[Optional[MemoryBank]], chunk_reader: ChunkReader):
+        super().__init__()
+        self.banks, self.chunk_reader = banks, chunk_reader
+        self._rows: Dict[int, List[int]] = {}  # by the identity of their bank
+        self._reads: List[Tuple[List[int], Tensor, Tensor, Tensor, int]] = []
         for row, bank in enumerate(banks):
             if bank is not None and bank.held[0]:
                 self._rows.setdefault(id(bank), []).append(row)
-                self._banks[id(bank)] = bank
 
     def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
-        """Read for queries (B, H, T, d): (Z of the same shape, which rows have a memory (B,) or None for all)."""
         B, H, T, d = q.shape
         z, present = torch.zeros_like(q), torch.zeros(B, dtype=torch.bool)
-        lane = np.zeros(1, dtype=np.int64)
-        for key, rows in self._rows.items():
-            bank, R = self._banks[key], len(rows)
-            own = q if R == B else q[torch.tensor(rows, device=q.device)]
-            own = own.transpose(0, 1).reshape(1, H, R * T, d)  # the rows' queries end to end
-            n = min(self.branches.chunks_per_query, int(bank.held[0]))
-            slots = self.branches.search(bank, lane, own.detach(), n)  # (1, H, R * T, n)
-            found = self.branches.attention(own, bank.keys, bank.values, slots.new_zeros(1), slots, scaling)
-            z[rows] = found.view(H, R, T, d).transpose(0, 1)
+        self._reads = []
+        for rows in self._rows.values():
+            bank, R = self.banks[rows[0]], len(rows)
+            queries = q if R == B else q[torch.tensor(rows, device=q.device)]
+            queries = queries.transpose(0, 1).reshape(1, H, R * T, d)  # the rows' queries end to end
+            slots = self.chunk_reader.find(bank, _LANE, queries)  # (1, H, R * T, n)
+            self.observe(bank, _LANE, queries, slots, scaling)
+            lane = slots.new_zeros(1)
+            read = self.chunk_reader.attend(bank.keys, bank.values, lane, queries, slots, scaling)
+            z[rows] = read.view(H, R, T, d).transpose(0, 1)
+            written, held = (torch.from_numpy(x.copy()) for x in (bank.written, bank.held))  # later writes change them
+            self._reads.append((rows, slots.view(H, R, T, -1), written, held, bank.chunks))
             present[rows] = True
-            if self.branches.watch is not None:
-                self.branches.watch(rows, bank, own.detach(), slots, scaling)
         return z, None if present.all() else present.to(q.device)
+
+    @property
+    def retrieved(self) -> Optional[Tensor]:
+        if not self._reads:
+            return None
+        H, _, T, _ = self._reads[0][1].shape
+        columns = self.chunk_reader.chunks_per_query
+        retrieved = self._reads[0][1].new_full((len(self.banks), H, T, columns), -1)
+        for rows, slots, written, held, chunks in self._reads:
+            ages = chunk_ages(slots.transpose(0, 1), written.to(slots.device), held.to(slots.device), chunks, columns)
+            retrieved[rows] = ages
+        return retrieved
+
+    @property
+    def fill(self) -> float:
+        return sum(0.0 if bank is None else bank.held[0] / bank.chunks for bank in self.banks) / len(self.banks)

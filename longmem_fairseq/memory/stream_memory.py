@@ -1,12 +1,13 @@
-"""The memory of one split: a bank, its search, and which stream each lane is in.
+"""The memory of one split: a bank, its search, and the stream that each lane is in.
 
-Writes are held back until the next segment of the lane comes. So a batch that is run twice (gradient overflow, out of
-memory, a dummy batch) finds the memory as it was the first time, and only tokens that training has gone past are ever
-remembered.
+Writes are held back until the lane's next segment comes. So a batch that is run twice (gradient overflow, out of
+memory, a dummy batch) finds the memory as it was the first time, and only tokens that training has passed are written.
+
+Legend: B rows of a batch, H_kv key/value heads, T tokens of a segment, d width of a head.
 """
 
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor
 
 from ..data.segments import Segments
 from .bank import MemoryBank
-from .search.base import SearchFunction
+from .policies import MemoryPolicy, register_memory_policy
+from .reader import ChunkReader, MemoryReader, chunk_ages, tables_to_read
+
+_PLACES = ("lanes", "streams", "starts", "lengths", "n_lanes")  # fields of Segments
 
 
 class MemoryOutOfStep(RuntimeError):
@@ -22,65 +26,108 @@ class MemoryOutOfStep(RuntimeError):
 
 
 @dataclass
-class _Pending:
+class PendingWrite:
+    """Keys and values of a batch that are written when its lanes continue.
+
+    Attributes:
+        segments: Places of the rows.
+        keys: Keys, shape (B, H_kv, T, d).
+        values: Values, shape (B, H_kv, T, d).
+    """
+
     segments: Segments
-    keys: Tensor  # (B, H, T, d)
+    keys: Tensor
     values: Tensor
 
 
-_PLACES = ("lanes", "streams", "starts", "lengths", "n_lanes")  # of a segment
-
-
-class Memory:
-    """Streams of tokens remembered in a bank.
+class StreamMemory:
+    """Streams of tokens in a bank, one lane each (``--memory-scope document`` and ``stream``).
 
     For each batch: ``reader = memory.open(segments)``, attention calls ``reader(q, scaling)``, then
     ``memory.write(segments, keys, values)``.
 
+    A memory policy derives from this class and overrides :meth:`reader`, :meth:`start_stream` and :meth:`store`.
+
     Args:
-        bank: where keys and values lie.
-        search: finds chunks in it.
-        attention: reads them (see :func:`longmem_fairseq.modules.joint_attention.memory_attention`).
-        chunks_per_query: how many chunks each query and head reads, k / chunk_size.
+        bank: Bank that stores keys and values.
+        chunk_reader: Search and attention of the readers.
+        keep_reads: Whether a backward pass may come after later batches were written.
+
+    Attributes:
+        streams: Stream that each lane is in, shape (lanes,), int64; -1 before the first.
+        stream_ends: Number of tokens of that stream in the bank, shape (lanes,), int64.
     """
 
-    def __init__(self, bank: MemoryBank, search: SearchFunction, attention, chunks_per_query: int):
-        self.bank, self.search, self.attention, self.chunks_per_query = bank, search, attention, chunks_per_query
-        self._stream = np.full(bank.lanes, -1, dtype=np.int64)
-        self._end = np.zeros(bank.lanes, dtype=np.int64)  # tokens of the stream that the bank was given
-        self._pending: Optional[_Pending] = None
+    writes_batches_whole = False  # whether a batch of which any row comes again is held back with all its rows
+
+    def __init__(self, bank: MemoryBank, chunk_reader: ChunkReader, keep_reads: bool = False):
+        self.bank, self.chunk_reader, self.keep_reads = bank, chunk_reader, keep_reads
+        self.streams = np.full(bank.lanes, -1, dtype=np.int64)
+        self.stream_ends = np.zeros(bank.lanes, dtype=np.int64)
+        self._pending: Optional[PendingWrite] = None
+
+    # What a policy may override ----------------------------------------------------------------------------------
 
     @property
     def lanes(self) -> Optional[int]:
-        """Lanes of a batch that it has room for; None for any number."""
+        """Number of lanes that a batch may have; None for any number."""
         return self.bank.lanes
 
-    def open(self, segments: Segments) -> "MemoryReader":
+    def reader(self, segments: Segments) -> MemoryReader:
+        """Return what the rows of a batch read from; every lane is at the start of its segment."""
+        return StreamReader(self.bank, self.chunk_reader, segments, self.keep_reads)
+
+    def start_stream(self, lane: int, stream: int, position: int) -> None:
+        """Empty a lane and let a stream start in it.
+
+        Args:
+            lane: Number of the lane.
+            stream: Identity of the stream.
+            position: Number of tokens of the stream that were skipped.
+        """
+        self.bank.reset(lane, position)
+        self.streams[lane], self.stream_ends[lane] = stream, position
+
+    def store(self, pending: PendingWrite, rows: List[int]) -> None:
+        """Write some rows of a batch into the bank.
+
+        Args:
+            pending: Keys and values of the batch.
+            rows: Numbers of the rows.
+        """
+        for row in rows:
+            lane, length = int(pending.segments.lanes[row]), int(pending.segments.lengths[row])
+            self.bank.append(lane, pending.keys[row, :, :length], pending.values[row, :, :length])
+
+    # What all policies share -------------------------------------------------------------------------------------
+
+    def open(self, segments: Segments) -> MemoryReader:
         """Bring each lane to the start of its segment and return what attention reads from.
 
-        Raises:
-            MemoryOutOfStep: where a segment starts elsewhere than its lane's memory ends.
-        """
-        self._advance(segments)
-        return MemoryReader(self, segments)
+        Args:
+            segments: Places of the batch's rows.
 
-    def _advance(self, segments: Segments) -> None:
-        needs_replay = self.needs_replay(segments)
-        if needs_replay.any():
-            row = int(np.flatnonzero(needs_replay)[0])
+        Raises:
+            MemoryOutOfStep: A segment does not start where its lane's memory ends.
+        """
+        behind = self.needs_replay(segments)
+        if behind.any():
+            row = int(np.flatnonzero(behind)[0])
             lane = int(segments.lanes[row])
             raise MemoryOutOfStep(
-                f"lane {lane} got token {segments.starts[row]} of stream {segments.streams[row]}, but its memory is at "
-                f"token {self._end[lane]} of stream {self._stream[lane]}: segments must come in order"
+                f"lane {lane} received token {segments.starts[row]} of stream {segments.streams[row]}, but its memory "
+                f"is at token {self.stream_ends[lane]} of stream {self.streams[lane]}: segments must come in order"
             )
         self._settle(segments)
         for row in np.flatnonzero(segments.starts == 0):
-            self._reset(int(segments.lanes[row]), int(segments.streams[row]), 0)
+            self.start_stream(int(segments.lanes[row]), int(segments.streams[row]), 0)
+        return self.reader(segments)
 
     def needs_replay(self, segments: Segments) -> np.ndarray:
-        """Rows whose lane is not at the segment's start, shape (B,), bool; never those that start a stream."""
-        stream, end = self._stream[segments.lanes], self._end[segments.lanes].copy()
-        at_start = (stream == segments.streams) & (end == segments.starts)
+        """Return which rows' lanes are not where their segment starts, shape (B,), bool; never those at a start."""
+        at_start = (self.streams[segments.lanes] == segments.streams) & (
+            self.stream_ends[segments.lanes] == segments.starts
+        )
         if self._pending is not None:
             pending = self._pending.segments
             ends = {(lane, s): e for lane, s, e in zip(pending.lanes, pending.streams, pending.ends)}
@@ -89,22 +136,32 @@ class Memory:
         return (segments.starts > 0) & ~at_start
 
     def ends(self, lanes: np.ndarray) -> np.ndarray:
-        """Tokens of its stream that each lane was given, also those held back, shape of ``lanes``."""
-        ends = self._end.copy()
+        """Return the number of tokens that each lane's stream has so far, those held back included.
+
+        Args:
+            lanes: Numbers of lanes, shape (B,), int64.
+        """
+        ends = self.stream_ends.copy()
         if self._pending is not None:
             ends[self._pending.segments.lanes] = self._pending.segments.ends
         return ends[lanes]
 
-    def join(self, segments: Segments) -> None:
-        """Empty the lanes of these segments and let each stream begin where its segment starts (replay)."""
+    def restart(self, segments: Segments) -> None:
+        """Empty the lanes of a batch and let each stream start where its segment does, for replay."""
         self._settle(segments)
         for row, lane in enumerate(segments.lanes):
-            self._reset(int(lane), int(segments.streams[row]), int(segments.starts[row]))
+            self.start_stream(int(lane), int(segments.streams[row]), int(segments.starts[row]))
 
     def write(self, segments: Segments, keys: Tensor, values: Tensor) -> None:
-        """Remember the segments' keys and values, (B, H, T, d), once the lanes go on."""
+        """Write a batch's keys and values as soon as its lanes continue.
+
+        Args:
+            segments: Places of the rows.
+            keys: Keys, shape (B, H_kv, T, d).
+            values: Values, shape (B, H_kv, T, d).
+        """
         self._settle(segments)
-        self._pending = _Pending(segments, keys.detach(), values.detach())
+        self._pending = PendingWrite(segments, keys.detach(), values.detach())
 
     def flush(self) -> None:
         """Write what is held back."""
@@ -113,13 +170,18 @@ class Memory:
     def reset(self) -> None:
         """Forget everything."""
         self._pending = None
-        for lane in range(self.bank.lanes):
-            self._reset(lane, -1, 0)
+        for lane in range(len(self.streams)):
+            self.start_stream(lane, -1, 0)
 
     def state(self) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
-        """What is remembered and what is held back, bit by bit: tensors by name, and the rest as JSON can hold it."""
+        """Return what is stored and what is held back, bit by bit: tensors by name, and the rest as JSON types."""
         tensors, counters = self.bank.state()
-        places = {"bank": counters, "streams": self._stream.tolist(), "ends": self._end.tolist(), "pending": None}
+        places = {
+            "bank": counters,
+            "streams": self.streams.tolist(),
+            "ends": self.stream_ends.tolist(),
+            "pending": None,
+        }
         if self._pending is not None:
             segments = self._pending.segments
             tensors.update({"pending.keys": self._pending.keys, "pending.values": self._pending.values})
@@ -127,92 +189,96 @@ class Memory:
         return tensors, places
 
     def restore(self, tensors: Dict[str, Tensor], places: Dict[str, Any]) -> None:
-        """Be what another memory was whose :meth:`state` this is; its bank has this one's sizes and precision."""
+        """Become what another memory was.
+
+        Args:
+            tensors: Tensors of its :meth:`state`; its bank had this one's sizes and precision.
+            places: The rest of its state.
+        """
         self.bank.restore(tensors, places["bank"])
-        self._stream, self._end = (np.array(places[name], dtype=np.int64) for name in ("streams", "ends"))
+        self.streams, self.stream_ends = (np.array(places[name], dtype=np.int64) for name in ("streams", "ends"))
         self._pending = None
         if places["pending"] is not None:
             device = self.bank.keys.device
             keys, values = (tensors[f"pending.{name}"].to(device, copy=True) for name in ("keys", "values"))
-            self._pending = _Pending(Segments(**places["pending"]), keys, values)
-
-    def _reset(self, lane: int, stream: int, position: int) -> None:
-        self.bank.reset(lane, position)
-        self._stream[lane], self._end[lane] = stream, position
+            self._pending = PendingWrite(Segments(**places["pending"]), keys, values)
 
     def _settle(self, coming: Optional[Segments]) -> None:
         """Write what is held back, except for lanes to which the same segment comes again."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        again = set()
-        if coming is not None:
-            again = set(zip(coming.lanes.tolist(), coming.streams.tolist(), coming.starts.tolist()))
-        held = pending.segments
-        for row, lane in enumerate(held.lanes.tolist()):
-            if (lane, int(held.streams[row]), int(held.starts[row])) in again:
-                continue
-            length = int(held.lengths[row])
-            self.bank.append(lane, pending.keys[row, :, :length], pending.values[row, :, :length])
-            self._end[lane] = held.ends[row]
+        coming_places = set() if coming is None else set(_places(coming))
+        rows = [row for row, place in enumerate(_places(pending.segments)) if place not in coming_places]
+        if self.writes_batches_whole and len(rows) < len(pending.segments):
+            return
+        self.store(pending, rows)
+        self.stream_ends[pending.segments.lanes[rows]] = pending.segments.ends[rows]
 
 
-def recall_of(search: SearchFunction) -> Optional[Tuple[float, float]]:
-    """Of the last search by an approximate index, where it was compared with exact search: chunks found that exact
-    search finds too, and chunks looked for; otherwise None."""
-    return getattr(search, "recall", None)
+def _places(segments: Segments) -> List[Tuple[int, int, int]]:
+    return list(zip(segments.lanes.tolist(), segments.streams.tolist(), segments.starts.tolist()))
 
 
-class MemoryReader:
-    """What one batch reads: called with the queries, it searches and attends.
+class StreamReader(MemoryReader):
+    """What one batch reads, each row from its own lane.
 
-    The found slots are kept, so that a second call for the same batch (recomputation of activations in the backward
-    pass) reads the same chunks without another search.
+    The slots are kept, so that a second call for the same batch (recomputation of activations in the backward pass)
+    reads the same chunks without another search.
+
+    Args:
+        bank: Bank of the memory.
+        chunk_reader: Search and attention.
+        segments: Places of the batch's rows.
+        keep_reads: Whether a backward pass may come after later batches were written.
     """
 
-    def __init__(self, memory: Memory, segments: Segments):
-        self.memory, self.segments = memory, segments
+    def __init__(self, bank: MemoryBank, chunk_reader: ChunkReader, segments: Segments, keep_reads: bool = False):
+        super().__init__()
+        self.bank, self.chunk_reader, self.segments, self.keep_reads = bank, chunk_reader, segments, keep_reads
         self.slots: Optional[Tensor] = None  # (B, H, T, n)
-        self.recall: Optional[Tuple[float, float]] = None  # see recall_of
-        held = memory.bank.held[segments.lanes]
-        self._held = held
-        self._starts = segments.starts
+        self._held, self._written = bank.held[segments.lanes], bank.written[segments.lanes]
 
     def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
-        """Read for queries (B, H, T, d): (Z of the same shape, which rows have a memory (B,) or None for all)."""
-        bank, lanes = self.memory.bank, self.segments.lanes
         if not self._held.any():
             return torch.zeros_like(q), q.new_zeros(q.size(0), dtype=torch.bool)
+        bank, lanes = self.bank, self.segments.lanes
         if self.slots is None:
-            n = min(self.memory.chunks_per_query, int(self._held.max()))
-            with torch.no_grad():
-                self.slots = self.memory.search(bank, lanes, q.detach(), n)
-            self.recall = recall_of(self.memory.search)
-        rows = torch.from_numpy(lanes).to(q.device, non_blocking=True)
-        z = self.memory.attention(q, bank.keys, bank.values, rows, self.slots, scaling)
-        present = None
-        if not self._held.all():
-            present = torch.from_numpy(self._held > 0).to(q.device, non_blocking=True)
-        return z, present
+            self.slots = self.chunk_reader.find(bank, lanes, q)
+            self.recall = self.chunk_reader.search.recall
+            self.observe(bank, lanes, q, self.slots, scaling)
+        rows = _to(q.device, lanes)
+        keys, values = tables_to_read(bank, q, self.keep_reads)
+        z = self.chunk_reader.attend(keys, values, rows, q, self.slots, scaling)
+        return z, None if self._held.all() else _to(q.device, self._held > 0)
+
+    @property
+    def retrieved(self) -> Optional[Tensor]:
+        if self.slots is None:
+            return None
+        written, held = (_to(self.slots.device, x) for x in (self._written, self._held))
+        return chunk_ages(self.slots, written, held, self.bank.chunks, self.chunk_reader.chunks_per_query)
 
     @property
     def fill(self) -> float:
-        """Mean share of the memory in use over the batch's lanes, 0 to 1."""
-        return float(self._held.mean() / self.memory.bank.chunks)
+        return float(self._held.mean() / self.bank.chunks)
 
     def distance(self) -> Tuple[Tensor, Tensor]:
-        """Sum over all reads of the tokens between a query and the chunk it reads, and the number of reads.
-
-        Two float32 scalars on the queries' device; zero where nothing was read.
-        """
         if self.slots is None:
-            zero = torch.zeros(())
-            return zero, zero
-        bank, lanes = self.memory.bank, self.segments.lanes
-        T = self.slots.size(2)
-        starts = torch.from_numpy(self._starts).to(self.slots.device, non_blocking=True).view(-1, 1, 1, 1)
-        lengths = torch.from_numpy(self.segments.lengths).to(self.slots.device, non_blocking=True).view(-1, 1, 1, 1)
-        t = torch.arange(T, device=self.slots.device).view(1, 1, -1, 1)
-        middle = bank.chunk_numbers(lanes, self.slots) * bank.chunk_size + (bank.chunk_size - 1) / 2
-        read = (self.slots >= 0) & (t < lengths)
+            return super().distance()
+        slots, C = self.slots, self.bank.chunk_size
+        starts, lengths = (
+            _to(slots.device, x).view(-1, 1, 1, 1) for x in (self.segments.starts, self.segments.lengths)
+        )
+        t = torch.arange(slots.size(2), device=slots.device).view(1, 1, -1, 1)
+        middle = self.bank.chunk_numbers(self.segments.lanes, slots) * C + (C - 1) / 2
+        read = (slots >= 0) & (t < lengths)
         return ((starts + t - middle) * read).sum(dtype=torch.float32), read.sum(dtype=torch.float32)
+
+
+def _to(device: torch.device, x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x).to(device, non_blocking=True)
+
+
+register_memory_policy(MemoryPolicy("document", StreamMemory))
+register_memory_policy(MemoryPolicy("stream", StreamMemory, joins_documents=True))

@@ -1,22 +1,26 @@
-"""A LongMem model as plain files: no code, no optimizer, no paths.
+"""A LongMem model as a directory of plain files: no code, no optimizer, no paths.
 
-``config.json`` holds the settings of the model and of its backbone, ``side_network.safetensors`` and
-``backbone.safetensors`` the weights.
+``config.json`` has the settings of the model and the description of its backbone, ``side_network.safetensors`` and
+``backbone.safetensors`` the weights. A backbone file may also be one that ``preprocess/convert_safetensors.py`` made of
+a language model; with ``dict.txt`` and the tokenizer's files beside them, the directory is all that
+``LongMem.from_pretrained`` needs.
 """
 
 import json
 import os
 from typing import Any, Dict, Tuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..files import write_json, write_whole
 
 CONFIG, SIDE_NETWORK, BACKBONE = "config.json", "side_network.safetensors", "backbone.safetensors"
 FORMAT = {"format": "longmem", "version": 1}
 
-_BACKBONE_WEIGHTS = "decoder.backbone."
-# Settings that say what the model is; others are of the data, the machine or a run.
+_BACKBONE_PREFIX = "decoder.backbone."
+# Settings that decide what the model is; others are of the data, the machine or a run.
 _SETTINGS = (
     "use_external_memory",
     "memory_size",
@@ -32,32 +36,50 @@ _SETTINGS = (
 )
 
 
-def write_directory(model, directory: str) -> None:
+def is_model_directory(path: str) -> bool:
+    """Return whether a path is a directory with a model's ``config.json``."""
+    return os.path.isfile(os.path.join(path, CONFIG))
+
+
+def write_directory(model, directory: str, half: bool = False, tokens_per_sample: int = None) -> None:
     """Write a ``longmem_lm`` with its backbone; ``config.json`` comes last, and without it nothing is read.
 
     Args:
-        model: a :class:`longmem_fairseq.models.longmem_lm.LongMemModel`.
-        directory: made if need be; files of these names are replaced.
+        model: A :class:`longmem_fairseq.models.longmem_lm.LongMemModel`.
+        directory: Path of the directory, which is created if needed; files of these names are replaced.
+        half: Whether weights are written in half precision.
+        tokens_per_sample: Number of tokens in a segment that the model was trained with; None leaves it out.
     """
     os.makedirs(directory, exist_ok=True)
     weights = nn.Module.state_dict(model)  # the model's own leaves its backbone out
     parts: Dict[str, Dict[str, Tensor]] = {SIDE_NETWORK: {}, BACKBONE: {}}
     for name, tensor in weights.items():
-        part = BACKBONE if name.startswith(_BACKBONE_WEIGHTS) else SIDE_NETWORK
-        parts[part][name] = tensor.detach().cpu().contiguous()
+        part = BACKBONE if name.startswith(_BACKBONE_PREFIX) else SIDE_NETWORK
+        tensor = tensor.half() if half and tensor.is_floating_point() else tensor
+        parts[part][name] = tensor.detach().cpu().contiguous().clone()  # safetensors refuses shared storage
     for name, part in parts.items():
-        _replace(os.path.join(directory, name), lambda path, part=part: save_file(part, path, {"format": "pt"}))
+        write_whole(os.path.join(directory, name), lambda path, part=part: save_file(part, path, {"format": "pt"}))
     settings = {name: getattr(model.cfg, name) for name in _SETTINGS}
-    config = {**FORMAT, "settings": settings, "backbone": model.decoder.backbone.config}
-    _replace(os.path.join(directory, CONFIG), lambda path: _write_json(path, config))
+    if tokens_per_sample is not None:
+        settings["tokens_per_sample"] = tokens_per_sample
+    write_json(
+        os.path.join(directory, CONFIG), {**FORMAT, "settings": settings, "backbone": model.decoder.backbone.config}
+    )
 
 
 def read_directory(directory: str) -> Tuple[Dict[str, Any], Dict[str, Any], Dict[str, Tensor]]:
-    """Settings of the model, description of its backbone, and all weights, by the names in ``longmem_lm``.
+    """Read what :func:`write_directory` wrote.
+
+    Args:
+        directory: Path of the directory.
+
+    Returns:
+        Settings of the model, the description of its backbone, and all weights in float32 by their names in
+        ``longmem_lm``.
 
     Raises:
-        FileNotFoundError: where one of the files is missing.
-        ValueError: where one is not what it should be.
+        FileNotFoundError: One of the files is missing.
+        ValueError: A file does not have the format.
     """
     path = os.path.join(directory, CONFIG)
     try:
@@ -66,27 +88,26 @@ def read_directory(directory: str) -> Tuple[Dict[str, Any], Dict[str, Any], Dict
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict) or {name: config.get(name) for name in FORMAT} != FORMAT:
-        raise ValueError(f"{path} is not of this format: it must say {json.dumps(FORMAT)[1:-1]}")
+        raise ValueError(f"{path} does not have this format: it must contain {json.dumps(FORMAT)[1:-1]}")
     weights: Dict[str, Tensor] = {}
     for name in (SIDE_NETWORK, BACKBONE):
-        try:
-            weights.update(load_file(os.path.join(directory, name)))
-        except SafetensorError as error:
-            raise ValueError(f"{os.path.join(directory, name)} cannot be read: {error}") from error
+        weights.update(_read_weights(os.path.join(directory, name)))
     return config["settings"], config["backbone"], weights
 
 
-def _replace(path: str, write) -> None:
-    """Let ``write`` fill a file under a temporary name, and put it in place when it is whole."""
-    part = path + ".part"
+def _read_weights(path: str) -> Dict[str, Tensor]:
+    """Return the tensors of a file in float32, those of a language model under their names in ``longmem_lm``."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} does not exist: the directory of a model needs it")
     try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-
-
-def _write_json(path: str, content: Any) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    weights = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
+    if header.get("format") == "fairseq":  # a language model by itself, with tied matrices written once
+        for name, other in json.loads(header["tied"]).items():
+            weights[name] = weights[other]
+        weights = {_BACKBONE_PREFIX + name: x for name, x in weights.items()}
+    return weights

@@ -1,29 +1,31 @@
-"""Causal self-attention for the backbone and the side network, with the parameters of fairseq's own.
+"""Causal self-attention of fairseq's decoders, for the backbone and the side network.
 
 Legend: B lanes, T tokens of a segment, S cached tokens, H heads, d width of a head, D = H * d.
 """
 
 import functools
 import math
-from typing import Dict, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
 
-IncrementalState = Optional[Dict[str, Dict[str, Optional[Tensor]]]]
-
-# Entry of an incremental state that says how many cached positions of each row, from the left, are none: {"left": (B,)
-# int64}. Rows of unequal length end at the same column, so that all grow by one column a step.
-LEFT_PADDING = "longmem.left_padding"
+from .cached_attention import CachedAttention, IncrementalState, left_padding
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """Slopes of ALiBi (Press et al., 2022), one per head, shape (heads,), float32, on the CPU.
+    """Return the slopes of ALiBi (Press et al., 2022), one per head.
 
-    2^(-8i/H) for i = 1..H when H is a power of two; else those of the next lower power, then every other one of the
-    next higher.
+    2^(-8i/H) for i = 1..H when H is a power of two; otherwise those of the next lower power, then every other one of
+    the next higher.
+
+    Args:
+        heads: Number of heads, H.
+
+    Returns:
+        Slopes, shape (heads,), float32, on the CPU.
     """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
@@ -31,8 +33,24 @@ def alibi_slopes(heads: int) -> Tensor:
     return torch.tensor(slopes)
 
 
-def _causal_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive mask (1, 1 or alibi_heads, T, S) of the last T of S positions; without ALiBi for 0 heads."""
+def causal_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the additive causal mask of the last T of S positions.
+
+    Args:
+        alibi_heads: Number of heads with ALiBi's bias; 0 for a mask without it.
+        T: Number of queries.
+        S: Number of keys.
+        dtype: Type of the mask.
+        device: Device of the mask.
+
+    Returns:
+        The mask, shape (1, alibi_heads or 1, T, S): -inf after the query, and ALiBi's bias relative to the query.
+        Square masks are kept, since all layers share them and each has as many numbers as a layer has scores.
+    """
+    return (_square_mask if T == S else _new_mask)(alibi_heads, T, S, dtype, device)
+
+
+def _new_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
     slopes = alibi_slopes(alibi_heads) if alibi_heads else torch.zeros(1)
     bias = -slopes.to(device)[:, None, None] * distance  # float32: in half, multiples of small slopes collapse
@@ -40,34 +58,29 @@ def _causal_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: t
 
 
 @functools.lru_cache(maxsize=2)
-def _square_mask(alibi_heads: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The mask of a whole window, kept, since it has as many numbers as the layer has scores of a row."""
-    with torch.inference_mode(False):  # else it could not serve a training that follows
-        return _causal_mask(alibi_heads, S, S, dtype, device)
+def _square_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # otherwise a training that follows could not use it
+        return _new_mask(alibi_heads, T, S, dtype, device)
 
 
-class SelfAttention(MultiheadAttention):
+class SelfAttention(CachedAttention, MultiheadAttention):
     """fairseq's decoder self-attention, computed by PyTorch's fused attention, optionally with ALiBi.
 
     Parameters, state dict keys and the calling convention are those of :class:`fairseq.modules.MultiheadAttention`, so
-    that it takes the place of ``layer.self_attn`` in any fairseq decoder layer. It is always causal; since padding
-    only ever follows a row's tokens, causality also hides the padding, and the masks that fairseq's decoder passes
-    are not needed.
-
-    Unlike the stock module it appends any number of tokens to its incremental state, not just one; a single token where
-    the state says, under ``LEFT_PADDING``, that rows differ in length.
+    that it takes the place of ``layer.self_attn`` in any fairseq decoder layer. It is always causal. Padding only ever
+    follows a row's tokens, so causality hides it too, and the masks that fairseq's decoder passes are not needed.
 
     Args:
-        embed_dim: D.
-        num_heads: H.
-        dropout: dropout probability of the attention weights in training.
-        bias: whether the four projections have biases.
-        alibi: add ALiBi's linear bias to the scores of the local window.
-        batch_first: take and give (B, T, D) instead of (T, B, D).
+        embed_dim: Width D of the layer.
+        num_heads: Number of heads, H.
+        dropout: Dropout probability of the attention weights in training.
+        bias: Whether the four projections have biases.
+        alibi: Whether ALiBi's linear bias is added to the scores.
+        batch_first: Whether input and output are (B, T, D) instead of (T, B, D).
 
     Attributes:
-        fused: compute by PyTorch's fused attention; off, scores are written out, as in the released LongMem, whose
-            rounding it then shares.
+        fused: Whether PyTorch's fused attention is used. If false, scores are computed step by step, as in the released
+            LongMem, so that results are rounded alike.
     """
 
     def __init__(
@@ -97,44 +110,67 @@ class SelfAttention(MultiheadAttention):
         before_softmax: bool = False,
         need_head_weights: bool = False,
     ) -> Tuple[Tensor, None]:
-        """Attend causally from ``query`` (T, B, D) to itself and to what ``incremental_state`` holds before it.
+        """Attend causally from ``query`` to itself and to the cached tokens before it.
 
-        ``key`` and ``value`` are the query (self-attention); the masks are implied by causality. Returns the output
-        (T, B, D) and, since fused attention has none, no attention weights.
+        Args:
+            query: Input of the layer, shape (T, B, D).
+            key: Ignored; it is the query.
+            value: Ignored; it is the query.
+            key_padding_mask: Ignored; causality implies it.
+            incremental_state: Incremental state with the cache, which is extended; None outside decoding.
+            need_weights: Ignored; fused attention has no weights.
+            static_kv: Ignored; there is no encoder.
+            attn_mask: Ignored; causality implies it.
+            before_softmax: Ignored.
+            need_head_weights: Ignored.
+
+        Returns:
+            Output, shape (T, B, D), and None in place of attention weights.
         """
-        q, k, v = (self._heads(projection(query)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        left = None
+        q = self.split_heads(self.q_proj(query))
+        k, v = self.keys_and_values(query)
         if incremental_state is not None:
-            k, v = self._append(incremental_state, k, v)
-            left = incremental_state.get(LEFT_PADDING, {}).get("left")
-        x = self.attend(q, k, v, left)  # (B, H, T, d)
+            k, v = self.append_to_cache(incremental_state, k, v)
+        x = self.attend(q, k, v, left_padding(incremental_state))  # (B, H, T, d)
         x = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
         return self.out_proj(x.reshape(query.shape)), None
 
+    def keys_and_values(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return projected keys and values (B, H, T, d) of the layer's normalised input (T, B, D)."""
+        return self.split_heads(self.k_proj(x)), self.split_heads(self.v_proj(x))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None) -> Tensor:
-        """Mix what the heads read, shape (B, H, T, d); joint attention overrides this."""
+        """Compute the output of all heads, shape (B, H, T, d); joint attention overrides this.
+
+        Arguments are those of :meth:`local_attention`.
+        """
         return self.local_attention(q, k, v, left)
 
     def local_attention(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None) -> Tensor:
-        """Causal attention of the last T of S positions; q (B, H, T, d), k and v (B, H, S, d) -> (B, H, T, d).
+        """Attend causally from the last T of S positions.
 
-        The first ``left`` (B,) positions of each row are not seen.
+        Args:
+            q: Queries, shape (B, H, T, d).
+            k: Keys, shape (B, H, S, d).
+            v: Values, shape (B, H, S, d).
+            left: Number of positions of each row, from the left, that are hidden, shape (B,), int64; None for none.
+
+        Returns:
+            Output, shape (B, H, T, d).
         """
         T, S = q.size(2), k.size(2)
         if not self.fused:
-            return self._written_out(q, k, v, left)
+            return self._local_attention_by_steps(q, k, v, left)
         dropout = self.dropout_module.p if self.dropout_module.training else 0.0
+        if left is None and not self.alibi and T in (1, S):
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        mask = causal_mask(self.num_heads if self.alibi else 0, T, S, q.dtype, q.device)
         if left is not None:
-            absent = torch.arange(S, device=q.device) < left.view(-1, 1, 1, 1)  # (B, 1, 1, S)
-            mask = self._mask(T, S, q).masked_fill(absent, float("-inf"))  # (B, 1 or H, T, S)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        if T == 1 and not self.alibi:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        if T == S and not self.alibi:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask(T, S, q), dropout_p=dropout)
+            hidden = torch.arange(S, device=q.device) < left.view(-1, 1, 1, 1)  # (B, 1, 1, S)
+            mask = mask.masked_fill(hidden, float("-inf"))  # (B, 1 or H, T, S)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
-    def _written_out(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor]) -> Tensor:
+    def _local_attention_by_steps(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor]) -> Tensor:
         T, S = q.size(2), k.size(2)
         if self.batch_first:  # the released backbone scales the scores, its side network the queries
             scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(self.head_dim)  # (B, H, T, S)
@@ -149,23 +185,7 @@ class SelfAttention(MultiheadAttention):
             scores = scores.masked_fill(positions < left.view(-1, 1, 1, 1), float("-inf"))
         return torch.matmul(self.dropout_module(torch.softmax(scores, dim=-1)), v)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """(T, B, D), or (B, T, D) where the batch comes first, -> (B, H, T, d)."""
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Split (T, B, D), or (B, T, D) where the batch comes first, into heads: (B, H, T, d)."""
         x = x.view(x.size(0), x.size(1), self.num_heads, self.head_dim)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
-
-    def _mask(self, T: int, S: int, like: Tensor) -> Tensor:
-        """Additive mask (1, 1 or H, T, S): causal, with ALiBi's bias relative to the query."""
-        heads = self.num_heads if self.alibi else 0
-        if T == S:  # every segment of a training: all layers share it
-            return _square_mask(heads, S, like.dtype, like.device)
-        return _causal_mask(heads, T, S, like.dtype, like.device)
-
-    def _append(self, incremental_state: IncrementalState, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
-        """Keys and values with the cached ones before them, (B, H, S + T, d), which become the cached ones."""
-        saved = self._get_input_buffer(incremental_state)
-        if "prev_key" in saved:
-            k = torch.cat([saved["prev_key"], k], dim=2)
-            v = torch.cat([saved["prev_value"], v], dim=2)
-        self._set_input_buffer(incremental_state, {"prev_key": k, "prev_value": v})
-        return k, v

@@ -52,7 +52,7 @@ def is_released_side_network(weights: MutableMapping[str, Tensor]) -> bool:
     return any(key.startswith(COPY) or key.endswith(".self_attn.memory_bias") for key in weights)
 
 
-def own_backbone(cfg: Any, weights: Dict[str, Tensor]) -> Optional[Tuple[Namespace, Dict[str, Tensor]]]:
+def released_backbone(cfg: Any, weights: Dict[str, Tensor]) -> Optional[Tuple[Namespace, Dict[str, Tensor]]]:
     """Settings and weights (below ``decoder.``) of a released backbone, or of its copy in a side network's file.
 
     None where the file is not of the released format.

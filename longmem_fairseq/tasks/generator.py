@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..memory.document_memory import DocumentMemory
 from ..memory.memory_file import load_memory, save_memory
 from ..models.live_window import expand_state, prefill
+from ..models.reading import DocumentReader
 from ..text import read_text
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,9 @@ class LongMemGenerator(SequenceGenerator):
             self.repeat_ngram_blocker = NoRepeatedNgrams(self.repeat_ngram_blocker.no_repeat_ngram_size)
         self.segment = segment
         self.document_memories = (
-            [new_document_memory(model.decoder) for model in models] if document_memories is None else document_memories
+            [DocumentReader(model.decoder, segment).new_memory() for model in models]
+            if document_memories is None
+            else document_memories
         )
 
     @torch.no_grad()
@@ -115,6 +118,7 @@ class LongMemGenerator(SequenceGenerator):
                 [prompt[:-1] for prompt in prompts],
                 self.segment,
                 document_memory and document_memory.bank,
+                use_memory=document_memory is not None,
             )
             for model, document_memory in zip(self.model.models, self.document_memories)
         ]
@@ -128,13 +132,10 @@ class LongMemGenerator(SequenceGenerator):
         Raises:
             ValueError: a model's memory is off, or it has a document of this name.
         """
-        inputs = torch.cat([tokens.new_tensor([self.eos]), tokens])
         for model, document_memory in zip(self.model.models, self.document_memories):
             if document_memory is None:
-                raise ValueError(f"{name} cannot be memorised: the model's memory is off")
-            document_memory.memorize(
-                name, inputs.to(model.decoder.device), model.decoder.backbone.encode_for_memory, self.segment
-            )
+                raise ValueError(f"{name} cannot be memorized: the model's memory is off")
+            DocumentReader(model.decoder, self.segment).memorize(document_memory, name, tokens)
 
 
 def check_generation(args, models) -> None:
@@ -273,11 +274,6 @@ class Conversation:
         )
 
 
-def new_document_memory(decoder) -> Optional[DocumentMemory]:
-    """An empty library for a model; None where its memory is off."""
-    return DocumentMemory(decoder.new_bank()) if decoder.has_memory else None
-
-
 def backbone_identity(decoder) -> tuple:
     """Fingerprint of a model's backbone and the layer whose keys and values it writes."""
-    return bytes(decoder.backbone_fingerprint.cpu().tolist()).hex(), decoder.cfg.retrieval_layer_index
+    return bytes(decoder.backbone_fingerprint.cpu().tolist()).hex(), decoder.backbone.memory_layer

@@ -82,9 +82,9 @@ class MemorySnapshots:
         failure = None
         try:
             os.makedirs(self.directory, exist_ok=True)
-            _check_space(self.directory, model.decoder.training_memory)
+            _check_space(self.directory, model.decoder.memories.get(True))
             about = _about(model, iterator, iterator.iterations_in_epoch)
-            size = save_training_memory(path, model.decoder.training_memory, about)
+            size = save_training_memory(path, model.decoder.memories.get(True), about)
         except OSError as error:
             failure = error
         if not _all_ranks(failure is None, model.decoder.device):
@@ -144,7 +144,7 @@ class MemorySnapshots:
         try:
             with torch.autocast("cuda", enabled=autocast):  # a token says in which precision memory is kept
                 like = model.decoder.backbone.encode_for_memory(sample["net_input"]["src_tokens"][:, :1]).keys
-            memory = model.decoder.memory(segments, like)
+            memory = model.decoder.memories.allocate(True, segments.n_lanes, like)
             load_training_memory(path, memory, _about(model, iterator, restored.batches))
         except SnapshotError as error:
             raise SnapshotError(f"{error}: {_REPLAY}") from error

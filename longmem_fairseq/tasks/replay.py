@@ -36,7 +36,7 @@ def replay(sample: Dict[str, Any], model, dataset: LaneDataset, autocast: bool =
         if device.type == "cuda":
             past = utils.move_to_cuda(past, device=device)
         with torch.no_grad(), torch.autocast("cuda", enabled=autocast):
-            model.memorize(past["src_tokens"], past["segments"], join=i == 0)
+            model.memorize(past["src_tokens"], past["segments"], restart=i == 0)
     logger.info(
         "memory of %d lanes rebuilt by replay of the %d batches before in %.1f s",
         rows.sum(),

@@ -44,7 +44,7 @@ def model(tmp_path):
 def logs(model, criterion, made=None, training=False):
     """What is logged of each batch."""
     model.train(training)
-    model.decoder._memories.clear()
+    model.decoder.reset_memory()
     return [criterion(model, sample)[2] for sample in made or samples()]
 
 
@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_fairseqs(model, sentence_avg, training):
     results = []
     for kind in (criterion(0, sentence_avg), CrossEntropyCriterion(task_of(VOCABULARY), sentence_avg)):
         model.train(training)
-        model.decoder._memories.clear()
+        model.decoder.reset_memory()
         found = []
         for sample in samples():
             model.zero_grad()
@@ -192,7 +192,7 @@ def test_the_comparison_does_not_change_the_gradients(model):
     gradients = []
     for interval in (0, 1):
         model.train()
-        model.decoder._memories.clear()
+        model.decoder.reset_memory()
         model.zero_grad()
         for sample in samples():
             criterion(interval)(model, sample)[0].backward()
@@ -284,7 +284,7 @@ def test_works_through_a_wrapper_of_distributed_training(model):
             return self.module(*args, **kwargs)
 
     plain = logs(model, criterion())
-    model.decoder._memories.clear()
+    model.decoder.reset_memory()
     wrapped = ModuleProxyWrapper(Parallel(model)).eval()
     for sample, expected in zip(samples(), plain):
         assert numbers(criterion()(wrapped, sample)[2]) == pytest.approx(numbers(expected))

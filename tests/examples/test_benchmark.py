@@ -77,7 +77,7 @@ def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
     assert rows[2]["roofline_share"] > 0
     memories = (
         list(streams[2]._window.branches.banks) if mode == "generate"
-        else [memory.bank for memory in streams[2].decoder._memories.values()]
+        else [memory.bank for memory in streams[2].decoder.memories]
     )  # fmt: skip
     assert all(bank.placement.directory == str(tmp_path) and bank.held.tolist() == [1024] * bank.lanes
                and bank.indices for bank in memories)  # fmt: skip

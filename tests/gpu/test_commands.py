@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from longmem_fairseq.memory.search.base import has_faiss_gpu
+from longmem_fairseq.memory.search.faiss import has_faiss_gpu
 from tests.conftest import T
 from tests.fairseq_runs import TASK, figures, run, weights
 

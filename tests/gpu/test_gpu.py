@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search.base import faiss_search, has_faiss_gpu, top_indices, torch_search
-from longmem_fairseq.modules.joint_attention import (
+from longmem_fairseq.memory.search.faiss import FaissSearch, has_faiss_gpu
+from longmem_fairseq.memory.search.torch import TorchSearch, top_indices
+from longmem_fairseq.modules.memory_attention import (
     has_triton,
     memory_attention,
     naive_memory_attention,
@@ -19,7 +20,7 @@ from tests.models.tiny import batches, documents, longmem, read
 
 HALF = {torch.float16: 4e-3, torch.bfloat16: 3e-2}  # about four units in the last place of values near 1
 TOLERANCE = {torch.float32: 1e-4, **HALF}
-SEARCHES = {"torch": torch_search, "faiss": faiss_search}
+SEARCHES = {"torch": TorchSearch(), "faiss": FaissSearch()}
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 LENGTHS = (60, 13, 31)
 
@@ -60,11 +61,11 @@ def test_search(name, dtype):
     cpu, gpu = filled("cpu", dtype), filled("cuda", dtype)
     queries = torch.randn(3, 4, 33, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     lanes = np.array([1, 2, 0])
-    wanted = torch_search(cpu, lanes, queries, 16)
-    found = SEARCHES[name](gpu, lanes, queries.cuda(), 16)
-    assert found.is_cuda and torch.equal(found.cpu() < 0, wanted < 0)
+    expected = TorchSearch()(cpu, lanes, queries, 16)
+    slots = SEARCHES[name](gpu, lanes, queries.cuda(), 16)
+    assert slots.is_cuda and torch.equal(slots.cpu() < 0, expected < 0)
     scores = queries.float() @ cpu.means[lanes].transpose(-1, -2)
-    close(scores.gather(-1, found.cpu().clamp(min=0)), scores.gather(-1, wanted.clamp(min=0)))
+    close(scores.gather(-1, slots.cpu().clamp(min=0)), scores.gather(-1, expected.clamp(min=0)))
 
 
 @pytest.mark.parametrize("N", [16384, 16383, 700])

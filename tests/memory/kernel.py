@@ -2,12 +2,12 @@
 
 import pytest
 
-from longmem_fairseq.memory.search.native import Unavailable, load_kernel
+from longmem_fairseq.memory.search.native import KernelUnavailable, load_kernel
 
 try:
     load_kernel()
     reason = ""
-except Unavailable as error:
+except KernelUnavailable as error:
     reason = str(error)
 
 needs_kernel = pytest.mark.skipif(bool(reason), reason=reason)

@@ -8,16 +8,19 @@ from hypothesis import strategies as st
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search.base import torch_search
-from longmem_fairseq.memory.stream_memory import Memory, MemoryOutOfStep
-from longmem_fairseq.modules.joint_attention import memory_attention
+from longmem_fairseq.memory.reader import ChunkReader
+from longmem_fairseq.memory.search.torch import TorchSearch
+from longmem_fairseq.memory.stream_memory import MemoryOutOfStep, StreamMemory
+from longmem_fairseq.modules.memory_attention import memory_attention
 
 H, D, C = 2, 4, 3
 SCALING = 0.5
 
+torch_search = TorchSearch()
 
-def make_memory(lanes=3, N=4, chunks_per_query=2, search=torch_search) -> Memory:
-    return Memory(MemoryBank(lanes, H, D, N * C, C), search, memory_attention, chunks_per_query)
+
+def make_memory(lanes=3, N=4, chunks_per_query=2, search=torch_search) -> StreamMemory:
+    return StreamMemory(MemoryBank(lanes, H, D, N * C, C), ChunkReader(search, memory_attention, chunks_per_query))
 
 
 def states(segments: Segments, seed=0):
@@ -37,7 +40,7 @@ def at(lanes, streams, starts, lengths, n_lanes=3) -> Segments:
     return Segments(lanes, streams, starts, lengths, n_lanes)
 
 
-def step(memory: Memory, segments: Segments):
+def step(memory: StreamMemory, segments: Segments):
     """One batch, as the model runs it; returns what was read, (B, H, T, D)."""
     q, k, v = states(segments)
     z, _ = memory.open(segments)(q, SCALING)
@@ -45,7 +48,7 @@ def step(memory: Memory, segments: Segments):
     return z
 
 
-def held(memory: Memory, lane: int):
+def held(memory: StreamMemory, lane: int):
     """What a lane's memory holds: chunk number -> its keys, values and mean."""
     bank = memory.bank
     slots = [slot for begin, end in bank.spans(lane) for slot in range(begin, end)]
@@ -60,7 +63,7 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(x, y) for key in a for x, y in zip(a[key], b[key]))
 
 
-def numbers(memory: Memory, lane: int):
+def numbers(memory: StreamMemory, lane: int):
     return sorted(held(memory, lane))
 
 
@@ -202,12 +205,12 @@ def test_segments_out_of_order_are_refused_and_change_nothing():
     step(memory, at([0, 1], [5, 6], [0, 0], [6, 6]))
     for lane, stream, start in ((0, 5, 7), (0, 5, 12), (0, 9, 6), (0, 6, 6), (2, 5, 6)):
         with pytest.raises(
-            MemoryOutOfStep, match=rf"lane {lane} got token {start} of stream {stream}, but its memory is at token"
+            MemoryOutOfStep, match=rf"lane {lane} received token {start} of stream {stream}, but its memory is at token"
         ):
             memory.open(at([lane], [stream], [start], [6]))
     assert numbers(memory, 0) == []
     step(memory, at([0, 1], [5, 6], [6, 6], [6, 6]))
-    with pytest.raises(MemoryOutOfStep, match="lane 1 got token 6 of stream 7, .* at token 6 of stream 6"):
+    with pytest.raises(MemoryOutOfStep, match="lane 1 received token 6 of stream 7, .* at token 6 of stream 6"):
         memory.open(at([0, 1], [5, 7], [12, 6], [6, 6]))
 
 
@@ -252,7 +255,7 @@ def test_a_stream_joined_midway_becomes_what_it_would_have_been(pieces, data):
     enough = [i for i in range(last + 1) if i == 0 or ends[last] - ends[i] >= (N + 1) * C]
     begin = data.draw(st.sampled_from(enough))
     if begin < last:
-        joined.join(segment(begin))
+        joined.restart(segment(begin))
         joined.write(segment(begin), *states(segment(begin))[1:])
         for i in range(begin + 1, last):
             joined.open(segment(i))
@@ -268,7 +271,7 @@ def test_a_stream_joined_midway_becomes_what_it_would_have_been(pieces, data):
 def test_joining_forgets_the_lane_and_keeps_what_others_had_to_write():
     memory = make_memory()
     step(memory, at([0, 1], [5, 6], [0, 0], [6, 6]))
-    memory.join(at([0], [9], [40], [6]))
+    memory.restart(at([0], [9], [40], [6]))
     assert numbers(memory, 0) == [] and numbers(memory, 1) == [0, 1]
     assert not memory.needs_replay(at([0, 1], [9, 6], [40, 6], [1, 1])).any()
     memory.write(at([0], [9], [40], [6]), *states(at([0], [9], [40], [6]))[1:])
@@ -308,11 +311,12 @@ def test_says_which_rows_have_a_memory():
 def test_recomputation_reads_the_same_without_searching_again():
     searches = []
 
-    def counting(*args):
-        searches.append(args[-1])
-        return torch_search(*args)
+    class Counting(TorchSearch):
+        def __call__(self, *args):
+            searches.append(args[-1])
+            return super().__call__(*args)
 
-    memory = make_memory(N=8, chunks_per_query=2, search=counting)
+    memory = make_memory(N=8, chunks_per_query=2, search=Counting())
     step(memory, at([0], [5], [0], [3]))
     step(memory, at([0], [5], [3], [6]))
     segments = at([0], [5], [9], [5])

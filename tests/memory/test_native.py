@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search import native
-from longmem_fairseq.memory.search.native import Unavailable, load_kernel, native_list_search, native_search
+from longmem_fairseq.memory.search.native import KernelUnavailable, NativeSearch, load_kernel
 from tests.memory.kernel import needs_kernel
 
 ONE = np.zeros(1, dtype=np.int64)
+search = NativeSearch()
 
 
 def bank_of(means):
@@ -27,8 +28,8 @@ def bank_of(means):
 
 
 def check(means, queries, n):
-    """What is found for queries (H, T, d) has the n largest products, best first, as far as float32 can tell."""
-    slots = native_search(bank_of(means), ONE, queries[None], n)[0]  # (H, T, n)
+    """The slots for queries (H, T, d) have the n largest products, best first, within the rounding of float32."""
+    slots = search(bank_of(means), ONE, queries[None], n)[0]  # (H, T, n)
     scores = queries.double() @ means.double().transpose(-1, -2)
     best = scores.topk(n, dim=-1).values
     rounding = 1e-6 * (queries.double().abs() @ means.double().abs().transpose(-1, -2)).amax(dim=-1, keepdim=True)
@@ -44,7 +45,7 @@ def check(means, queries, n):
     offset=st.sampled_from([0.0, 1.0, 30.0]), duplicates=st.booleans(), growing=st.booleans(),
 )  # fmt: skip
 def test_finds_the_largest_products(N, d, T, n, seed, spread, offset, duplicates, growing):
-    """Keys about one centre, or none; equal ones; all zero; some rows or queries many times as long as others."""
+    """Keys around one centre, or none; equal keys; zeros; some rows or queries many times as long as others."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(2, N, d, generator=generator) * spread + offset * torch.randn(2, 1, d, generator=generator)
     queries = torch.randn(2, T, d, generator=generator)
@@ -59,7 +60,7 @@ def test_finds_the_largest_products(N, d, T, n, seed, spread, offset, duplicates
 @needs_kernel
 def test_zero_queries_and_outliers():
     means = torch.randn(1, 300, 64, generator=torch.Generator().manual_seed(0))
-    means[0, 17, 3] = 1e4  # takes all bits of its row
+    means[0, 17, 3] = 1e4  # uses all bits of its row
     queries = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(1))
     queries[0, 5] = 0.0
     queries[0, 6] = 1e-38
@@ -71,7 +72,7 @@ def test_chunks_that_are_not_numbers_are_not_found():
     means = torch.randn(1, 100, 8, generator=torch.Generator().manual_seed(0))
     means[0, 10] = float("nan")
     means[0, 20, 4] = float("inf")
-    slots = native_search(bank_of(means), ONE, torch.randn(1, 1, 16, 8), 100)
+    slots = search(bank_of(means), ONE, torch.randn(1, 1, 16, 8), 100)
     assert (slots[..., 98:] == -1).all()
     assert set(slots[..., :98].flatten().tolist()) == set(range(100)) - {10, 20}
 
@@ -85,9 +86,9 @@ def test_threads_change_nothing(H, T):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = native_search(bank, ONE, queries, 20)
+        alone = search(bank, ONE, queries, 20)
         torch.set_num_threads(3)
-        assert torch.equal(native_search(bank, ONE, queries, 20), alone)
+        assert torch.equal(search(bank, ONE, queries, 20), alone)
     finally:
         torch.set_num_threads(threads)
 
@@ -96,7 +97,7 @@ def test_threads_change_nothing(H, T):
 @pytest.mark.parametrize("nprobe", [1, 5, 32])
 @pytest.mark.parametrize("factory", ["IVF32,Flat", "IVF32_HNSW4,Flat"])
 def test_finds_in_inverted_lists_what_faiss_finds(factory, nprobe):
-    """Lists of every length, empty ones too; few rows in the lists of some queries, and rows that were taken out."""
+    """Lists of every length, also empty; few rows in the lists of some queries, and rows that were removed."""
     rng, indices = np.random.default_rng(0), []
     centres = rng.normal(size=(32, 12)).astype("float32")
     for _ in range(3):
@@ -109,25 +110,25 @@ def test_finds_in_inverted_lists_what_faiss_finds(factory, nprobe):
         index.nprobe = nprobe
         indices.append(index)
     queries = rng.normal(size=(3, 20, 12)).astype("float32")
-    found = native_list_search(indices, queries, 40)
-    for index, asked, mine in zip(indices, queries, found):
-        theirs = index.search(asked, 40)[1]
-        assert nprobe > 1 or (theirs < 0).any()
-        assert np.array_equal(mine, theirs)
+    ids = search.search_lists(indices, queries, 40)
+    for index, of_head, ids_of_head in zip(indices, queries, ids):
+        expected = index.search(of_head, 40)[1]
+        assert nprobe > 1 or (expected < 0).any()
+        assert np.array_equal(ids_of_head, expected)
 
 
 @needs_kernel
 def test_few_queries_are_left_to_faiss(monkeypatch):
     bank, queries = bank_of(torch.randn(2, 50, 8)), torch.randn(1, 2, 40, 8)
-    expected = native_search(bank, ONE, queries, 7)[:, :, :15]
-    monkeypatch.setattr(native, "load_kernel", lambda: pytest.fail("the kernel was asked"))
-    assert torch.equal(native_search(bank, ONE, queries[:, :, :15], 7), expected)
+    expected = search(bank, ONE, queries, 7)[:, :, :15]
+    monkeypatch.setattr(native, "load_kernel", lambda: pytest.fail("the kernel was loaded"))
+    assert torch.equal(search(bank, ONE, queries[:, :, :15], 7), expected)
 
 
 # --- the kernel
 
 
-def test_the_kernel_is_there_where_it_can_be():
+def test_the_kernel_compiles_where_it_can():
     """A kernel that does not compile must not look like a machine that cannot run it: other tests are skipped then."""
     processor = Path("/proc/cpuinfo")
     if not processor.exists() or "avx512_vnni" not in processor.read_text() or shutil.which("c++") is None:
@@ -161,12 +162,12 @@ def test_the_kernel_is_compiled_once(new_cache, caplog):
 ])  # fmt: skip
 def test_a_compiler_that_cannot(new_cache, monkeypatch, compiler, reason):
     monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(Unavailable, match=reason):
+    with pytest.raises(KernelUnavailable, match=reason):
         load_kernel()
     assert not list(new_cache.glob("*"))
 
 
 def test_a_cache_that_cannot_be_written(new_cache, monkeypatch):
     new_cache.write_text("a file in the place of a directory")
-    with pytest.raises(Unavailable, match="native_search-.*so cannot be made or loaded .*exists"):
+    with pytest.raises(KernelUnavailable, match="native_search-.*so cannot be made or loaded .*exists"):
         load_kernel()

@@ -12,7 +12,7 @@ import torch
 from longmem_fairseq.memory import placement as module
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.placement import Placement, choose_placement, mapped_zeros
-from longmem_fairseq.memory.search.base import torch_search
+from longmem_fairseq.memory.search.torch import TorchSearch
 from tests.repository import ROOT
 
 H, D, C = 2, 4, 3
@@ -44,7 +44,7 @@ def test_a_bank_in_a_file_holds_what_one_in_memory_holds(tmp_path, dtype, map_me
         assert bank.nbytes == banks[0].nbytes
     assert copies[1].placement == banks[1].placement and copies[1].keys.data_ptr() != banks[1].keys.data_ptr()
     queries = torch.randn(2, H, 5, D)
-    found = [torch_search(bank, np.array([0, 1]), queries, 4) for bank in (banks[0], copies[1])]
+    found = [TorchSearch()(bank, np.array([0, 1]), queries, 4) for bank in (banks[0], copies[1])]
     assert torch.equal(*found)
 
 
@@ -115,15 +115,16 @@ from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search.index import IndexSearch
 from longmem_fairseq.memory.search.index_spec import index_spec
-from longmem_fairseq.memory.stream_memory import Memory
+from longmem_fairseq.memory.reader import ChunkReader
+from longmem_fairseq.memory.stream_memory import StreamMemory
 from longmem_fairseq.memory.placement import Placement
-from longmem_fairseq.memory.search.base import faiss_search
-from longmem_fairseq.modules.joint_attention import memory_attention
+from longmem_fairseq.memory.search.faiss import FaissSearch
+from longmem_fairseq.modules.memory_attention import memory_attention
 
 H, d, C, T, N = 4, 16, 4, 128, 2048
-search = faiss_search if sys.argv[1] == "flat" else IndexSearch(index_spec(sys.argv[1], "", d, N), faiss_search)
+search = FaissSearch() if sys.argv[1] == "flat" else IndexSearch(index_spec(sys.argv[1], "", d, N), FaissSearch())
 where = Placement(directory=sys.argv[2] if len(sys.argv) > 2 else None)
-memory = Memory(MemoryBank(1, H, d, N * C, C, placement=where), search, memory_attention, 4)
+memory = StreamMemory(MemoryBank(1, H, d, N * C, C, placement=where), ChunkReader(search, memory_attention, 4))
 address = memory.bank.keys.data_ptr()
 
 

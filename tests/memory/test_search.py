@@ -10,23 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search import base as search
-from longmem_fairseq.memory.search import native
-from longmem_fairseq.memory.search.base import choose_search, faiss_search, torch_search
+from longmem_fairseq.memory.search import base, native
+from longmem_fairseq.memory.search import torch as torch_search
+from longmem_fairseq.memory.search.base import SearchBackend, choose_search, register_search, registered_searches
+from longmem_fairseq.memory.search.faiss import FaissSearch, has_faiss_gpu
+from longmem_fairseq.memory.search.native import NativeSearch
+from longmem_fairseq.memory.search.torch import TorchSearch
+from longmem_fairseq.modules.query_groups import group_queries, ungroup
 from tests.memory.kernel import needs_kernel
 
 H, D = 3, 5
 
 
 def kernel_search(*arguments):
-    """The native search, by its kernel however few the queries are."""
+    """Search by the native kernel, also for few queries."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "FEWEST_QUERIES", 1)
-        return native.native_search(*arguments)
+        return NativeSearch()(*arguments)
 
 
-SEARCHES = {"torch": torch_search, "faiss": faiss_search, "native": kernel_search}
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and search.has_faiss_gpu() else [])
+SEARCHES = {"torch": TorchSearch(), "faiss": FaissSearch(), "native": kernel_search}
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and has_faiss_gpu() else [])
 names = ["torch", "faiss", pytest.param("native", marks=needs_kernel)]
 each_search = pytest.mark.parametrize("name", names)
 each_search_and_device = pytest.mark.parametrize(
@@ -36,10 +40,10 @@ each_search_and_device = pytest.mark.parametrize(
 
 
 def filled_bank(fills, N, C, seed=0, duplicates=False, dtype=torch.float32, device="cpu"):
-    """A bank whose lane i joined a stream at token fills[i][0] and was given fills[i][1] tokens."""
+    """Make a bank whose lane i joined a stream at token fills[i][0] and then got fills[i][1] tokens."""
     generator = torch.Generator().manual_seed(seed)
     bank = MemoryBank(len(fills), H, D, N * C, C, dtype, torch.device(device))
-    # Slots that nothing was written to would win every search.
+    # Slots that were never written would win every search.
     bank.means.fill_(1e6)
     for lane, (position, T) in enumerate(fills):
         bank.reset(lane, position)
@@ -51,28 +55,28 @@ def filled_bank(fills, N, C, seed=0, duplicates=False, dtype=torch.float32, devi
 
 
 def check(bank, lanes, queries, n, slots):
-    """The slots found are those of the best chunks held, best first, each once, then -1."""
+    """The slots are those of the best chunks held, best first, each once, then -1."""
     B, _, T, _ = queries.shape
     assert slots.shape == (B, H, T, n) and slots.dtype == torch.int64
     for row, lane in enumerate(lanes):
         held = torch.tensor([slot for begin, end in bank.spans(lane) for slot in range(begin, end)], dtype=torch.int64)
-        wanted = min(n, len(held))
+        best_n = min(n, len(held))
         for head in range(H):
             scores = queries[row, head].float().cpu() @ bank.means[lane, head].cpu().T  # (T, N)
-            best = scores[:, held].sort(dim=-1, descending=True).values[:, :wanted]
-            found = slots[row, head].cpu()
-            assert (found[:, wanted:] == -1).all()
-            found = found[:, :wanted]
-            assert torch.isin(found, held).all()
+            best = scores[:, held].sort(dim=-1, descending=True).values[:, :best_n]
+            of_head = slots[row, head].cpu()
+            assert (of_head[:, best_n:] == -1).all()
+            of_head = of_head[:, :best_n]
+            assert torch.isin(of_head, held).all()
             for t in range(T):
-                assert len(found[t].unique()) == wanted
-            # Equal scores may stand in any order, so scores are compared and not slots.
-            torch.testing.assert_close(scores.gather(1, found), best, rtol=1e-5, atol=1e-5)
+                assert len(of_head[t].unique()) == best_n
+            # Equal scores may be in any order, so scores are compared and not slots.
+            torch.testing.assert_close(scores.gather(1, of_head), best, rtol=1e-5, atol=1e-5)
 
 
 fills = st.lists(
     st.tuples(st.sampled_from([0, 0, 3, 8, 17]), st.integers(0, 60)), min_size=1, max_size=4
-)  # (where a lane joined its stream, tokens it was given)
+)  # (token at which a lane joined its stream, tokens that it got)
 
 
 @each_search
@@ -90,7 +94,7 @@ def test_finds_the_best_chunks(name, fills, N, C, T, n, seed, duplicates, data):
 
 @each_search_and_device
 def test_finds_the_best_of_many(name, device):
-    """No size is a round number; one lane is full, one has wrapped, one is part-full, one joined midway, one empty."""
+    """No size is round; one lane is full, one has wrapped, one is part-full, one was joined midway, one is empty."""
     fills = [(0, 997 * 3), (0, 5000), (0, 100), (997 * 3 - 30, 90), (0, 0)]
     bank = filled_bank(fills, 997, 3, device=device)
     assert [len(bank.spans(lane)) for lane in range(5)] == [1, 1, 1, 2, 0]
@@ -110,15 +114,16 @@ def test_half_precision_is_searched_in_float32(name, dtype, device):
 def test_blocks_of_queries_change_nothing(monkeypatch):
     bank = filled_bank([(0, 30), (5, 20)], 13, 2)
     queries = torch.randn(2, H, 63, D, generator=torch.Generator().manual_seed(1))
-    whole = torch_search(bank, np.array([0, 1]), queries, 5)
-    monkeypatch.setattr(search, "_BLOCK", H * 13 * 10)
-    check(bank, [0, 1], queries, 5, torch_search(bank, np.array([0, 1]), queries, 5))
-    assert torch.equal(torch_search(bank, np.array([0, 1]), queries, 5), whole)
+    search = TorchSearch()
+    whole = search(bank, np.array([0, 1]), queries, 5)
+    monkeypatch.setattr(torch_search, "SCORES_PER_BLOCK", H * 13 * 10)
+    check(bank, [0, 1], queries, 5, search(bank, np.array([0, 1]), queries, 5))
+    assert torch.equal(search(bank, np.array([0, 1]), queries, 5), whole)
 
 
 @each_search
 def test_lanes_do_not_depend_on_each_other(name):
-    """Each lane alone finds, bit by bit, what it finds beside others."""
+    """Each lane alone finds, bit by bit, what it finds in a batch."""
     bank = filled_bank([(0, 30), (4, 9), (0, 0), (0, 5)], 8, 3)
     queries = torch.randn(4, H, 7, D, generator=torch.Generator().manual_seed(1))
     together = SEARCHES[name](bank, np.array([2, 0, 3, 1]), queries, 4)
@@ -128,7 +133,7 @@ def test_lanes_do_not_depend_on_each_other(name):
 
 @each_search
 def test_queries_that_are_not_numbers_find_nothing_outside_what_is_held(name):
-    """A training that diverges must not read slots that nothing was written to."""
+    """A training that diverges must not read slots that were never written."""
     bank = filled_bank([(12, 9)], 11, 3)
     assert bank.spans(0) == ((4, 7),)
     slots = SEARCHES[name](bank, np.array([0]), torch.full((1, H, 2, D), float("nan")), 3)
@@ -142,44 +147,124 @@ def test_gradients_do_not_flow_through_the_search(name):
     assert not slots.requires_grad
 
 
+@each_search
+def test_query_heads_share_a_kv_head(name):
+    """9 query heads over 3 KV heads find what a loop over the query heads finds, each in its KV head's chunks."""
+    bank, lanes = filled_bank([(0, 60), (5, 20), (0, 0)], 11, 3), np.array([1, 0, 2])
+    queries = torch.randn(3, 9, 4, D, generator=torch.Generator().manual_seed(1))
+    slots = ungroup(SEARCHES[name](bank, lanes, group_queries(queries, H), 5), 9)
+    assert slots.shape == (3, 9, 4, 5)
+    for row, lane in enumerate(lanes):
+        held = [slot for begin, end in bank.spans(lane) for slot in range(begin, end)]
+        for head in range(9):
+            for t in range(4):
+                scores = bank.means[lane, head // 3] @ queries[row, head, t]
+                expected = sorted(held, key=lambda slot, scores=scores: -float(scores[slot]))[:5]
+                assert slots[row, head, t].tolist() == expected + [-1] * (5 - len(expected))
+
+
 # --- the choice
 
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+
+
 def test_choice_by_name():
-    assert choose_search("torch", torch.device("cpu")) is torch_search
-    assert choose_search("faiss", torch.device("cpu")) is faiss_search
-    with pytest.raises(ValueError, match="--memory-search annoy is unknown: it is auto, native, faiss or torch"):
-        choose_search("annoy", torch.device("cpu"))
-    with pytest.raises(ValueError, match="native searches in main memory, but the memory lies on cuda:0: choose --mem"):
-        choose_search("native", torch.device("cuda:0"))
+    assert isinstance(choose_search("torch", CPU), TorchSearch)
+    assert isinstance(choose_search("faiss", CPU), FaissSearch)
+    assert [choose_search(name, CPU).name for name in ("torch", "faiss")] == ["torch", "faiss"]
+    with pytest.raises(ValueError, match="--memory-search annoy is unknown: choose auto, .*faiss.* or "):
+        choose_search("annoy", CPU)
+    message = "--memory-search native is not available: it searches main memory, but the memory is on cuda:0 .*torch$"
+    with pytest.raises(ValueError, match=message):
+        choose_search("native", GPU)
 
 
 @needs_kernel
 @pytest.mark.parametrize("name", ["auto", "native"])
 def test_choice_of_the_kernel(name):
-    assert choose_search(name, torch.device("cpu")) is native.native_search
+    assert isinstance(choose_search(name, CPU), NativeSearch)
 
 
-def test_where_there_is_no_kernel_faiss_is_chosen_and_said(monkeypatch, caplog):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+def test_without_a_kernel_faiss_is_chosen_and_the_log_says_why(monkeypatch, caplog, tmp_path):
+    compiler = str(tmp_path / "no-such-compiler")
+    monkeypatch.setenv("CXX", compiler)
     native.load_kernel.cache_clear()
     with caplog.at_level("INFO"):
-        assert choose_search("auto", torch.device("cpu")) is faiss_search
-    assert "search by faiss, as there is no C++ compiler no-such-compiler" in caplog.text
-    with pytest.raises(ValueError, match="native: there is no C.. compiler no-such-compiler: choose --memory-search"):
-        choose_search("native", torch.device("cpu"))
+        for _ in range(2):
+            assert isinstance(choose_search("auto", CPU), FaissSearch)
+    reason = f"there is no C++ compiler {compiler}"
+    assert caplog.text.count(f"search by faiss, as native is not available: {reason}") == 1
+    with pytest.raises(ValueError) as error:
+        choose_search("native", CPU)
+    assert f"--memory-search native is not available: {reason}; choose --memory-search " in str(error.value)
 
 
 def test_faiss_that_is_not_installed_is_an_error_not_another_search(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert not search.has_faiss_gpu()
-    with pytest.raises(ValueError, match="pip install faiss-cpu or faiss-gpu, or choose --memory-search torch"):
-        choose_search("faiss", torch.device("cpu"))
-    assert choose_search("torch", torch.device("cpu")) is torch_search
+    assert not has_faiss_gpu()
+    for name in ("auto", "faiss", "native"):
+        message = f"{name} is not available: it needs faiss .pip install faiss-cpu or faiss-gpu.; choose .* torch"
+        with pytest.raises(ValueError, match=message):
+            choose_search(name, CPU)
+    assert isinstance(choose_search("torch", CPU), TorchSearch)
 
 
-@pytest.mark.skipif(search.has_faiss_gpu(), reason="the installed faiss has GPU support")
-def test_a_memory_on_a_gpu_needs_a_faiss_for_it():
-    with pytest.raises(ValueError, match="no GPU support.*pip install faiss-gpu, or choose --memory-search torch"):
-        choose_search("faiss", torch.device("cuda"))
-    assert choose_search("torch", torch.device("cuda")) is torch_search
+@pytest.mark.skipif(has_faiss_gpu(), reason="the installed faiss has GPU support")
+@pytest.mark.parametrize("name", ["auto", "faiss"])
+def test_a_memory_on_a_gpu_needs_a_faiss_for_it(name):
+    with pytest.raises(ValueError, match=f"{name} is not available: .*no GPU support.*pip install faiss-gpu.*torch$"):
+        choose_search(name, GPU)
+    assert isinstance(choose_search("torch", GPU), TorchSearch)
+
+
+# --- the registry
+
+
+@pytest.fixture
+def newest():
+    """A backend of a third party, in place of the registry that the tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "BACKENDS", dict(base.BACKENDS))
+
+        @register_search("newest")
+        class Newest(SearchBackend):
+            """The newest chunks, whatever the queries."""
+
+            @classmethod
+            def unavailable(cls, device):
+                return None if device.type == "cpu" else "it is a toy"
+
+            def __call__(self, bank, lanes, queries, n):
+                slots = torch.from_numpy(bank.written[lanes, None] - 1 - np.arange(n)) % bank.chunks
+                return slots[:, None, None].expand(*queries.shape[:3], n)
+
+        yield Newest
+
+
+def test_a_registered_backend_is_chosen_by_its_name(newest):
+    assert newest.name == "newest" and registered_searches()[0] == "auto" and registered_searches()[-1] == "newest"
+    search = choose_search("newest", CPU)
+    slots = search(filled_bank([(0, 60)], 11, 3), np.array([0]), torch.randn(1, H, 2, D), 3)
+    assert slots[0, 0, 0].tolist() == [8, 7, 6] and search.recall is None  # 20 chunks in 11 slots
+    with pytest.raises(ValueError, match="--memory-search newest is not available: it is a toy; choose .*torch"):
+        choose_search("newest", GPU)
+    with pytest.raises(ValueError, match="--memory-search annoy is unknown: choose auto, .* or newest"):
+        choose_search("annoy", CPU)
+
+
+@pytest.mark.parametrize("name", ["auto", "torch", "newest"])
+def test_a_name_is_registered_once(newest, name):
+    with pytest.raises(ValueError, match=f"a search backend is registered as {name} already"):
+        register_search(name)(newest)
+
+
+def test_only_search_backends_are_registered():
+    with pytest.raises(ValueError, match="object is not a subclass of SearchBackend"):
+        register_search("object")(object)
+
+
+def test_a_backend_searches_no_lists_unless_it_says_so():
+    assert not TorchSearch().can_search_lists(100, D)
+    with pytest.raises(NotImplementedError):
+        TorchSearch().search_lists([], np.zeros((H, 1, D), dtype=np.float32), 1)

@@ -6,9 +6,10 @@ import torch
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search.base import torch_search
+from longmem_fairseq.memory.reader import ChunkReader
+from longmem_fairseq.memory.search.torch import TorchSearch
 from longmem_fairseq.memory.stream_memory import MemoryOutOfStep
-from longmem_fairseq.modules.joint_attention import naive_memory_attention, row_memory_attention
+from longmem_fairseq.modules.memory_attention import naive_memory_attention, row_memory_attention
 from longmem_fairseq.released.shared_memory import SharedMemory
 
 HEADS, WIDTH, CHUNK, CAPACITY = 2, 4, 3, 8  # of chunks
@@ -16,7 +17,7 @@ HEADS, WIDTH, CHUNK, CAPACITY = 2, 4, 3, 8  # of chunks
 
 def new_memory(dtype=torch.float32, attention=naive_memory_attention, **options):
     bank = MemoryBank(1, HEADS, WIDTH, CAPACITY * CHUNK + 2, CHUNK, dtype, exact_means=True)
-    return SharedMemory(bank, torch_search, attention, 2, **options)
+    return SharedMemory(bank, ChunkReader(TorchSearch(), attention, 2), **options)
 
 
 def at(starts, lengths, streams=None):
@@ -89,7 +90,7 @@ def test_it_starts_anew_with_all_rows():
     step(memory, [0], [[0, 1, 2]])
     step(memory, [3, 0], [[3, 4, 5], [6, 7, 8]])  # a lane comes in
     assert len(held(memory)) == 3
-    with pytest.raises(MemoryOutOfStep, match="lane 1 got token 9 of stream 0, but its memory is at token 3"):
+    with pytest.raises(MemoryOutOfStep, match="lane 1 received token 9 of stream 0, but its memory is at token 3"):
         step(memory, [6, 9], [[0, 0, 0]] * 2)
     assert memory.ends(np.arange(3)).tolist() == [6, 3, 0]
     step(memory, [0, 0], [[20, 21, 22], [23, 24, 25]])
@@ -103,7 +104,7 @@ def test_joined_amid_streams():
     step(memory, [0, 0], [[0, 1, 2], [3, 4, 5]])
     segments = at([30, 30], [3, 3])
     assert memory.needs_replay(segments).all()
-    memory.join(segments)
+    memory.restart(segments)
     memory.write(segments, *[keys_of([[0, 1, 2], [3, 4, 5]])] * 2)
     assert not memory.needs_replay(at([33, 33], [3, 3])).any()
     assert held(memory) == [[0, 1, 2], [3, 4, 5]]
@@ -122,8 +123,8 @@ def test_means_before_rounding():
 
 
 def test_more_than_one_lane_refused():
-    with pytest.raises(ValueError, match="a shared memory lies in one lane, not in 2"):
-        SharedMemory(MemoryBank(2, HEADS, WIDTH, 12, CHUNK), torch_search, naive_memory_attention, 2)
+    with pytest.raises(ValueError, match="a shared memory needs a bank of one lane, not of 2"):
+        SharedMemory(MemoryBank(2, HEADS, WIDTH, 12, CHUNK), ChunkReader(TorchSearch(), naive_memory_attention, 2))
 
 
 @pytest.mark.parametrize("keep", [False, True])

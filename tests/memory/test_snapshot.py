@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.document_memory import Document, DocumentMemory
+from longmem_fairseq.memory.document_memory import DocumentMemory, MemorizedDocument
 from longmem_fairseq.memory.memory_file import SnapshotError, load_memory, save_memory
 
 H, D, C, T = 2, 4, 3, 5
@@ -22,119 +22,128 @@ def encode(tokens):
     return SimpleNamespace(keys=x + torch.arange(D) / 8, values=-x)
 
 
-def make_library(*lengths, memory_size=60, dtype=torch.float32):
-    document_memory, first = DocumentMemory(MemoryBank(1, H, D, memory_size, C, dtype)), 0
+def write(memory, name, tokens):
+    """Write a document in segments of T tokens, as a reader of documents does."""
+    begin = memory.end
+    for piece in tokens.split(T):
+        encoded = encode(piece[None])
+        memory.bank.append(0, encoded.keys[0], encoded.values[0])
+    memory.add(name, begin)
+
+
+def make_memory(*lengths, memory_size=60, dtype=torch.float32):
+    memory, first = DocumentMemory(MemoryBank(1, H, D, memory_size, C, dtype)), 0
     for i, length in enumerate(lengths):
-        document_memory.memorize(f"document {i}", torch.arange(first, first + length), encode, T)
+        write(memory, f"document {i}", torch.arange(first, first + length))
         first += length
-    return document_memory
+    return memory
 
 
-def held(document_memory):
-    """The tokens in a document_memory, and that keys and values are of the same."""
-    keys, values = document_memory.bank.tokens(0)
+def held(memory):
+    """The tokens in a memory, and that keys and values are of the same."""
+    keys, values = memory.bank.tokens(0)
     assert torch.equal(keys[..., 0], -values[..., 0])
     return keys[0, :, 0].long().tolist()
 
 
 def test_documents_lie_end_to_end():
-    document_memory = make_library(7, 11, 3)
-    assert held(document_memory) == list(range(21)) and document_memory.tokens == 21
-    assert document_memory.documents == [
-        Document("document 0", 0, 7), Document("document 1", 7, 18), Document("document 2", 18, 21)
-    ]  # fmt: skip
+    memory = make_memory(7, 11, 3)
+    assert held(memory) == list(range(21)) and memory.tokens == 21
+    assert memory.documents == [
+        MemorizedDocument("document 0", 0, 7),
+        MemorizedDocument("document 1", 7, 18),
+        MemorizedDocument("document 2", 18, 21),
+    ]
 
 
 def test_the_oldest_documents_give_way():
-    document_memory = make_library(7, 11, 10, memory_size=12)
-    assert document_memory.tokens == 13 and held(document_memory) == list(
-        range(15, 28)
-    )  # 4 chunks, and one token that is no chunk yet
-    assert [document.name for document in document_memory.documents] == ["document 1", "document 2"]
+    memory = make_memory(7, 11, 10, memory_size=12)
+    assert memory.tokens == 13 and held(memory) == list(range(15, 28))  # 4 chunks, and one token that is no chunk yet
+    assert [document.name for document in memory.documents] == ["document 1", "document 2"]
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_forgetting_leaves_the_others(which):
     lengths = [7, 11, 3]
-    document_memory = make_library(*lengths)
+    memory = make_memory(*lengths)
     spans = [range(0, 7), range(7, 18), range(18, 21)]
-    document_memory.forget(f"document {which}")
+    memory.forget(f"document {which}")
     rest = [i for i in range(3) if i != which]
-    assert held(document_memory) == [token for i in rest for token in spans[i]]
-    for document, i in zip(document_memory.documents, rest):
-        assert held(document_memory)[document.begin : document.end] == list(spans[i])
-    document_memory.memorize("another", torch.arange(100, 104), encode, T)
-    assert held(document_memory)[-4:] == [100, 101, 102, 103]
+    assert held(memory) == [token for i in rest for token in spans[i]]
+    for document, i in zip(memory.documents, rest):
+        assert held(memory)[document.begin : document.end] == list(spans[i])
+    write(memory, "another", torch.arange(100, 104))
+    assert held(memory)[-4:] == [100, 101, 102, 103]
 
 
 def test_forgetting_what_was_half_evicted():
-    document_memory = make_library(7, 11, 10, memory_size=12)
-    document_memory.forget("document 1")
-    assert held(document_memory) == list(range(18, 28)) and document_memory.documents == [Document("document 2", 0, 10)]
+    memory = make_memory(7, 11, 10, memory_size=12)
+    memory.forget("document 1")
+    assert held(memory) == list(range(18, 28)) and memory.documents == [MemorizedDocument("document 2", 0, 10)]
 
 
 def test_names_are_known_and_unique():
-    document_memory = make_library(7)
-    with pytest.raises(ValueError, match="no document other: it has document 0"):
-        document_memory.forget("other")
+    memory = make_memory(7)
+    with pytest.raises(ValueError, match="does not have a document other: it has document 0"):
+        memory.forget("other")
     with pytest.raises(ValueError, match="has a document document 0 already"):
-        document_memory.memorize("document 0", torch.arange(3), encode, T)
+        memory.require_new("document 0")
 
 
-def save(path, document_memory=None, **kwargs):
-    save_memory(str(path), document_memory or make_library(7, 12), FINGERPRINT, 3, **kwargs)
+def save(path, memory=None, **kwargs):
+    save_memory(str(path), memory or make_memory(7, 12), FINGERPRINT, 3, **kwargs)
     return str(path)
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
-    document_memory = make_library(7, 12)
-    path = save(tmp_path / "memory", document_memory, dtype="float32")
-    other = make_library(2)
+    memory = make_memory(7, 12)
+    path = save(tmp_path / "memory", memory, dtype="float32")
+    other = make_memory(2)
     load_memory(path, other, FINGERPRINT, 3)
-    assert held(other) == held(document_memory) and other.documents == document_memory.documents
-    assert torch.equal(other.bank.means, document_memory.bank.means)
+    assert held(other) == held(memory) and other.documents == memory.documents
+    assert torch.equal(other.bank.means, memory.bank.means)
     assert os.listdir(tmp_path) == ["memory"]
 
 
 def test_half_precision_rounds(tmp_path):
-    document_memory = make_library(12)
-    document_memory.bank.keys += 1 / 3
-    path, exact = save(tmp_path / "half", document_memory), save(tmp_path / "exact", document_memory, dtype="float32")
+    memory = make_memory(12)
+    memory.bank.keys += 1 / 3
+    path, exact = save(tmp_path / "half", memory), save(tmp_path / "exact", memory, dtype="float32")
     assert os.path.getsize(path) < os.path.getsize(exact)
-    other = make_library()
+    other = make_memory()
     load_memory(path, other, FINGERPRINT, 3)
-    rounded, exact = other.bank.tokens(0)[0], document_memory.bank.tokens(0)[0]
+    rounded, exact = other.bank.tokens(0)[0], memory.bank.tokens(0)[0]
     torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=0)
     assert not torch.equal(rounded, exact)
 
 
 def test_values_beyond_half_precision_are_refused(tmp_path):
-    document_memory = make_library(12)
-    document_memory.bank.keys += 1e6
-    with pytest.raises(SnapshotError, match="do not fit float16: save it in bfloat16 or float32"):
-        save(tmp_path / "memory", document_memory)
+    memory = make_memory(12)
+    memory.bank.keys += 1e6
+    with pytest.raises(ValueError, match="do not fit float16: save it in bfloat16 or float32"):
+        save(tmp_path / "memory", memory)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_smaller_memory_takes_the_newest(tmp_path):
-    path = save(tmp_path / "memory", make_library(7, 13))
-    other = make_library(memory_size=9)
+    path = save(tmp_path / "memory", make_memory(7, 13))
+    other = make_memory(memory_size=9)
     load_memory(path, other, FINGERPRINT, 3)
     assert held(other) == list(range(9, 20))
     assert [document.name for document in other.documents] == ["document 1"]
 
 
 def test_what_was_evicted_is_not_saved(tmp_path):
-    path = save(tmp_path / "memory", make_library(7, 11, 10, memory_size=12))
-    other = make_library()
+    path = save(tmp_path / "memory", make_memory(7, 11, 10, memory_size=12))
+    other = make_memory()
     load_memory(path, other, FINGERPRINT, 3)
     assert held(other) == list(range(15, 28))
-    assert other.documents == [Document("document 1", 0, 3), Document("document 2", 3, 13)]
+    assert other.documents == [MemorizedDocument("document 1", 0, 3), MemorizedDocument("document 2", 3, 13)]
 
 
 def test_an_empty_memory_is_not_saved(tmp_path):
-    with pytest.raises(SnapshotError, match="nothing was memorised"):
-        save(tmp_path / "memory", make_library())
+    with pytest.raises(ValueError, match="nothing was memorized"):
+        save(tmp_path / "memory", make_memory())
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -145,9 +154,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         open(name, "wb").write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("longmem_fairseq.memory.memory_file.save_file", fail)
+    monkeypatch.setattr("longmem_fairseq.memory.container.save_file", fail)
     with pytest.raises(OSError, match="no space"):
-        save(tmp_path / "memory", make_library(5))
+        save(tmp_path / "memory", make_memory(5))
     assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["memory"]
 
 
@@ -171,16 +180,16 @@ def flip(path):
 
 
 DAMAGE = {
-    "truncated": (truncate, "is damaged, or no safetensors file"),
-    "flipped bit": (flip, "is not as it was written: its SHA-256 differs"),
+    "truncated": (truncate, "is damaged, or not a safetensors file"),
+    "flipped bit": (flip, "is not as it was written: its checksum .sha256. differs"),
     "changed name": (lambda path: rewrite(path, {"documents": '[["x", 0, 19]]'}), "is not as it was written"),
     "other tensors": (lambda path: rewrite(path, keys=torch.zeros(H, 19, D)), "is not as it was written"),
-    "no tensors": (lambda path: save_file({}, path, {"format": "longmem memory 1"}), "is damaged"),
-    "foreign": (lambda path: save_file({"x": torch.zeros(3)}, path), "its format is None"),
-    "later version": (lambda path: rewrite(path, {"format": "longmem memory 2"}), "its format is longmem memory 2"),
+    "no tensors": (lambda path: save_file({}, path, {"format": "longmem memory 1"}), "is not as it was written"),
+    "foreign": (lambda path: save_file({"x": torch.zeros(3)}, path), "has the format None"),
+    "later version": (lambda path: rewrite(path, {"format": "longmem memory 2"}), "has the format longmem memory 2"),
     "no file": (os.unlink, "does not exist"),
-    "text": (lambda path: open(path, "w").write("hello"), "is damaged, or no safetensors file"),
-    "empty": (lambda path: open(path, "w").close(), "is damaged, or no safetensors file"),
+    "text": (lambda path: open(path, "w").write("hello"), "is damaged, or not a safetensors file"),
+    "empty": (lambda path: open(path, "w").close(), "is damaged, or not a safetensors file"),
 }
 
 
@@ -189,17 +198,17 @@ def test_bad_files_are_refused(tmp_path, name):
     damage, sentence = DAMAGE[name]
     path = save(tmp_path / "memory")
     damage(path)
-    document_memory = make_library(4)
+    memory = make_memory(4)
     with pytest.raises(SnapshotError, match=sentence):
-        load_memory(path, document_memory, FINGERPRINT, 3)
-    assert held(document_memory) == [0, 1, 2, 3], "what was there before stays"
+        load_memory(path, memory, FINGERPRINT, 3)
+    assert held(memory) == [0, 1, 2, 3], "what was there before stays"
 
 
 def test_memories_of_other_models_are_refused(tmp_path):
     path = save(tmp_path / "memory")
     with pytest.raises(SnapshotError, match="fingerprint abababababab, but the model's has cdcdcdcdcdcd"):
-        load_memory(path, make_library(), "cd" * 32, 3)
-    with pytest.raises(SnapshotError, match="is of layer 3, but the model remembers layer 5"):
-        load_memory(path, make_library(), FINGERPRINT, 5)
+        load_memory(path, make_memory(), "cd" * 32, 3)
+    with pytest.raises(SnapshotError, match="is of layer 3, but the model's memory layer is 5"):
+        load_memory(path, make_memory(), FINGERPRINT, 5)
     with pytest.raises(SnapshotError, match="has 2 heads of width 4, not 1 of 4"):
         load_memory(path, DocumentMemory(MemoryBank(1, 1, D, 60, C)), FINGERPRINT, 3)

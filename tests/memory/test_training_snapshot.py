@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from longmem_fairseq.memory import training_snapshot
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.memory_file import SnapshotError
-from longmem_fairseq.memory.search.base import torch_search
-from longmem_fairseq.memory.stream_memory import Memory
+from longmem_fairseq.memory.reader import ChunkReader
+from longmem_fairseq.memory.search.torch import TorchSearch
+from longmem_fairseq.memory.stream_memory import StreamMemory
 from longmem_fairseq.memory.training_snapshot import load_training_memory, save_training_memory
-from longmem_fairseq.modules.joint_attention import memory_attention
+from longmem_fairseq.modules.memory_attention import memory_attention
 from longmem_fairseq.released.shared_memory import SharedMemory
 from tests.memory.test_memory import SCALING, C, D, H, at, make_memory, states
 
@@ -27,7 +27,7 @@ ABOUT = {"epoch": 1, "batch": 12, "backbone": "0123"}
 def make(shared=False, dtype=torch.float32, N=4):
     lanes = 1 if shared else 3
     bank = MemoryBank(lanes, H, D, N * C, C, dtype, exact_means=shared)
-    return (SharedMemory if shared else Memory)(bank, torch_search, memory_attention, 2)
+    return (SharedMemory if shared else StreamMemory)(bank, ChunkReader(TorchSearch(), memory_attention, 2))
 
 
 def step(memory, segments):
@@ -122,15 +122,15 @@ def rewrite(path, header=None, **tensors):
 
 
 BAD = {
-    "there is no snapshot": os.remove,
-    r"is damaged \(": lambda path: os.truncate(path, os.path.getsize(path) - 10),
-    "its checksum differs": lambda path: rewrite(path, **{"keys.0": torch.zeros(H, 2, C, D)}),
+    "does not exist": os.remove,
+    "is damaged, or not a safetensors file": lambda path: os.truncate(path, os.path.getsize(path) - 10),
+    r"its checksum \(crc32\) differs": lambda path: rewrite(path, **{"keys.0": torch.zeros(H, 2, C, D)}),
     "as it was written": lambda path: rewrite(path, {"state": json.dumps(None)}),
-    "is of the format longmem memory 1, not longmem training memory 1": lambda path: rewrite(
+    "has the format longmem memory 1, but this version reads longmem training memory 1": lambda path: rewrite(
         path, {"format": "longmem memory 1"}
     ),
-    "is of the format None": lambda path: save_file({"x": torch.zeros(3)}, path),
-    "is damaged": lambda path: rewrite(path, {"about": "{"}),
+    "has the format None": lambda path: save_file({"x": torch.zeros(3)}, path),
+    "is not as it was written": lambda path: rewrite(path, {"about": "{"}),
 }
 
 
@@ -156,9 +156,9 @@ def test_a_failed_save_leaves_the_old_file(path, tmp_path, monkeypatch):
 
     def fail(tensors, name, metadata):
         open(name, "wb").write(b"half")
-        raise training_snapshot.SafetensorError("No space left on device")
+        raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("longmem_fairseq.memory.memory_file.save_file", fail)
+    monkeypatch.setattr("longmem_fairseq.memory.container.save_file", fail)
     with pytest.raises(OSError, match="memory cannot be written: No space left on device"):
         save_training_memory(path, make_memory(), ABOUT)
     assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["memory"]

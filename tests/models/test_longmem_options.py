@@ -7,7 +7,7 @@ import pytest
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 
-from longmem_fairseq.memory.search.base import has_faiss_gpu
+from longmem_fairseq.memory.search.faiss import has_faiss_gpu
 from longmem_fairseq.models.longmem_lm import LongMemConfig, LongMemModel
 from tests.models.tiny import LAYERS, POSITIONS
 

@@ -14,7 +14,7 @@ T = LONGMEM["tokens_per_sample"]
 
 def from_start(model):
     """The model with nothing in its memories."""
-    model.decoder._memories.clear()
+    model.decoder.reset_memory()
     return model
 
 
@@ -133,7 +133,7 @@ def test_replay_equals_never_having_stopped(tmp_path_factory, pieces, last, memo
     if data.draw(st.booleans()):  # the memory is in use for another document
         read(resumed, documents([2 * T], seed=3), T)
     for i, (tokens, segments) in enumerate(parts[begin:-1]):
-        resumed.memorize(tokens, segments, join=i == 0)
+        resumed.memorize(tokens, segments, restart=i == 0)
     tokens, segments = parts[-1]
     assert not resumed.needs_replay(segments).any()
     assert torch.equal(resumed(tokens, segments=segments)[0], whole(tokens, segments=segments)[0])

@@ -70,7 +70,7 @@ def test_gradients_equal_finite_differences(tmp_path):
     first, second = list(batches(docs, T))
 
     def loss():
-        model.decoder._memories.clear()
+        model.decoder.reset_memory()
         model.eval()(first[0], segments=first[1])
         return model(second[0], segments=second[1])[0].logsumexp(dim=-1).sum()
 
@@ -139,7 +139,7 @@ def test_half_precision_agrees_coarsely(tmp_path, kind, dtype):
         assert b.dtype == dtype and b.isfinite().all()
         # Rounding may change which chunks are read, so a few rows may differ by more.
         assert float((a - b.float()).abs().mean() / a.std()) < 0.1
-    assert next(iter(half.decoder._memories.values())).bank.keys.dtype == dtype
+    assert next(iter(half.decoder.memories)).bank.keys.dtype == dtype
     assert all(grad.isfinite().all() for step in losses(half, docs) for grad in step.values())
 
 
@@ -150,5 +150,5 @@ def test_a_memory_in_half_precision_beside_a_full_model(tmp_path, dtype):
     (a,), (b,) = read(full, docs, T), read(half, docs, T)
     assert b.dtype == torch.float32 and torch.equal(a[:T], b[:T])
     assert float((a - b).abs().mean() / a.std()) < 0.05
-    bank = next(iter(half.decoder._memories.values())).bank
+    bank = next(iter(half.decoder.memories)).bank
     assert str(bank.keys.dtype) == f"torch.{dtype}" and bank.means.dtype == torch.float32

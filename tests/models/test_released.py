@@ -242,7 +242,7 @@ def test_lanes_of_their_own(files):
         torch.testing.assert_close(logits[1:2], alone(tokens[1:2])[0], rtol=0, atol=1e-5)
         mixed = shared(tokens)[0]
     assert (mixed - logits).abs().max() > 0.1
-    with pytest.raises(ValueError, match="4 rows do not continue the 3 that the memory holds: call reset_memory"):
+    with pytest.raises(ValueError, match="4 rows do not continue the 3 lanes of the memory: call reset_memory"):
         together(torch.randint(4, 30, (4, 10)))
     together.reset_memory()
     together(torch.randint(4, 30, (4, 10)))
@@ -287,9 +287,13 @@ def test_code_in_a_file_is_not_run(tmp_path, files):
     malicious = save(tmp_path / "malicious.pt", side, {**side_settings(Shape()), "activation_fn": Payload(created)})
     with pytest.raises(ValueError, match="malicious.pt cannot be read: it asks for posix.mkdir"):
         load_released(malicious)
-    with pytest.raises(BackboneError, match="malicious.pt is no readable fairseq checkpoint: it asks for posix.mkdir"):
+    with pytest.raises(
+        BackboneError, match="malicious.pt is not a readable fairseq checkpoint: it asks for posix.mkdir"
+    ):
         load_released(files["side network"], malicious)
-    with pytest.raises(BackboneError, match="malicious.pt is no readable fairseq checkpoint: it asks for posix.mkdir"):
+    with pytest.raises(
+        BackboneError, match="malicious.pt is not a readable fairseq checkpoint: it asks for posix.mkdir"
+    ):
         load_backbone(malicious, load_released(files["side network"]).decoder.dictionary, 0)
     assert not created.exists()
     torch.load(malicious, weights_only=False)
@@ -300,7 +304,7 @@ def test_code_in_a_file_is_not_run(tmp_path, files):
     "change, message",
     [
         ({"chunk_size": 3}, "--k 8 is not a positive multiple of --chunk-size 3"),
-        ({"memory": 5}, "memory: no such setting; there are .*memory_size"),
+        ({"memory": 5}, "unknown setting memory: the settings are .*memory_size"),
         ({"memory_size": 2}, "--memory-size 2"),
     ],
 )
@@ -310,7 +314,7 @@ def test_settings_refused(files, change, message):
 
 
 def test_files_refused(files, tmp_path):
-    with pytest.raises(ValueError, match="backbone.pt holds no side network of the released LongMem"):
+    with pytest.raises(ValueError, match="backbone.pt does not hold a side network of the released LongMem"):
         load_released(files["backbone"])
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
         load_released(tmp_path / "nowhere.pt")

@@ -111,7 +111,7 @@ def test_evaluation_of_the_backbone(released, tmp_path):
     for begin in range(0, len(document), T):
         backbone = model.decoder.backbone
         last = backbone(source[None, begin : begin + T]).hidden[-1].transpose(0, 1)  # behind the final LayerNorm
-        losses.append(F.cross_entropy(backbone.output_layer(last)[0], document[begin : begin + T], reduction="none"))
+        losses.append(F.cross_entropy(backbone.output(last)[0], document[begin : begin + T], reduction="none"))
     assert loss_of(output) == pytest.approx(torch.cat(losses).mean().item() / np.log(2), abs=1e-3)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longmem_fairseq.data.segments import Segments
-from longmem_fairseq.memory.document_memory import DocumentMemory
+from longmem_fairseq.models.reading import DocumentReader
 from longmem_fairseq.models.trace import trace_reads
 from tests.models.tiny import VOCABULARY, documents, longmem, read
 
@@ -21,15 +21,16 @@ def model(tmp_path_factory):
     return model
 
 
-def library_of(model, *texts):
-    document_memory = DocumentMemory(model.decoder.new_bank())
+def memory_of(model, *texts):
+    reader = DocumentReader(model.decoder, T)
+    memory = reader.new_memory()
     for i, text in enumerate(texts):
-        document_memory.memorize(f"document {i}", torch.cat([EOS, text]), model.decoder.backbone.encode_for_memory, T)
-    return document_memory
+        reader.memorize(memory, f"document {i}", text)
+    return memory
 
 
 def test_scores_are_those_of_the_forward_pass(model):
-    found = trace_reads(model.decoder, TEXT, T, library_of(model))
+    found = trace_reads(DocumentReader(model.decoder, T), TEXT, memory_of(model))
     (logits,) = read(model, [torch.cat([EOS, TEXT[:-1]])], T)
     expected = logits.log_softmax(-1).gather(1, TEXT[:, None])[:, 0]
     torch.testing.assert_close(found.log_probabilities, expected, atol=1e-5, rtol=1e-5)
@@ -40,7 +41,7 @@ def test_scores_are_those_of_the_forward_pass(model):
 
 def test_reads_make_up_what_the_memory_gave(model):
     """All reads of a query, weighted with their masses and with the values that lie at their places, give Z."""
-    found = trace_reads(model.decoder, TEXT, T, library_of(model), kept=6)  # 3 heads x 2 chunks: all
+    found = trace_reads(DocumentReader(model.decoder, T), TEXT, memory_of(model), kept=6)  # 3 heads x 2 chunks: all
     inputs = torch.cat([EOS, TEXT[:-1]])
     keys, values = [], []
     with torch.no_grad():
@@ -89,22 +90,22 @@ def test_reads_make_up_what_the_memory_gave(model):
 
 
 def test_earlier_documents_are_read_and_named(model):
-    document_memory = library_of(model, *EARLIER)
-    found = trace_reads(model.decoder, TEXT, T, document_memory)
+    memory = memory_of(model, *EARLIER)
+    found = trace_reads(DocumentReader(model.decoder, T), TEXT, memory)
     assert found.position == 16 and [document.name for document in found.documents] == ["document 0", "document 1"]
     places = {found.where(int(place))[0] for place in found.chunks[found.heads >= 0]}
     assert places == {"document 0", "document 1", None}
     assert found.where(0) == ("document 0", -1) and found.where(15) == ("document 1", 4)
     assert found.where(16) == (None, -1) and found.where(20) == (None, 3)
-    assert document_memory.end == 16, "the library is only read"
+    assert memory.end == 16, "the library is only read"
     assert (found.heads[0] >= 0).any(), "the first segment reads them already"
 
 
 @pytest.mark.parametrize("begin, length", [(0, 5), (3, 9), (T, T), (2 * T - 1, 2), (30, None), (44, 10)])
 def test_a_part_is_what_it_is_in_the_whole(model, begin, length):
-    document_memory = library_of(model, *EARLIER)
-    whole = trace_reads(model.decoder, TEXT, T, document_memory, kept=4)
-    part = trace_reads(model.decoder, TEXT, T, document_memory, begin, length, kept=4)
+    memory = memory_of(model, *EARLIER)
+    whole = trace_reads(DocumentReader(model.decoder, T), TEXT, memory, kept=4)
+    part = trace_reads(DocumentReader(model.decoder, T), TEXT, memory, begin, length, kept=4)
     end = len(TEXT) if length is None else min(begin + length, len(TEXT))
     for name in ("tokens", "log_probabilities", "without_memory", "strongest", "by_head", "heads", "chunks", "masses"):
         torch.testing.assert_close(getattr(part, name), getattr(whole, name)[begin:end], atol=1e-5, rtol=1e-5)
@@ -118,4 +119,4 @@ def test_what_cannot_be_traced(model):
         (dict(kept=0), "0 reads of each token would show nothing"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            trace_reads(model.decoder, TEXT, T, library_of(model), **options)
+            trace_reads(DocumentReader(model.decoder, T), TEXT, memory_of(model), **options)

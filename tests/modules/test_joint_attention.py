@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem_fairseq.modules.joint_attention import JointAttention, memory_attention, naive_memory_attention
+from longmem_fairseq.modules.joint_attention import JointAttention
+from longmem_fairseq.modules.memory_attention import memory_attention, naive_memory_attention
 from longmem_fairseq.modules.self_attention import SelfAttention
 from tests.models.tiny import randomize
 
@@ -134,7 +135,7 @@ def plain(module):
 
 def mixed(module, x, reader, weight):
     """(1 - weight) * local + weight * Z, before the output projection is undone; weight (B, H)."""
-    q, k, v = (module._heads(p(x)) for p in (module.q_proj, module.k_proj, module.v_proj))
+    q, k, v = (module.split_heads(p(x)) for p in (module.q_proj, module.k_proj, module.v_proj))
     local = module.local_attention(q, k, v)
     out = local + weight[:, :, None, None] * (reader.z - local)  # (B, H, T, d)
     return module.out_proj(out.permute(2, 0, 1, 3).reshape(T, B, D))
@@ -161,7 +162,7 @@ def test_the_reader_gets_the_layers_own_queries_unscaled(joint, x):
         joint(x)
     q, scaling = reader.asked
     assert scaling == (D // H) ** -0.5
-    assert torch.equal(q, joint._heads(joint.q_proj(x)))
+    assert torch.equal(q, joint.split_heads(joint.q_proj(x)))
 
 
 def test_gates_far_from_zero_choose_one_side(joint, x):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longmem_fairseq.modules.joint_attention import naive_memory_attention
+from longmem_fairseq.modules.memory_attention import naive_memory_attention
 from longmem_fairseq.modules.memory_masses import chunk_masses, chunk_scores
 
 

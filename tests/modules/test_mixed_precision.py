@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longmem_fairseq.models.reading import DocumentReader
 from longmem_fairseq.modules.mixed_precision import compute_products_in
 from tests.models.tiny import VOCABULARY, build_longmem, stock_config, stock_model, write_checkpoint
 
@@ -76,7 +77,9 @@ def test_all_layers_of_a_longmem(tmp_path):
     for x in (keys, values):  # held as the products give them, in the model's precision
         assert x.dtype == torch.float32 and torch.equal(x, x.bfloat16().float())
     torch.testing.assert_close(means, keys.mean(dim=2))
-    assert model.decoder.new_bank().keys.dtype == torch.float32, "generation holds another precision"
+    assert DocumentReader(model.decoder, 1).new_memory().bank.keys.dtype == torch.float32, (
+        "generation holds another precision"
+    )
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def test_memory_is_as_if_never_stopped(lengths, T, lanes, ranks, scope, memory_t
         if memory_tokens:
             replay(batch, resumed, dataset)
             assert resumed.memorized == before
-        resumed.memorize(batch["net_input"]["src_tokens"], batch["net_input"]["segments"], join=not memory_tokens)
+        resumed.memorize(batch["net_input"]["src_tokens"], batch["net_input"]["segments"], restart=not memory_tokens)
 
 
 def test_no_gradients(monkeypatch):

@@ -20,8 +20,9 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import Tensor
 
-from ...backbones.loading import Backbone, EncodedSegment, load_backbone
-from ...hub import LongMem, _find_data, find_checkpoint
+from ...backbones.base import Backbone, EncodedSegment
+from ...backbones.loading import load_backbone
+from ...hub import LongMem, find_checkpoint, find_data
 from ...memory.bank import MemoryBank
 from ...memory.branches import MemoryBranches
 from ...memory.cache import CacheSettings, NeuralCache
@@ -103,7 +104,7 @@ class Scorer:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = {name: value for name, value in settings.items() if value is not None}
         cfg = _configuration(checkpoint)
-        directory = _find_data(tokenizer, checkpoint, cfg["task"].get("data"))
+        directory = find_data(tokenizer, checkpoint, cfg["task"].get("data"))
         name = cfg["model"]["_name"]
         if issubclass(ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name) or object, LongMemModel):
             named = {"pretrained_model_path": backbone, "tokens_per_sample": tokens_per_sample}
@@ -161,7 +162,7 @@ class Scorer:
             with self._memory_of(size):
                 bank = self.decoder.new_bank()
         if size and (bool(self.cache) if cached is None else cached):
-            cache = NeuralCache(size, self.backbone.decoder.output_embed_dim, self.device)
+            cache = NeuralCache(size, self.backbone.width, self.device)
         return Past(self.tokenizer.eos, bank, cache)
 
     @torch.no_grad()
@@ -267,7 +268,7 @@ class Scorer:
 
     def log_probs(self, features: Tensor) -> Tensor:
         """Log-probabilities (..., V), float32, of features (..., D): all systems have the backbone's output layer."""
-        return self.backbone.output_layer(features).float().log_softmax(-1)
+        return self.backbone.output(features).float().log_softmax(-1)
 
     def target_log_probs(self, features: Dict[str, Tensor], targets: Tensor, at_once: int = 1024) -> Dict[str, Tensor]:
         """Those of targets (n,) by each system, given features (n, D) of each: (n,) float32."""

@@ -92,7 +92,7 @@ class SystemDecoder(FairseqIncrementalDecoder):
         What followed the last one is not known yet; ``waits`` says where there is one.
         """
         lengths = torch.tensor([len(piece) for piece in pieces], device=self.device)
-        D = self.backbone.decoder.output_embed_dim
+        D = self.backbone.width
         S = int(lengths.max())
         hidden = self._hidden if S else torch.zeros(len(pieces), 1, D, device=self.device)
         tokens = torch.full((len(pieces), S), -1, device=self.device)

@@ -1,11 +1,21 @@
-"""Exact search of the memory bank: the chunks whose mean key has the largest inner product with a query.
+"""The contract of a search backend, and the registry that ``--memory-search`` chooses from.
 
-Legend: B rows of a batch, H heads, T queries, d width of a head, N slots of the bank, n chunks wanted.
+A search finds, for each query, the chunks of a memory bank whose mean keys have the largest inner products with it
+(METHOD: "One step", 3). A backend is a class in a file of its own, registered under the name that selects it::
+
+    @register_search("mine")
+    class MySearch(SearchBackend):
+        def __call__(self, bank, lanes, queries, n): ...
+
+As soon as that file is imported, ``--memory-search mine`` selects it.
+
+Legend: B rows of a batch, H KV heads, G query heads of a KV head, T tokens, d width of a head, n chunks to find.
 """
 
-import itertools
+import functools
 import logging
-from typing import Callable, Dict, Tuple
+from abc import ABC, abstractmethod
+from typing import Callable, ClassVar, Dict, List, Optional, Tuple, Type
 
 import numpy as np
 import torch
@@ -15,187 +25,152 @@ from ..bank import MemoryBank
 
 logger = logging.getLogger(__name__)
 
-SEARCHES = ("auto", "native", "faiss", "torch")
-
-SearchFunction = Callable[[MemoryBank, np.ndarray, Tensor, int], Tensor]
-
-# Scores of one block of queries held at a time by the torch search, in elements (256 MiB of float32).
-_BLOCK = 1 << 26
-# Heads and lanes are scored together only as far as this many queries of each fit into a block: a block of few queries
-# spends its time reading the chunks.
-_QUERIES = 256
-# Columns whose maximum stands for them in the first level of the selection.
-_COLUMNS = 64
+AUTO = "auto"
+# The backends that "auto" tries, in this order.
+_PREFERENCE = ("native", "faiss")
 
 
-def torch_search(bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
-    """Exact search by matrix product and top-k, on whatever device the bank lies.
+class SearchBackend(ABC):
+    """A way to find the chunks of a bank with the largest inner products.
 
-    Args:
-        bank: the memory bank.
-        lanes: row of the bank for each row of the batch, shape (B,).
-        queries: shape (B, H, T, d), any floating dtype; scores are float32.
-        n: chunks wanted.
+    A backend keeps nothing between two calls except ``recall``, so one object serves any number of banks.
 
-    Returns:
-        Slots, best first, shape (B, H, T, n), int64; -1 where a lane holds fewer chunks.
+    Attributes:
+        name: Name that ``--memory-search`` selects the backend by; set by :func:`register_search`.
+        recall: Number of chunks that the last search has in common with exact search, and number of chunks searched
+            for. None where the search is exact or was not compared.
     """
-    B, H, T, _ = queries.shape
-    slots = queries.new_full((B, H, T, n), -1, dtype=torch.int64)
-    for spans, rows in _by_spans(bank, lanes).items():
-        low, high = spans[0][0], spans[-1][1]
-        means = _rows(bank.means, lanes[rows])[:, :, low:high]  # (b, H, N, d)
-        asked = _rows(queries, rows)  # (b, H, T, d)
-        wanted = min(n, sum(end - begin for begin, end in spans))
-        together = max(1, _BLOCK // ((high - low) * min(T, _QUERIES)))  # lanes and heads scored together
-        by_head, by_row = min(H, together), max(1, min(len(rows), together // H))
-        step = max(1, _BLOCK // (by_row * by_head * (high - low)))
-        for i, h, t in itertools.product(range(0, len(rows), by_row), range(0, H, by_head), range(0, T, step)):
-            block = asked[i : i + by_row, h : h + by_head, t : t + step].float()
-            scores = block @ means[i : i + by_row, h : h + by_head].transpose(-1, -2)  # (., ., t, N)
-            if len(spans) == 2:
-                scores[..., spans[0][1] - low : spans[1][0] - low] = float("-inf")
-            found = top_indices(scores, wanted) + low
-            for row, best in zip(rows[i : i + by_row].tolist(), found):  # by number: an index array would stall a GPU
-                slots[row, h : h + by_head, t : t + step, :wanted] = best
-    return slots
 
+    name: ClassVar[str] = ""
+    recall: Optional[Tuple[float, float]] = None
 
-def top_indices(scores: Tensor, n: int) -> Tensor:
-    """Where the n largest of scores (..., N) stand, largest first, shape (..., n), int64; equal ones in any order.
+    @classmethod
+    def unavailable(cls, device: torch.device) -> Optional[str]:
+        """Return the reason why the backend cannot search a bank here, or None if it can.
 
-    Over many columns it is several times as fast as ``topk``, and as exact: each of the n largest lies in one of the n
-    blocks of columns with the largest maxima, so the rest is chosen among the columns of those.
-    """
-    N = scores.size(-1)
-    blocks = N // _COLUMNS
-    if blocks < 4 * n:  # the columns of n blocks are no small part of all
-        return scores.topk(n, dim=-1).indices
-    whole = blocks * _COLUMNS
-    maxima = scores[..., :whole].unflatten(-1, (blocks, _COLUMNS)).amax(dim=-1)  # (..., N / 64)
-    if whole < N:
-        maxima = torch.cat([maxima, scores[..., whole:].amax(dim=-1, keepdim=True)], dim=-1)
-    first = maxima.topk(n, dim=-1).indices * _COLUMNS
-    columns = (first[..., None] + torch.arange(_COLUMNS, device=scores.device)).flatten(-2)  # (..., 64 n)
-    if whole < N:
-        candidates = scores.gather(-1, columns.clamp(max=N - 1)).masked_fill(columns >= N, float("-inf"))
-    else:
-        candidates = scores.gather(-1, columns)
-    return columns.gather(-1, candidates.topk(n, dim=-1).indices)
+        Args:
+            device: Device of the bank's mean keys.
 
+        Returns:
+            A clause without a capital letter and a full stop, which follows "--memory-search NAME is not available: ",
+            or None. By default a backend can search everywhere.
+        """
+        return None
 
-def faiss_search(bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
-    """Exact search by faiss on the bank's own tensor: ``knn`` on the CPU, ``knn_gpu`` on a GPU.
+    @abstractmethod
+    def __call__(self, bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
+        """Search the bank.
 
-    Arguments and result as for :func:`torch_search`.
-    """
-    import faiss
+        Args:
+            bank: Memory bank to search.
+            lanes: Lane of the bank for each row of the batch, shape (B,), int64.
+            queries: Queries, grouped by KV head (:func:`longmem_fairseq.modules.query_groups.group_queries`), shape
+                (B, H, G * T, d), any floating dtype. Scores are float32.
+            n: Number of chunks to find.
 
-    B, H, T, _ = queries.shape
-    queries = queries.detach().float().contiguous()
-    slots = torch.full((B, H, T, n), -1, dtype=torch.int64, device=queries.device)
-    for spans, rows in _by_spans(bank, lanes).items():
-        if len(spans) == 2:  # faiss searches one run of rows; a stream joined midway fills two until the ring is full
-            slots[rows] = torch_search(bank, lanes[rows], queries[rows], n)
-            continue
-        low, high = spans[0]
-        wanted = min(n, high - low)
-        for row in rows:
-            for head in range(H):
-                found = _knn(faiss, queries[row, head], bank.means[lanes[row], head, low:high], wanted)
-                # -1 stands for "none", which faiss says for queries that are not numbers.
-                slots[row, head, :, :wanted] = torch.where(found < 0, found, found + low)
-    return slots
+        Returns:
+            Slots of the chunks, best first, shape (B, H, G * T, n), int64, on the queries' device; -1 where a lane
+            holds fewer chunks.
+        """
 
+    def can_search_lists(self, queries: int, width: int) -> bool:
+        """Return whether :meth:`search_lists` is supported, and faster than faiss for queries of this number and width.
 
-def _knn(faiss, queries: Tensor, means: Tensor, n: int) -> Tensor:
-    """Numbers of the n best of means (N, d) for queries (T, d), shape (T, n)."""
-    if not queries.is_cuda:
-        _, found = faiss.knn(queries.numpy(), means.numpy(), n, metric=faiss.METRIC_INNER_PRODUCT)
-        return torch.from_numpy(found)
-    import faiss.contrib.torch_utils  # noqa: F401  (lets knn_gpu take torch tensors)
-
-    _, found = faiss.knn_gpu(_gpu_resources(faiss), queries, means, n, metric=faiss.METRIC_INNER_PRODUCT)
-    return found
-
-
-_RESOURCES = {}
-
-
-def _gpu_resources(faiss):
-    """One StandardGpuResources a device: each reserves scratch memory of its own."""
-    device = torch.cuda.current_device()
-    if device not in _RESOURCES:
-        _RESOURCES[device] = faiss.StandardGpuResources()
-    return _RESOURCES[device]
-
-
-def _by_spans(bank: MemoryBank, lanes: np.ndarray) -> Dict[Tuple[Tuple[int, int], ...], np.ndarray]:
-    """Rows of the batch whose lanes fill the same slots, together; rows with an empty memory are left out."""
-    groups = {}
-    for row, lane in enumerate(lanes):
-        spans = bank.spans(int(lane))
-        if spans:
-            groups.setdefault(spans, []).append(row)
-    return {spans: np.array(rows) for spans, rows in groups.items()}
-
-
-def _rows(x: Tensor, rows: np.ndarray) -> Tensor:
-    """x[rows], without a copy where rows is a run of consecutive numbers."""
-    begin = int(rows[0])
-    if np.array_equal(rows, np.arange(begin, begin + len(rows))):
-        return x[begin : begin + len(rows)]
-    return x[torch.from_numpy(rows).to(x.device, non_blocking=True)]
-
-
-def has_faiss_gpu() -> bool:
-    """Whether the installed faiss was built with GPU support."""
-    try:
-        import faiss
-    except ImportError:
+        Args:
+            queries: Number of queries of each head.
+            width: Width of a head.
+        """
         return False
-    return hasattr(faiss, "StandardGpuResources")
+
+    def search_lists(self, indices: List, queries: np.ndarray, n: int) -> np.ndarray:
+        """Search the inverted lists of one faiss index per head; only called where :meth:`can_search_lists` is true.
+
+        Args:
+            indices: A ``faiss.IndexIVFFlat`` of inner products for each head.
+            queries: Queries, shape (H, G * T, d), float32, contiguous.
+            n: Number of chunks to find.
+
+        Returns:
+            Ids of the chunks in the index, best first, shape (H, G * T, n), int64; -1 where fewer are found.
+        """
+        raise NotImplementedError
 
 
-def choose_search(name: str, device: torch.device) -> SearchFunction:
-    """The search function for ``--memory-search`` on the device where the bank lies.
+BACKENDS: Dict[str, Type[SearchBackend]] = {}
+
+
+def register_search(name: str) -> Callable[[Type[SearchBackend]], Type[SearchBackend]]:
+    """Register a search backend, as a decorator of its class.
 
     Args:
-        name: one of ``SEARCHES``. ``auto`` is ``native`` for a bank in main memory where that can be built and run, and
-            ``faiss`` otherwise.
-        device: of the bank.
+        name: Name that ``--memory-search`` selects the backend by.
 
     Raises:
-        ValueError: for another name, or one that cannot be used here.
+        ValueError: The name is registered already, or the class is not a search backend.
     """
-    if name not in SEARCHES:
-        raise ValueError(f"--memory-search {name} is unknown: it is {', '.join(SEARCHES[:-1])} or {SEARCHES[-1]}")
-    if name == "torch":
-        return torch_search
-    if name == "native" and device.type != "cpu":
-        raise ValueError(
-            f"--memory-search native searches in main memory, but the memory lies on {device}: choose --memory-search "
-            "faiss or torch, or --memory-device cpu"
-        )
-    try:
-        import faiss  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            f"--memory-search {name} needs faiss: pip install faiss-cpu or faiss-gpu, or choose --memory-search torch"
-        ) from None
-    if name != "faiss" and device.type == "cpu":
-        from .native import Unavailable, load_kernel, native_search
 
-        try:
-            load_kernel()
-            return native_search
-        except Unavailable as error:
-            if name == "native":
-                raise ValueError(f"--memory-search native: {error}: choose --memory-search faiss") from None
-            logger.info("search by faiss, as %s", error)
-    if device.type == "cuda" and not has_faiss_gpu():
-        raise ValueError(
-            "the memory lies on a GPU but the installed faiss has no GPU support: pip uninstall faiss-cpu and "
-            "pip install faiss-gpu, or choose --memory-search torch"
-        )
-    return faiss_search
+    def register(backend: Type[SearchBackend]) -> Type[SearchBackend]:
+        if name == AUTO or name in BACKENDS:
+            raise ValueError(f"a search backend is registered as {name} already: choose another name")
+        if not issubclass(backend, SearchBackend):
+            raise ValueError(f"{backend.__name__} is not a subclass of SearchBackend: it cannot be registered")
+        backend.name = name
+        BACKENDS[name] = backend
+        return backend
+
+    return register
+
+
+def registered_searches() -> Tuple[str, ...]:
+    """Return the values of ``--memory-search``: ``auto``, then the name of every registered backend."""
+    return (AUTO, *BACKENDS)
+
+
+def choose_search(name: str, device: torch.device) -> SearchBackend:
+    """Make the search backend for ``--memory-search``.
+
+    Args:
+        name: Name of a registered backend, or ``auto``: ``native`` where it can run, ``faiss`` elsewhere.
+        device: Device of the bank's mean keys.
+
+    Raises:
+        ValueError: The name is not registered, or the backend cannot run here.
+    """
+    if name not in registered_searches():
+        raise ValueError(f"--memory-search {name} is unknown: choose {_listed(registered_searches())}")
+    reasons = {}
+    for candidate in _PREFERENCE if name == AUTO else (name,):
+        reason = BACKENDS[candidate].unavailable(device)
+        if reason is None:
+            for other, why in reasons.items():
+                _log_choice(candidate, other, why)
+            return BACKENDS[candidate]()
+        reasons[candidate] = reason
+    others = [other for other, backend in BACKENDS.items() if other not in reasons]
+    others = [other for other in others if BACKENDS[other].unavailable(device) is None]
+    advice = f"; choose --memory-search {_listed(others)}" if others else ""
+    raise ValueError(f"--memory-search {name} is not available: {reason}{advice}")
+
+
+@functools.lru_cache(maxsize=None)  # once is enough, however many banks are made
+def _log_choice(name: str, other: str, reason: str) -> None:
+    logger.info("search by %s, as %s is not available: %s", name, other, reason)
+
+
+def _listed(names) -> str:
+    """Return names as a sentence lists them: ``a, b or c``."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+# Names of the search functions, for modules that are not adapted yet.
+SEARCHES = ("auto", "native", "faiss", "torch")
+SearchFunction = Callable[[MemoryBank, np.ndarray, Tensor, int], Tensor]
+
+
+def __getattr__(name: str):
+    if name == "has_faiss_gpu":
+        from .faiss import has_faiss_gpu
+
+        return has_faiss_gpu
+    raise AttributeError(name)

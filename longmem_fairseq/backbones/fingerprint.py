@@ -1,0 +1,27 @@
+"""The fingerprint that tells two backbones apart."""
+
+import hashlib
+import json
+
+from .base import Backbone
+
+
+def backbone_fingerprint(backbone: Backbone) -> str:
+    """Return the SHA-256 of a backbone's description and of all its weights as float32.
+
+    It is the same in every version of fairseq.
+
+    Args:
+        backbone: Backbone with loaded weights.
+
+    Returns:
+        The digest in hexadecimal, 64 characters.
+    """
+    digest = hashlib.sha256(json.dumps(backbone.config, sort_keys=True).encode())
+    weights = {name[len("decoder.") :]: tensor for name, tensor in backbone.state_dict().items()}
+    for name, tensor in sorted(weights.items()):
+        if name.endswith("._float_tensor"):  # of sinusoidal positions in fairseq 0.12.2: never initialised, never read
+            continue
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    return digest.hexdigest()

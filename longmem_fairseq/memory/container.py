@@ -1,0 +1,120 @@
+"""The container of memories on disk: a safetensors file whose header says what it is, with a checksum over both."""
+
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from typing import Callable, Dict, Tuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import write_whole
+
+Header = Dict[str, str]
+Checksum = Callable[[Header, Dict[str, Tensor]], str]
+
+
+class SnapshotError(ValueError):
+    """A file is not a container that can be used here; the message gives the reason."""
+
+
+def sha256(header: Header, tensors: Dict[str, Tensor]) -> str:
+    """Return the SHA-256 of a header and tensors, in hexadecimal."""
+    digest = hashlib.sha256(_header_bytes(header))
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
+        digest.update(_data(x))
+    return digest.hexdigest()
+
+
+def crc32(header: Header, tensors: Dict[str, Tensor]) -> str:
+    """Return the CRC-32 of a header and tensors, 8 hexadecimal digits; three times as fast as SHA-256 on gigabytes."""
+    crc = zlib.crc32(_header_bytes(header))
+    for name in sorted(tensors):
+        x = tensors[name]
+        crc = zlib.crc32(f"{name} {tuple(x.shape)} {x.dtype}".encode(), crc)
+        crc = zlib.crc32(_data(x), crc)
+    return f"{crc:08x}"
+
+
+def write_container(path: str, tensors: Dict[str, Tensor], header: Header, checksum: Checksum) -> None:
+    """Write a container, whole or not at all; a file of that name is replaced.
+
+    Args:
+        path: Path of the file.
+        tensors: Contiguous tensors on the CPU, by name.
+        header: Strings by name, with the format under ``format``.
+        checksum: Function of header and tensors, :func:`sha256` or :func:`crc32`; its result is added to the header
+            under its name.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    header = {**header, checksum.__name__: checksum(header, tensors)}
+
+    def write(temporary: str) -> None:
+        folder, name = os.path.split(os.path.abspath(path))
+        # The library has a temporary file of its own, which stays where a process is killed: give it a known place.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}.tmp") as inner:
+            written = os.path.join(inner, name)
+            try:
+                save_file(tensors, written, metadata=header)
+            except SafetensorError as error:  # so the library reports that a disk is full
+                raise OSError(str(error)) from error
+            os.chmod(written, _default_mode())  # the library's files are readable by their owner alone
+            os.replace(written, temporary)
+
+    write_whole(path, write)
+
+
+def read_container(path: str, file_format: str, checksum: Checksum, kind: str) -> Tuple[Header, Dict[str, Tensor]]:
+    """Read a container and compare its checksum; the tensors are mapped rather than read where that is possible.
+
+    Args:
+        path: Path of the file.
+        file_format: Expected format.
+        checksum: Function that it was written with.
+        kind: Kind of the file, for messages, such as "memory" or "snapshot".
+
+    Returns:
+        Header and tensors.
+
+    Raises:
+        SnapshotError: The file is missing, damaged, changed, or of another format.
+    """
+    if not os.path.isfile(path):
+        raise SnapshotError(f"the {kind} {path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != file_format:
+                raise SnapshotError(
+                    f"the {kind} {path} has the format {header.get('format')}, but this version reads {file_format}"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise SnapshotError(f"the {kind} {path} is damaged, or not a safetensors file: {error}") from error
+    if header.get(checksum.__name__) != checksum(header, tensors):
+        raise SnapshotError(f"the {kind} {path} is not as it was written: its checksum ({checksum.__name__}) differs")
+    return header, tensors
+
+
+def _header_bytes(header: Header) -> bytes:
+    checked = {name: value for name, value in header.items() if name not in (sha256.__name__, crc32.__name__)}
+    return json.dumps(checked, sort_keys=True).encode()
+
+
+def _data(x: Tensor) -> memoryview:
+    return memoryview(x.flatten().view(torch.uint8).numpy())
+
+
+def _default_mode() -> int:
+    """Return the mode that a new file gets by the process's umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask

@@ -1,0 +1,120 @@
+"""Making banks, searches and memories for one model, from its settings."""
+
+from typing import Dict, Optional
+
+import torch
+from torch import Tensor
+
+from ..modules.memory_attention import MemoryAttention, memory_attention
+from .bank import MemoryBank
+from .branches import MemoryBranches
+from .placement import Placement
+from .policies import memory_policy
+from .reader import ChunkReader
+from .search.base import SearchBackend, choose_search
+from .search.index import IndexSearch
+from .settings import MemorySettings
+from .stream_memory import StreamMemory
+
+
+class MemoryFactory:
+    """Makes everything that a model remembers with.
+
+    What the settings decide is computed once for each device and kept.
+
+    Args:
+        settings: Settings of the memory, checked.
+        kv_heads: Number of key/value heads of the memory layer, H_kv.
+        head_dim: Width of a head, d.
+        attention: Function that attends to retrieved chunks (see
+            :func:`longmem_fairseq.modules.memory_attention.memory_attention`).
+    """
+
+    def __init__(
+        self,
+        settings: MemorySettings,
+        kv_heads: int,
+        head_dim: int,
+        attention: MemoryAttention = memory_attention,
+    ):
+        self.settings, self.kv_heads, self.head_dim, self.attention = settings, kv_heads, head_dim, attention
+        self._placements: Dict[torch.device, Placement] = {}
+        self._searches: Dict[torch.device, SearchBackend] = {}
+        self._sizes: Dict[int, MemoryFactory] = {}
+
+    def with_size(self, tokens: int) -> "MemoryFactory":
+        """Return the factory of memories of another size.
+
+        Args:
+            tokens: Number of tokens that a lane holds; at least one chunk is held.
+        """
+        settings = self.settings.with_size(tokens)
+        if settings == self.settings:
+            return self
+        if settings.size not in self._sizes:
+            self._sizes[settings.size] = MemoryFactory(settings, self.kv_heads, self.head_dim, self.attention)
+        return self._sizes[settings.size]
+
+    def placement(self, device: torch.device) -> Placement:
+        """Return where banks are stored for a model on a device."""
+        if device not in self._placements:
+            self._placements[device] = self.settings.placement(device)
+        return self._placements[device]
+
+    def search(self, device: torch.device) -> SearchBackend:
+        """Return the search of banks for a model on a device: always the same one, since it counts its recall."""
+        if device not in self._searches:
+            search = choose_search(self.settings.search, self.placement(device).means)
+            if self.settings.indexed:
+                search = IndexSearch(self.settings.index_spec(self.head_dim), search)
+            self._searches[device] = search
+        return self._searches[device]
+
+    def chunk_reader(self, device: torch.device) -> ChunkReader:
+        """Return search and attention for a model on a device."""
+        return ChunkReader(self.search(device), self.attention, self.settings.chunks_per_query)
+
+    def bank(self, lanes: int, dtype: torch.dtype, device: torch.device) -> MemoryBank:
+        """Make an empty bank.
+
+        Args:
+            lanes: Number of lanes.
+            dtype: Precision of the model's activations, which the bank takes unless ``--memory-dtype`` sets another.
+            device: Device of the model.
+        """
+        settings = self.settings
+        return MemoryBank(
+            lanes,
+            self.kv_heads,
+            self.head_dim,
+            settings.size,
+            settings.chunk_size,
+            settings.dtype or dtype,
+            exact_means=memory_policy(settings.scope).exact_means,
+            placement=self.placement(device),
+        )
+
+    def memory(self, lanes: int, like: Tensor, keep_reads: bool = False) -> StreamMemory:
+        """Make an empty memory of a split, of the class that ``--memory-scope`` selects.
+
+        Args:
+            lanes: Number of lanes.
+            like: Keys of the model, whose dtype and device the memory takes.
+            keep_reads: Whether a backward pass may come after later batches were written.
+        """
+        policy = memory_policy(self.settings.scope)
+        bank = self.bank(1 if policy.shares_memory else lanes, like.dtype, like.device)
+        return policy.memory_class(bank, self.chunk_reader(like.device), keep_reads)
+
+    def branches(
+        self, rows: int, dtype: torch.dtype, device: torch.device, base: Optional[MemoryBank] = None
+    ) -> MemoryBranches:
+        """Make memories for generation, one for each row whatever the memory's scope.
+
+        Args:
+            rows: Number of rows.
+            dtype: Precision of the model's activations.
+            device: Device of the model.
+            base: Bank of one lane that every row starts with, which is only read; None for an empty memory.
+        """
+        return MemoryBranches(rows, lambda: self.bank(1, dtype, device), self.chunk_reader(device), base)

@@ -1,0 +1,99 @@
+"""The memories of training and of evaluation, which never see each other's tokens."""
+
+import logging
+from typing import Dict, Iterator, Optional, Tuple
+
+import numpy as np
+from torch import Tensor
+
+from ..data.segments import Segments
+from .factory import MemoryFactory
+from .stream_memory import StreamMemory
+
+logger = logging.getLogger(__name__)
+
+
+class SplitMemories:
+    """One memory for training and one for evaluation, each allocated when it is first needed.
+
+    Args:
+        factory: Factory that makes them.
+    """
+
+    def __init__(self, factory: MemoryFactory):
+        self.factory = factory
+        self._memories: Dict[bool, StreamMemory] = {}
+
+    def __iter__(self) -> Iterator[StreamMemory]:
+        return iter(self._memories.values())
+
+    def get(self, training: bool) -> Optional[StreamMemory]:
+        """Return the memory of training or evaluation; None before anything was written."""
+        return self._memories.get(training)
+
+    def allocate(self, training: bool, lanes: int, like: Tensor, keep_reads: bool = False) -> StreamMemory:
+        """Return the memory of training or evaluation, allocated if there is none that fits.
+
+        Args:
+            training: Whether the memory of training is meant.
+            lanes: Number of lanes that a batch may have.
+            like: Keys of the model, whose dtype and device a new memory takes.
+            keep_reads: Whether a backward pass may come after later batches were written.
+        """
+        memory = self._memories.get(training)
+        if memory is not None:
+            fits = memory.lanes is None or memory.lanes >= lanes
+            if fits and memory.bank.placement == self.factory.placement(like.device):
+                return memory
+            logger.warning("the memory is allocated again for %d lanes on %s", lanes, like.device)
+        memory = self._memories[training] = self.factory.memory(lanes, like, keep_reads)
+        logger.info(
+            "memory for %s: %d lanes x %d tokens (%s) on %s, %.1f MiB, search by %s",
+            "training" if training else "evaluation",
+            memory.bank.lanes,
+            self.factory.settings.size,
+            str(memory.bank.keys.dtype).split(".")[-1],
+            memory.bank.placement,
+            memory.bank.nbytes / 2**20,
+            memory.chunk_reader.search.name,
+        )
+        return memory
+
+    def needs_replay(self, training: bool, segments: Segments) -> np.ndarray:
+        """Return which rows' memory is not where their segment starts, shape (B,), bool."""
+        memory = self._memories.get(training)
+        if memory is None or (memory.lanes is not None and memory.lanes < segments.n_lanes):
+            return segments.starts > 0
+        return memory.needs_replay(segments)
+
+    def next_segments(self, training: bool, tokens: Tensor, pad: int) -> Segments:
+        """Return the place of a batch that continues the lanes 0 to B - 1 where the batch before it ended.
+
+        Args:
+            training: Whether the memory of training is meant.
+            tokens: Token ids, shape (B, T), int64; padding only follows a row's tokens.
+            pad: Id of the padding symbol.
+
+        Raises:
+            ValueError: The memory has fewer lanes.
+        """
+        B, T = tokens.shape
+        memory = self._memories.get(training)
+        if memory is not None and memory.lanes is not None and B > memory.lanes:
+            raise ValueError(f"{B} rows do not continue the {memory.lanes} lanes of the memory: call reset_memory()")
+        lanes, zeros = np.arange(B), np.zeros(B, dtype=np.int64)
+        real = tokens.cpu().numpy() != pad
+        lengths = T - np.argmax(real[:, ::-1], axis=1)  # up to the last token that is not padding
+        return Segments(lanes, zeros, zeros if memory is None else memory.ends(lanes), lengths, B)
+
+    def contents(self, training: bool, lane: int) -> Optional[Tuple[Tensor, Tensor, Tensor]]:
+        """Return keys, values and mean keys that a lane holds, oldest chunk first; None before anything was written."""
+        memory = self._memories.get(training)
+        if memory is None:
+            return None
+        memory.flush()
+        return memory.bank.contents(lane)
+
+    def clear(self) -> None:
+        """Forget everything and free it."""
+        self._memories.clear()

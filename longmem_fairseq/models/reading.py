@@ -1,0 +1,160 @@
+"""Reading a document segment by segment behind a memory: what scoring, tracing, memorizing and prefill share.
+
+Legend: B rows, T tokens of a segment, b segments encoded side by side, d width of a head, H_kv key/value heads.
+"""
+
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from ..backbones.base import EncodedSegment
+from ..memory.bank import MemoryBank
+from ..memory.branches import MemoryBranches
+from ..memory.document_memory import DocumentMemory
+from ..progress import token_bar
+
+_TOKENS_AT_ONCE = 4096  # tokens of segments that are encoded side by side; segments do not see each other
+
+
+class ReadSegment(NamedTuple):
+    """One segment while it is read; it is written into the memory when the next one is requested.
+
+    Attributes:
+        begin: Number of the segment's first input in the document.
+        inputs: Inputs, shape (1, T), int64.
+        encoded: Segment as the backbone encoded it, with all layers.
+    """
+
+    begin: int
+    inputs: Tensor
+    encoded: EncodedSegment
+
+
+class DocumentReader:
+    """Reads documents as ``fairseq-eval-lm`` does: segments of T inputs, each behind the memory of those before it.
+
+    The inputs of a document are an end-of-sentence and its tokens but the last; its targets are its tokens.
+
+    Args:
+        decoder: A :class:`longmem_fairseq.models.longmem_decoder.LongMemDecoder` in evaluation mode.
+        segment: Number of tokens in a segment, T.
+    """
+
+    def __init__(self, decoder, segment: int):
+        self.decoder, self.segment = decoder, segment
+
+    def branches(self, rows: int = 1, base: Optional[MemoryBank] = None) -> Optional[MemoryBranches]:
+        """Return memories for some rows that are read from and written to; None with the memory off.
+
+        Args:
+            rows: Number of rows.
+            base: Bank of one lane that every row starts with, which is only read; None for an empty memory.
+        """
+        decoder = self.decoder
+        if not decoder.has_memory:
+            return None
+        return decoder.memory_factory.branches(rows, decoder.backbone.dtype, decoder.device, base)
+
+    def new_memory(self) -> Optional[DocumentMemory]:
+        """Return an empty memory of documents; None with the memory off."""
+        decoder = self.decoder
+        if not decoder.has_memory:
+            return None
+        return DocumentMemory(decoder.memory_factory.bank(1, decoder.backbone.dtype, decoder.device))
+
+    def inputs_of(self, tokens: Tensor) -> Tensor:
+        """Return a document's inputs, shape (length,), on the model's device, from its tokens (length,)."""
+        tokens = tokens.to(self.decoder.device)
+        return torch.cat([tokens.new_tensor([self.decoder.dictionary.eos()]), tokens[:-1]])
+
+    def encode_for_memory(self, segments: Sequence[Tensor]) -> Iterator[Tuple[List[int], Tensor, EncodedSegment]]:
+        """Encode segments of one length side by side, only as far up as the memory needs.
+
+        Args:
+            segments: Inputs of each segment, shape (T,), int64.
+
+        Yields:
+            Numbers of the segments, their inputs (b, T), and what the backbone computed for them.
+        """
+        at_once = max(1, _TOKENS_AT_ONCE // self.segment)
+        for begin in range(0, len(segments), at_once):
+            inputs = torch.stack(list(segments[begin : begin + at_once])).to(self.decoder.device)
+            numbers = list(range(begin, begin + len(inputs)))
+            yield numbers, inputs, self.decoder.backbone.encode_for_memory(inputs)
+
+    @torch.no_grad()
+    def memorize(self, memory: DocumentMemory, name: str, tokens: Tensor) -> None:
+        """Encode a document and write it into a memory; a progress bar shows from the first second on.
+
+        Args:
+            memory: Memory to write into.
+            name: Name of the document.
+            tokens: Token ids of the document, shape (length,), int64, without end-of-sentence.
+
+        Raises:
+            ValueError: The memory has a document of this name.
+        """
+        memory.require_new(name)
+        eos = tokens.new_tensor([self.decoder.dictionary.eos()])
+        inputs = torch.cat([eos, tokens]).to(self.decoder.device)  # the last token too: later text can read it
+        begin, whole = memory.end, len(inputs) // self.segment * self.segment
+        with token_bar(len(inputs), f"memorizing {name}") as progress:
+            for part in (inputs[:whole].view(-1, self.segment), inputs[whole:][None]):
+                for _, _, encoded in self.encode_for_memory(part if part.size(1) else ()):
+                    for keys, values in zip(encoded.keys, encoded.values):
+                        memory.bank.append(0, keys, values)
+                    progress.update(encoded.keys.size(0) * encoded.keys.size(2))
+        memory.add(name, begin)
+
+    @torch.no_grad()
+    def read(self, inputs: Tensor, branches: Optional[MemoryBranches] = None, begin: int = 0) -> Iterator[ReadSegment]:
+        """Encode a document segment by segment, and write each segment when the next one is requested.
+
+        Args:
+            inputs: Inputs of the document, shape (length,), int64, on the model's device.
+            branches: Memory of one row that is read and written; None for none.
+            begin: Number of an input; segments that end before it are only written.
+        """
+        for first in range(0, len(inputs), self.segment):
+            piece = inputs[None, first : first + self.segment]
+            if first + self.segment <= begin:
+                encoded = self.decoder.backbone.encode_for_memory(piece)
+            else:
+                encoded = self.decoder.backbone.encode(piece)
+                yield ReadSegment(first, piece, encoded)
+            if branches is not None:
+                branches.write([0], piece, encoded.keys, encoded.values)
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, memory: Optional[DocumentMemory] = None, use_memory: bool = True) -> Tensor:
+        """Score a document behind what was memorized.
+
+        Args:
+            tokens: Token ids of the document, shape (length,), int64, without end-of-sentence.
+            memory: What was memorized, which is only read; None for nothing.
+            use_memory: Whether the document is read behind a memory; if false, each segment is read by itself.
+
+        Returns:
+            Log-probability of each token, natural logarithm, shape (length,), float32, on the CPU.
+        """
+        branches = self.branches(1, memory and memory.bank) if use_memory else None
+        targets = tokens.to(self.decoder.device)
+        parts = []
+        for segment in self.read(self.inputs_of(tokens), branches):
+            reader = branches and branches.reader()
+            target = targets[segment.begin : segment.begin + segment.inputs.size(1)]
+            parts.append(self.target_log_probs(segment.encoded, reader, target))
+        return torch.cat(parts)
+
+    def target_log_probs(self, encoded: EncodedSegment, reader, targets: Tensor) -> Tensor:
+        """Return the log-probability of each target, shape (T,), float32, on the CPU, of a segment of one row.
+
+        Args:
+            encoded: Segment as the backbone encoded it.
+            reader: Reader of a memory, or None.
+            targets: Token ids to predict, shape (T,), int64.
+        """
+        decoder = self.decoder
+        logits = decoder.output_layer(decoder.features(decoder.side_network(encoded, reader)))[0]  # (T, V)
+        return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu()

@@ -1,0 +1,79 @@
+"""Attention that keeps the keys and values of earlier tokens for incremental decoding.
+
+Legend: B rows of a batch, T new tokens, S cached tokens, H_kv key/value heads, d width of a head.
+"""
+
+from typing import Dict, Optional, Tuple
+
+import torch
+from fairseq.incremental_decoding_utils import FairseqIncrementalState
+from torch import Tensor
+
+# State of incremental decoding: a dictionary that every module of a decoder shares, each under keys of its own.
+IncrementalState = Optional[Dict[str, Dict[str, Optional[Tensor]]]]
+
+# Entry of an incremental state with the number of cached positions, from the left, that are padding: {"left": (B,)
+# int64}. Rows of unequal length end at the same column, so that all grow by one column a step.
+LEFT_PADDING = "longmem.left_padding"
+
+_CACHE = "attn_state"  # the name of fairseq's own attention, whose reordering of beams then applies
+
+
+class CachedAttention(FairseqIncrementalState):
+    """Mixin for attention modules that cache keys and values in an incremental state.
+
+    Unlike fairseq's attention it appends any number of tokens at a time. A cache is a dictionary of ``prev_key`` and
+    ``prev_value``, each of shape (B, H_kv, S, d).
+    """
+
+    def cache(self, state: IncrementalState) -> Dict[str, Tensor]:
+        """Return this module's cache, an empty dictionary before the first token.
+
+        Args:
+            state: Incremental state of the decoder, or None.
+        """
+        return self.get_incremental_state(state, _CACHE) or {}
+
+    def set_cache(self, state: IncrementalState, cache: Dict[str, Tensor]) -> None:
+        """Replace this module's cache.
+
+        Args:
+            state: Incremental state of the decoder, changed in place.
+            cache: Tensors ``prev_key`` and ``prev_value``, shape (B, H_kv, S, d).
+        """
+        self.set_incremental_state(state, _CACHE, cache)
+
+    def append_to_cache(self, state: IncrementalState, keys: Tensor, values: Tensor) -> Tuple[Tensor, Tensor]:
+        """Append new keys and values to the cache and return the whole of it.
+
+        Args:
+            state: Incremental state of the decoder, changed in place.
+            keys: Keys of the new tokens, shape (B, H_kv, T, d).
+            values: Values of the new tokens, shape (B, H_kv, T, d).
+
+        Returns:
+            Keys and values of all tokens so far, shape (B, H_kv, S + T, d).
+        """
+        cached = self.cache(state)
+        if cached:
+            keys = torch.cat([cached["prev_key"], keys], dim=2)
+            values = torch.cat([cached["prev_value"], values], dim=2)
+        self.set_cache(state, {"prev_key": keys, "prev_value": values})
+        return keys, values
+
+    def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> IncrementalState:
+        """Make row i of the cache a copy of what row ``new_order[i]`` was; rows may be dropped or repeated.
+
+        Args:
+            incremental_state: Incremental state of the decoder, changed in place.
+            new_order: Numbers of the rows to keep, shape (rows,), int64.
+        """
+        cached = self.cache(incremental_state)
+        if cached:
+            self.set_cache(incremental_state, {name: x.index_select(0, new_order) for name, x in cached.items()})
+        return incremental_state
+
+
+def left_padding(state: IncrementalState) -> Optional[Tensor]:
+    """Return the number of cached columns that are padding in each row, shape (B,), or None where no row has any."""
+    return None if state is None else state.get(LEFT_PADDING, {}).get("left")
