@@ -22,6 +22,9 @@ class DocumentStream:
     tokens before the segment, as many as it holds. Where the scorer has cache settings, there is one cache per memory
     size.
 
+    :class:`longmem_fairseq.models.reading.DocumentReader` reads behind one memory; here memories of several sizes, caches
+    and a backbone without a memory share one encoding, with the same scores.
+
     Args:
         scorer: Scorer whose systems read the document.
         memory_sizes: Sizes of the memories and caches in tokens, above 0.
