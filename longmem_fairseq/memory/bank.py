@@ -65,8 +65,8 @@ class MemoryBank:
     ):
         if chunk_size < 1 or memory_size < chunk_size:
             raise ValueError(
-                f"a memory of {memory_size} tokens has no room for a chunk of {chunk_size}: raise --memory-size or lower "
-                "--chunk-size"
+                f"a memory of {memory_size} tokens has no room for a chunk of {chunk_size}: raise --memory-size, or "
+                "lower --chunk-size"
             )
         self.lanes, self.heads, self.head_dim, self.chunk_size = lanes, heads, head_dim, chunk_size
         self.chunks = memory_size // chunk_size

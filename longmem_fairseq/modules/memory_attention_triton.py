@@ -1,7 +1,7 @@
 """Memory attention on CUDA as one Triton kernel: each query reads its chunks in place.
 
-It computes the same as :func:`longmem_fairseq.modules.memory_attention.memory_attention` on the CPU. A program handles one
-query of one head: it loads the K = n * C tokens of its chunks block by block (an online softmax joins the blocks),
+It computes the same as :func:`longmem_fairseq.modules.memory_attention.memory_attention` on the CPU. A program handles
+one query of one head: it loads the K = n * C tokens of its chunks block by block (an online softmax joins the blocks),
 so nothing of size (B, H, T, K) is ever written. The backward pass computes the weights again; queries and slots are
 all that is kept for it.
 
