@@ -220,7 +220,9 @@ def test_half_precision(released):
 
 
 def test_refusals_of_the_converter(released, tmp_path):
-    with pytest.raises(SystemExit, match="convert_released.py: error: .*backbone.pt holds no side network"):
+    with pytest.raises(
+        SystemExit, match="preprocess.convert_released: error: .*backbone.pt does not hold a side network"
+    ):
         convert([str(released.backbone), str(tmp_path / "plain")])
     with pytest.raises(SystemExit, match="bare.pt does not hold its backbone: name the backbone's file"):
         convert([str(released.bare), str(tmp_path / "plain")])

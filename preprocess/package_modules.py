@@ -1,7 +1,7 @@
-"""``longmem_fairseq.data.manifest`` without the rest of the package.
+"""Modules of ``longmem_fairseq`` that need no torch, loaded without the rest of the package.
 
-Importing the package registers its models with fairseq, which takes seconds that a script does not have to spend. The
-modules here need numpy alone, so they are loaded from their files.
+Importing the package registers its models with fairseq and takes seconds, which neither a worker process nor a script
+that only writes data has to spend.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ _PACKAGE = Path(__file__).resolve().parent.parent / "longmem_fairseq"
 
 
 def _load(name: str) -> ModuleType:
-    """Load a module of the package from its file, unless it is loaded: its exceptions must be the same classes."""
+    """Load a module from its file, unless the package or another caller did: its exceptions must be the same classes.
+
+    Args:
+        name: Name of the module inside the package; modules of the package that it imports must be loaded before.
+
+    Returns:
+        The module.
+    """
     full_name = f"longmem_fairseq.{name}"
     if full_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(full_name, _PACKAGE.joinpath(*name.split(".")).with_suffix(".py"))
@@ -24,6 +31,6 @@ def _load(name: str) -> ModuleType:
     return sys.modules[full_name]
 
 
-_load("files")  # the manifest imports it
+files = _load("files")
 mmap_index = _load("data.mmap_index")
 manifest = _load("data.manifest")
