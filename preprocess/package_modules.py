@@ -32,4 +32,5 @@ def _load(name: str) -> ModuleType:
 
 
 files = _load("files")
+mmap_index = _load("data.mmap_index")
 manifest = _load("data.manifest")

@@ -11,6 +11,7 @@ import numpy as np
 from preprocess.encoder import EncodedBlock
 from preprocess.errors import InputError
 from preprocess.package_modules import manifest as manifests
+from preprocess.package_modules import mmap_index
 from preprocess.workspace import Workspace
 
 
@@ -162,9 +163,8 @@ def write_index(path: Path, sizes_path: Path, dtype: type) -> None:
         dtype: numpy dtype of the tokens.
     """
     sizes = np.memmap(sizes_path, dtype=np.int32, mode="r") if sizes_path.stat().st_size else np.empty(0, np.int32)
-    code = next(code for code, index_dtype in manifests.INDEX_DTYPES.items() if index_dtype is dtype)
     with open(path, "wb") as stream:
-        stream.write(manifests.INDEX_HEADER.pack(manifests.INDEX_MAGIC, 1, code, len(sizes)))
+        stream.write(mmap_index.pack_header(dtype, len(sizes)))
         stream.write(sizes)
         start = 0
         for first in range(0, len(sizes), 1 << 20):

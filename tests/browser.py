@@ -1,37 +1,62 @@
-"""A headless Chromium that tests open pages in, driven through its debugging pipe; no driver of its own is needed."""
+"""A headless Chromium for tests that open pages, driven through its debugging pipe; it needs no driver of its own."""
 
 import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-QUIET = (
-    "--disable-background-networking", "--disable-component-update", "--disable-default-apps", "--disable-gpu",
-    "--disable-quic", "--disable-sync", "--no-first-run", "--no-default-browser-check",
-)  # fmt: skip
-TIME_LIMIT = 120  # seconds for one answer; a browser on a busy machine takes some to start
+OPTIONS = (
+    "--headless",
+    "--no-sandbox",  # the sandbox refuses to run as root
+    "--disable-gpu",
+    "--disable-dev-shm-usage",  # /dev/shm is small in containers
+    "--window-size=1300,900",
+    # No dialogs, no updates and no requests of its own. On a machine without a network they would only wait.
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--disable-background-networking",
+    "--disable-breakpad",
+    "--disable-component-update",
+    "--disable-default-apps",
+    "--disable-extensions",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-proxy-server",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+)
+TIME_LIMIT = 120  # seconds for one answer; on a busy machine a browser takes some seconds to start
 
 
 def find_browser() -> Optional[str]:
-    """The command of a Chromium on this machine, None where there is none; BROWSER_BINARY names another."""
+    """Return the command of a Chromium on this machine, or None; the variable BROWSER_BINARY names another one."""
     return os.environ.get("BROWSER_BINARY") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
+# Without a browser these tests are skipped, unless LONGMEM_REQUIRE_BROWSER is set (.ci/run sets it): then they fail.
+in_browser = pytest.mark.skipif(
+    find_browser() is None and not os.environ.get("LONGMEM_REQUIRE_BROWSER"),
+    reason="no Chromium is installed: apt-get install chromium, or set BROWSER_BINARY",
+)
+
+
 class Page:
-    """A page in a browser of its own; use it as a context.
+    """A page in its own browser, used as a context manager.
 
     Args:
-        path: the HTML file.
+        path: Path of the HTML file.
 
     Attributes:
-        requests: addresses that the page asked for.
-        errors: what its script threw and the browser logged.
+        requests: Addresses that the page requested.
+        errors: Exceptions of the page's script and errors that the browser logged.
     """
 
     def __init__(self, path: Path):
@@ -41,20 +66,25 @@ class Page:
         self._last, self._session, self._rest = 0, None, b""
 
     def __enter__(self) -> "Page":
-        self._profile = tempfile.mkdtemp(prefix="browser-")
-        ours, theirs = os.pipe(), os.pipe()  # what the browser reads, what it writes
-        # Chromium reads commands from file 3 and answers on file 4.
-        start = [
-            "bash", "-c", f'exec "$@" 3<&{ours[0]} 4>&{theirs[1]}', "bash", find_browser(),
-            "--headless", "--no-sandbox", "--remote-debugging-pipe", f"--user-data-dir={self._profile}",
-            "--window-size=1300,900", *QUIET,
-        ]  # fmt: skip
-        self._process = subprocess.Popen(
-            start, pass_fds=(ours[0], theirs[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        os.close(ours[0])
-        os.close(theirs[1])
-        self._write, self._read = ours[1], theirs[0]
+        browser = find_browser()
+        assert browser, f"LONGMEM_REQUIRE_BROWSER is set, but none of {', '.join(NAMES)} is installed"
+        self._directory = Path(tempfile.mkdtemp(prefix="browser-"))
+        commands, answers = os.pipe(), os.pipe()
+        # Chromium reads commands from file 3 and writes its answers to file 4.
+        pipes = f'exec "$@" 3<&{commands[0]} 4>&{answers[1]}'
+        options = ["--remote-debugging-pipe", f"--user-data-dir={self._directory / 'profile'}", *OPTIONS]
+        with open(self._directory / "log", "wb") as log:
+            self._process = subprocess.Popen(
+                ["bash", "-c", pipes, "bash", browser, *options],
+                pass_fds=(commands[0], answers[1]),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        os.close(commands[0])
+        os.close(answers[1])
+        self._write, self._read = commands[1], answers[0]
         try:
             target = self.call("Target.createTarget", url="about:blank")["targetId"]
             self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -68,19 +98,30 @@ class Page:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._process.terminate()
-        self._process.wait(TIME_LIMIT)
         os.close(self._write)
         os.close(self._read)
-        shutil.rmtree(self._profile, ignore_errors=True)
+        # The browser ends when its pipe is closed. Its processes are a group, so that none is left behind.
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def call(self, method: str, **parameters) -> Dict[str, Any]:
-        """What a method of the DevTools protocol returns."""
+        """Call a method of the DevTools protocol and return its result."""
         self._last += 1
         message = {"id": self._last, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
+        try:
+            os.write(self._write, json.dumps(message).encode() + b"\0")
+        except BrokenPipeError:
+            raise AssertionError(self._failure("the browser has ended")) from None
         while True:
             answer = self._receive()
             if answer.get("id") == self._last:
@@ -93,10 +134,15 @@ class Page:
         while b"\0" not in self._rest:
             ready, _, _ = select.select([self._read], [], [], max(0.0, end - time.monotonic()))
             piece = os.read(self._read, 1 << 20) if ready else b""
-            assert piece, "the browser has ended, or does not answer"
+            reason = "the browser has ended" if ready else f"no answer of the browser within {TIME_LIMIT} seconds"
+            assert piece, self._failure(reason)
             self._rest += piece
         answer, self._rest = self._rest.split(b"\0", 1)
         return json.loads(answer)
+
+    def _failure(self, reason: str) -> str:
+        log = (self._directory / "log").read_text(encoding="utf-8", errors="replace")
+        return f"{reason}; the end of its log:\n{log[-3000:]}"
 
     def _note(self, event: Dict[str, Any]) -> None:
         method, parameters = event.get("method"), event.get("params", {})
@@ -108,31 +154,35 @@ class Page:
             self.errors.append(parameters["entry"]["text"])
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page."""
-        found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        """Return the value of a JavaScript expression in the page."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until an expression in the page is true."""
+        """Wait until a JavaScript expression is true in the page."""
         end = time.monotonic() + TIME_LIMIT
         while not self.run(condition):
-            assert time.monotonic() < end, f"the page never had: {condition}"
+            assert time.monotonic() < end, f"not true within {TIME_LIMIT} seconds: {condition}"
             time.sleep(0.05)
 
     def mouse(self, element: str, click: bool = True) -> None:
-        """Move the mouse onto an element, given as an expression, and click it."""
-        place = self.run(
+        """Move the mouse to an element and click it.
+
+        Args:
+            element: JavaScript expression of the element.
+            click: If false, the mouse is only moved.
+        """
+        x, y = self.run(
             f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center'}}); "
             "const r = e.getClientRects()[0]; return [r.left + r.width / 2, r.top + r.height / 2]; })()"
         )
-        where = {"x": place[0], "y": place[1]}
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", **where)
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         if click:
             for kind in ("mousePressed", "mouseReleased"):
-                self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **where)
+                self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def key(self, name: str) -> None:
-        """Press a key, by its name in JavaScript."""
+        """Press and release a key, given by its name in JavaScript."""
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=name)

@@ -11,7 +11,7 @@ import pytest
 from longmem_fairseq.evaluation import compare
 from longmem_fairseq.evaluation.books import Books
 from longmem_fairseq.evaluation.chapterbreak import ChapterBreak
-from longmem_fairseq.evaluation.command import parser_of
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.dialogue import Dialogue
 from longmem_fairseq.evaluation.in_context import InContext
 from longmem_fairseq.evaluation.needle import Needle
@@ -53,7 +53,7 @@ def test_commands_of_the_readme():
         seen.add(name)
     assert seen == {*EVALUATIONS, "compare"}
     for option in set(re.findall(r"`(--[\w-]+)", section)):
-        assert any(option in parser(name)._option_string_actions for name in seen), f"no evaluation has {option}"
+        assert any(option in parser(name).format_help().split() for name in seen), f"no evaluation has {option}"
 
 
 def test_shipped_plan(tmp_path):

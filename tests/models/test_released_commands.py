@@ -99,10 +99,10 @@ def test_evaluation_with_one_memory(released, tmp_path):
 
 
 def test_evaluation_of_the_backbone(released, tmp_path):
-    """The backbone is a model of its own for stock fairseq, given the package."""
+    """The backbone is a model of its own for fairseq-eval-lm, given the package and its task."""
     output = run(
-        "eval_lm", released.data, "--user-dir", TASK[1], "--task", "language_modeling", "--path", released.backbone,
-        *EVALUATE, "--gen-subset", "single", "--sample-break-mode", "none", cwd=tmp_path,
+        "eval_lm", released.data, *TASK, "--path", released.backbone, *EVALUATE, "--gen-subset", "single",
+        "--model-overrides", SEGMENTS, cwd=tmp_path,
     )  # fmt: skip
     model = load_released(released.side, use_external_memory=False)
     losses = []

@@ -450,7 +450,7 @@ def test_memory_does_not_grow_with_the_input(sources, gpt2_files, tmp_path):
     gpt2 = ["--tokenizer", "gpt2", "--gpt2-encoder-json", str(gpt2_files[0]), "--gpt2-vocab-bpe", str(gpt2_files[1])]
     program = (
         "import sys; from preprocess.binarize_documents import main; main(sys.argv[1:]); "
-        "from examples.benchmark.tables import peak_resident; print(peak_resident() // 1024)"
+        "from examples.benchmark.machine import peak_resident; print(peak_resident() // 1024)"
     )
     peaks = []
     for times in (2, 14):

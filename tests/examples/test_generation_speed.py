@@ -1,13 +1,11 @@
-"""The benchmark of generation as a whole command on a tiny model, and its refusals."""
+"""Test the benchmark of generation as a whole command on a tiny model, and its refusals."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from examples.benchmark import generation
-from tests.repository import ROOT
+from examples.benchmark import generation_speed
+from tests.examples.commands import run_example
 from tests.text_models import sentencepiece_model
 
 SIZES = "--prompt 10 --new-tokens 4 --memory-sizes 0 30 --beams 1 3 --rounds 2 --command-rounds 1 --threads 1"
@@ -15,12 +13,10 @@ SIZES = "--prompt 10 --new-tokens 4 --memory-sizes 0 30 --beams 1 3 --rounds 2 -
 
 def test_generation(tmp_path):
     directory = sentencepiece_model(tmp_path)
-    (tmp_path / "text").write_text("The text that is memorised and continued.\n" * 9)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "benchmark" / "generation.py"), "--path", str(directory),
-         "--text", str(tmp_path / "text"), *SIZES.split(), "--long-prompt", "100", "--json", str(tmp_path / "g.json"),
-         "--markdown", str(tmp_path / "g.md")],
-        capture_output=True, text=True,
+    (tmp_path / "text").write_text("The text that is memorized and continued.\n" * 9)
+    done = run_example(
+        "benchmark.generation_speed", "--path", directory, "--text", tmp_path / "text", *SIZES.split(),
+        "--long-prompt", 100, "--json", tmp_path / "g.json", "--markdown", tmp_path / "g.md",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "g.json").read_text())
@@ -47,7 +43,7 @@ def test_generation(tmp_path):
 )
 def test_refusals(options, sentence):
     with pytest.raises(SystemExit, match=sentence):
-        generation.parse(["--path", "x", *options.split()])
+        generation_speed.parse(["--path", "x", *options.split()])
 
 
 def test_prompts_that_stock_fairseq_cannot_take(tmp_path):
@@ -55,6 +51,6 @@ def test_prompts_that_stock_fairseq_cannot_take(tmp_path):
     (tmp_path / "text").write_text("word " * 100)
     arguments = f"--path {directory} --text {tmp_path / 'text'} --memory-sizes 0 --long-prompt 0".split()
     with pytest.raises(SystemExit, match="--prompt 30 and --new-tokens 5 exceed .* 24 positions.* at most --prompt 18"):
-        generation.run(generation.parse([*arguments, "--prompt", "30", "--new-tokens", "5"]))
+        generation_speed.run(generation_speed.parse([*arguments, "--prompt", "30", "--new-tokens", "5"]))
     with pytest.raises(SystemExit, match="but 1,000 are needed: name a longer one with --text"):
-        generation.run(generation.parse([*arguments, "--prompt", "1000", "--new-tokens", "5"]))
+        generation_speed.run(generation_speed.parse([*arguments, "--prompt", "1000", "--new-tokens", "5"]))

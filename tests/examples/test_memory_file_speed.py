@@ -1,15 +1,15 @@
-"""The benchmark of memories on disk on a small memory, and its refusals."""
+"""Test the benchmark of memories on disk with a small memory, and its refusals."""
 
 import json
 
 import pytest
 
-from examples.benchmark import memory_file
+from examples.benchmark import memory_file_speed
 
 
 def test_memory_file(tmp_path, capsys):
     sizes = "--tokens 100 --heads 2 --head-dim 8 --rounds 2".split()
-    memory_file.main([*sizes, "--directory", str(tmp_path), "--json", str(tmp_path / "m.json")])
+    memory_file_speed.main([*sizes, "--directory", str(tmp_path), "--json", str(tmp_path / "m.json")])
     rows = {row["dtype"]: row for row in json.loads((tmp_path / "m.json").read_text())["rows"]}
     assert list(rows) == ["float16", "bfloat16", "float32"]
     numbers = 2 * 100 * 2 * 8
@@ -25,4 +25,4 @@ def test_memory_file(tmp_path, capsys):
 )  # fmt: skip
 def test_refusals(options, sentence):
     with pytest.raises(SystemExit, match=sentence):
-        memory_file.parse(options.split())
+        memory_file_speed.parse(options.split())
