@@ -1,4 +1,4 @@
-"""The examples' scripts start, and the README's commands for them have no other options than these."""
+"""The examples' scripts start, and the commands of docs/evaluation.md have no other options than these."""
 
 import json
 import re
@@ -41,15 +41,16 @@ def test_script(script, name, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == parser(name).format_help().split()
 
 
-def test_commands_of_the_readme():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Evaluations\n")[1].split("\n## ")[0]
+def test_commands_of_the_documentation():
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    section = page.split("\n## Six evaluations\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").strip().split("\n")
     seen = set()
     for words in map(shlex.split, lines):
-        python, script, *arguments = words
-        name = SCRIPTS[script]
-        assert python == "python" and parser(name).parse_args(arguments).path
+        python, option, module, *arguments = words
+        name = SCRIPTS[module.replace(".", "/") + ".py"]
+        assert (python, option) == ("python", "-m") and parser(name).parse_args(arguments).path
         seen.add(name)
     assert seen == {*EVALUATIONS, "compare"}
     for option in set(re.findall(r"`(--[\w-]+)", section)):
