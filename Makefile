@@ -1,15 +1,16 @@
 # make            set up the environment in .venv (once)
-# make demo       the whole main job on small real input; TEXT=directory-or-file: on your own documents
-# make test       lint and run the tests
-# make lint       ruff: rules and format
-# make clean      remove what demo and tests made; the environment stays
+# make demo       train and evaluate a small model on real text; TEXT=directory-or-file: on your own documents
+# make test       check the code (make lint) and run the tests
+# make lint       check rules and format with ruff
+# make clean      remove the output of demo and tests; keep the environment
 # make distclean  remove the environment too
+# make help       print this text
 #
-# PYTHON=python3.12   the Python (3.11 or 3.12) that a new environment is made with
-# VENV=.venv          where the environment lies
-# FAISS=cpu|gpu       which faiss; by default gpu where an NVIDIA driver answers
-# WORKERS=2           processes that run tests
-# PYTEST_ARGS="-k x"  more options to pytest
+# PYTHON=python3.12   Python (3.11 or 3.12) used to create the environment
+# VENV=.venv          directory of the environment
+# FAISS=cpu|gpu       build of faiss; default: gpu if nvidia-smi finds a GPU, else cpu
+# WORKERS=2           number of test processes
+# PYTEST_ARGS="-k x"  further options of pytest
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ ifndef FAISS
 FAISS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 endif
 ifeq ($(filter cpu gpu,$(FAISS)),)
-$(error FAISS=$(FAISS) is neither cpu nor gpu)
+$(error FAISS=$(FAISS) is unknown: set FAISS=cpu or FAISS=gpu)
 endif
 
 SHELL := /bin/bash
@@ -42,7 +43,8 @@ demo: export TEXT ?=
 demo: env
 	bash examples/quickstart.sh
 
-# One thread each: the tests are many small processes, side by side. By file, so that a file's fixtures are made once.
+# One thread per process, because the tests are many small processes. Tests are distributed by file, so that the
+# fixtures of a file are made once.
 test: lint
 	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) tests
 
@@ -50,21 +52,21 @@ lint: env
 	ruff check .
 	ruff format --check .
 
-# fairseq is compiled here, against the torch and numpy that lie in the environment. With pip's build isolation it would
-# first download a second torch of several GB, and with CUDA_HOME set it would compile CUDA extensions nobody uses.
-# pip keeps the wheel, so that the next environment has it in seconds.
+# fairseq is compiled against the torch and numpy of the environment. With pip's build isolation it would first download
+# a second torch of several GB, and with CUDA_HOME set it would compile CUDA extensions that are not used. pip caches the
+# wheel, so that the next environment needs seconds.
 $(STAMP): setup.py Makefile
 	@if [ ! -x "$(BIN)/pip" ]; then \
 	  version=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || { \
-	    echo "PYTHON=$(PYTHON) does not run; name a Python 3.11 or 3.12: make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
+	    echo "PYTHON=$(PYTHON) does not run: set it to Python 3.11 or 3.12, make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
 	  case $$version in 3.11|3.12) ;; *) \
-	    echo "PYTHON=$(PYTHON) is Python $$version, and $(FAIRSEQ) needs 3.11 or 3.12: make PYTHON=/path/to/python3.12" >&2; \
+	    echo "PYTHON=$(PYTHON) is Python $$version, but $(FAIRSEQ) needs 3.11 or 3.12: make PYTHON=/path/to/python3.12" >&2; \
 	    exit 1;; esac; \
 	  echo "[1/4] Python $$version environment in $(VENV)"; \
 	  "$(PYTHON)" -m venv --clear "$(VENV)"; \
 	fi
 	@command -v $(firstword $(CXX)) >/dev/null || { \
-	  echo "CXX=$(CXX) is not a C++ compiler here, and fairseq is compiled: install one (Debian, Ubuntu: g++) or name yours: make CXX=..." >&2; \
+	  echo "CXX=$(CXX) is not a C++ compiler here, and fairseq is compiled: install one (Debian, Ubuntu: g++) or set make CXX=..." >&2; \
 	  exit 1; }
 	@echo '#include <Python.h>' | $(CXX) -fsyntax-only -x c++ \
 	  -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" - 2>/dev/null || { \
@@ -78,7 +80,7 @@ $(STAMP): setup.py Makefile
 	@echo "[4/4] longmem_fairseq with faiss-$(FAISS)"
 	@$(PIP) -qq uninstall --yes $(if $(filter gpu,$(FAISS)),faiss-cpu,faiss-gpu)
 	@$(PIP) install --quiet --no-build-isolation --editable ".[$(FAISS),dev]"
-	@said=$$($(BIN)/python -c "import faiss, torch, fairseq.data.data_utils_fast" 2>&1) || { echo "$$said" >&2; exit 1; }
+	@errors=$$($(BIN)/python -c "import faiss, torch, fairseq.data.data_utils_fast" 2>&1) || { echo "$$errors" >&2; exit 1; }
 	@touch $@
 	@echo "ready: source $(VENV)/bin/activate"
 

@@ -1,8 +1,8 @@
-"""Installs the plugin `longmem_fairseq`; the scripts and examples stay in the clone.
+"""Install the plugin `longmem_fairseq`; the scripts and examples stay in the clone.
 
-A plain `pip install .` goes into an environment that already has a working fairseq, torch and faiss, and must leave
-them as they are: so nothing of the kind is required here, only lower bounds of what every such environment meets.
-The extras `cpu` and `gpu` are the whole environments that this version was tested with, pinned.
+A plain `pip install .` is meant for an environment that already has a working fairseq, torch and faiss, and leaves them
+as they are: fairseq and faiss are not required here, and the other requirements are lower bounds that every such
+environment meets. The extras `cpu` and `gpu` are the complete environments that this version was tested with, pinned.
 """
 
 from pathlib import Path
@@ -11,20 +11,20 @@ from setuptools import find_packages, setup
 
 # The Makefile reads the two pins below from this file.
 
-# torch by its version: a bare `torch` fetches the newest CUDA build, and fairseq is compiled against what it finds.
+# Pinned, because fairseq is compiled against the installed torch; `torch` alone would install the newest CUDA build.
 TORCH = "torch==2.13.0"
-# fairseq's own 0.12.2 imports only up to Python 3.10 and needs pip < 24.1 and numpy < 1.24; this is the maintained
-# build of the same code (module `fairseq`) for Python 3.11 and 3.12, and the plugin overrides its internals.
+# fairseq's own release 0.12.2 needs Python <= 3.10, pip < 24.1 and numpy < 1.24. This is a maintained build of the same
+# code (module `fairseq`) for Python 3.11 and 3.12. Pinned, because the plugin overrides some of its internals.
 FAIRSEQ = "fairseq-fixed==0.12.3.1"
-# One release for both: they install the same module `faiss`, so that only one of them may be there, and results on
-# CPU and GPU are compared. The GPU wheel holds code for sm_70 to sm_90; older GPU wheels have none for Hopper.
+# The same release for both, because results on CPU and GPU are compared. Both install the module `faiss`: only one of
+# them may be installed. The GPU wheel contains code for sm_70 to sm_90; older GPU wheels do not support Hopper.
 FAISS_CPU = "faiss-cpu==1.15.1"
 FAISS_GPU = "faiss-gpu==1.15.1"
 
-# What preprocess/ and examples/ need beside the package: GPT-2's BPE, .zst documents, and plots.
+# Additional requirements of preprocess/ and examples/: GPT-2's BPE, .zst documents, and plots.
 PREPROCESS = ["regex>=2022.1.18", "tokenizers>=0.15", "zstandard>=0.18"]
 EXAMPLES = PREPROCESS + ["matplotlib>=3.5"]
-# What longmem_fairseq.evaluation needs beside the package: plots, and BLEU for dialogue.
+# Additional requirements of longmem_fairseq.evaluation: plots, and BLEU for dialogue.
 EVALUATION = ["matplotlib>=3.5", "sacrebleu>=2.3"]
 
 setup(
@@ -43,7 +43,7 @@ setup(
         "safetensors>=0.4",
         "sentencepiece>=0.1.97",
         "tensorboard>=2.8",
-        "torch>=2.6",  # from there on torch.load, also where fairseq calls it, runs no code from a file unless told to
+        "torch>=2.6",  # the first whose torch.load, also where fairseq calls it, runs no code from a file by default
         "tqdm>=4.60",
     ],
     extras_require={
@@ -59,8 +59,8 @@ setup(
             "hypothesis>=6.80",
             "pytest>=8.0",
             "pytest-xdist>=3.5",
-            "ruff==0.17.6",  # another release has other rules
-            "transformers>=4.30",  # what conversions are compared with
+            "ruff==0.17.6",  # pinned, because each release changes rules and format
+            "transformers>=4.30",  # converted models are compared with it
         ],
     },
 )

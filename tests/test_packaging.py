@@ -1,4 +1,4 @@
-"""What a stranger gets: the installed package, the Makefile's refusals, and a clean repository."""
+"""The installed package, the refusals of the Makefile, and the files of the repository."""
 
 import importlib.metadata
 import json
@@ -31,7 +31,7 @@ print(json.dumps({"place": place, **{name: sorted(registry) for name, registry i
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """A directory with the package installed as `pip install .` does, without its dependencies."""
+    """Install the package as `pip install .` does, without its dependencies, into a directory and return it."""
     source = copy_repository(tmp_path_factory.mktemp("source"))
     site = tmp_path_factory.mktemp("site")
     install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index"]
@@ -47,7 +47,7 @@ def test_installs_the_package_and_nothing_else(site):
 
 
 def test_installed_package_registers_itself(site):
-    """Found by `--user-dir PLACE`, from a directory that is not the clone."""
+    """`--user-dir` finds it by the path of the installed package, outside of the clone."""
     done = subprocess.run(
         [sys.executable, "-c", REGISTERED],
         cwd=site.parent,
@@ -55,14 +55,14 @@ def test_installed_package_registers_itself(site):
         check=True,
         stdout=subprocess.PIPE,
     )
-    found = json.loads(done.stdout)  # nothing else may be printed on standard output
-    assert Path(found["place"]) == site / "longmem_fairseq"
-    assert {"longmem_lm", "alibi_lm"} <= set(found["models"])
+    registered = json.loads(done.stdout)  # nothing else may be printed on standard output
+    assert Path(registered["place"]) == site / "longmem_fairseq"
+    assert {"longmem_lm", "alibi_lm"} <= set(registered["models"])
     sizes = ("tiny", "small", "medium", "large", "xl")
-    assert {f"longmem_gpt2_{size}" for size in sizes} <= set(found["architectures"])
-    assert {f"alibi_lm_{size}" for size in ("tiny", "medium")} <= set(found["architectures"])
-    assert "longmem_language_modeling" in found["tasks"]
-    assert "longmem_cross_entropy" in found["criterions"]
+    assert {f"longmem_gpt2_{size}" for size in sizes} <= set(registered["architectures"])
+    assert {f"alibi_lm_{size}" for size in ("tiny", "medium")} <= set(registered["architectures"])
+    assert "longmem_language_modeling" in registered["tasks"]
+    assert "longmem_cross_entropy" in registered["criterions"]
 
 
 def test_leaves_an_existing_fairseq_environment_alone(site):
@@ -76,14 +76,14 @@ def test_leaves_an_existing_fairseq_environment_alone(site):
 
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu", "preprocess", "examples", "dev"])
-def test_extras_hold_what_preprocessing_asks_for(site, extra):
+def test_extras_provide_the_requirements_of_preprocessing(site, extra):
     scripts = [path for path in repository_files() if path.parts[0] == "preprocess" and path.suffix == ".py"]
     text = "".join((ROOT / path).read_text() for path in scripts)
-    asked = set(re.findall(r'\bneed\("(\w+)"', text))
-    assert {"regex", "tokenizers", "zstandard"} <= asked
+    needed = set(re.findall(r'\bneed\("(\w+)"', text))
+    assert {"regex", "tokenizers", "zstandard"} <= needed
     requirements = next(importlib.metadata.distributions(path=[str(site)])).requires
-    held = {re.match(r"[\w-]+", line)[0] for line in requirements if re.search(rf"extra == .{extra}.", line)}
-    assert asked <= held
+    provided = {re.match(r"[\w-]+", line)[0] for line in requirements if re.search(rf"extra == .{extra}.", line)}
+    assert needed <= provided
 
 
 def make(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -120,7 +120,7 @@ def test_make_refuses_a_missing_compiler(tmp_path):
 
 def test_make_refuses_an_unknown_faiss():
     done = make("FAISS=tpu")
-    assert done.returncode and "FAISS=tpu is neither cpu nor gpu" in done.stderr
+    assert done.returncode and "FAISS=tpu is unknown: set FAISS=cpu or FAISS=gpu" in done.stderr
 
 
 def test_files_are_small():
@@ -129,10 +129,10 @@ def test_files_are_small():
 
 
 def test_files_name_no_place_of_one_machine():
-    """Binary files too: a checkpoint may hold the paths of the machine that wrote it."""
+    """Binary files are included: a checkpoint may contain paths of the machine that wrote it."""
     assert MACHINE_PATH.search(b'x = "' + b"/ho" + b'me/someone/data"')
     assert not MACHINE_PATH.search(b"https://example.org/" + b"work/x ~/" + b"tmp/x a/" + b"home/b")
-    # Checkpoints like the released ones hold foreign places, which are what the tests with them are about.
+    # The checkpoints in the released format contain paths of another machine on purpose.
     files = [path for path in repository_files() if not str(path).startswith("tests/models/released")]
-    found = {str(path): MACHINE_PATH.findall((ROOT / path).read_bytes()) for path in files}
-    assert {path: named[:3] for path, named in found.items() if named} == {}
+    matches = {str(path): MACHINE_PATH.findall((ROOT / path).read_bytes())[:3] for path in files}
+    assert {path: places for path, places in matches.items() if places} == {}

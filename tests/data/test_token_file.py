@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem_fairseq.data.token_file import HEADER, TokenFile
+from longmem_fairseq.data.mmap_index import pack_header
+from longmem_fairseq.data.token_file import TokenFile
 from tests.fairseq_runs import write_split
 
 DOCUMENTS = [np.arange(4, 4 + n) for n in (3, 1, 40, 7)]
@@ -66,8 +67,7 @@ def test_sizes_that_wrapped_are_taken_from_the_pointers(tmp_path):
         f.truncate(int(lengths.sum()))
     pointers = np.array([0, lengths[0]], dtype=np.int64)
     sizes = lengths.astype(np.int32)
-    header = HEADER.pack(b"MMIDIDX\x00\x00", 1, 1, 2)
-    (tmp_path / "train.idx").write_bytes(header + sizes.tobytes() + pointers.tobytes())
+    (tmp_path / "train.idx").write_bytes(pack_header(np.uint8, 2) + sizes.tobytes() + pointers.tobytes())
     np.testing.assert_array_equal(np.diff(TokenFile(str(tmp_path / "train")).offsets), lengths)
 
 

@@ -8,39 +8,46 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from preprocess.errors import InputError, need
-from preprocess.tokenization import UNK, Tokenizer, require_in_dictionary
+from preprocess.dictionary import UNK, filler_symbols, symbol_ids
+from preprocess.errors import InputError, require_package
+from preprocess.tokenizer import Tokenizer
 
-# GPT-2's definition of a word, and what becomes of it where all characters are ASCII: Python's own module knows no
-# Unicode classes, but is twice as fast.
+WORDS_IN_TABLE = 1 << 18  # about 50 MB
+PART_CHARACTERS = 1 << 13  # of a long text that are cut into words at once
+
+# GPT-2's definition of a word, and its equivalent for ASCII text: Python's own module has no Unicode classes, but is
+# twice as fast.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ASCII_WORDS = re.compile(r" ?[A-Za-z]+|'(?:[stmd]|re|ve|ll)| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", flags=re.ASCII)
-_CACHED_WORDS = 1 << 18  # about 50 MB
 # No word spans the place between a visible character and a newline, so texts may be cut there.
 _CUT = re.compile(r"(?<=\S)(?=\n)")
-_PART = 1 << 13  # characters
 
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's BPE from ``encoder.json`` and ``vocab.bpe``; fairseq's symbols are its ids in decimal.
 
     Args:
-        encoder_json: token → GPT-2 id.
-        vocab_bpe: the merges, best first, below a line naming the version.
-        symbols: of an existing dictionary; None makes one in the order of the GPT-2 ids, filled up like fairseq's with
-            ``madeupword``s to a multiple of eight.
+        encoder_json: Path of the JSON object of tokens and their GPT-2 ids.
+        vocab_bpe: Path of the merges, best first, below a line with the version.
+        symbols: Symbols of an existing dictionary; if None, the GPT-2 ids in order, filled up like fairseq's with
+            ``madeupword`` symbols to a multiple of eight.
+
+    Raises:
+        InputError: A file is missing or of another format, the two do not belong together, or do not fit the
+            dictionary.
     """
 
     kind = "gpt2"
+    ENCODER, MERGES = "encoder.json", "vocab.bpe"
 
     def __init__(self, encoder_json: Path, vocab_bpe: Path, symbols: Sequence[str] | None = None):
-        regex = need("regex", "--tokenizer gpt2")
-        tokenizers = need("tokenizers", "--tokenizer gpt2")
+        regex = require_package("regex", "--tokenizer gpt2")
+        tokenizers = require_package("tokenizers", "--tokenizer gpt2")
         models, pre_tokenizers, decoders = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders
         vocabulary, merges = _read_files(encoder_json, vocab_bpe)
         try:
@@ -51,28 +58,28 @@ class GPT2Tokenizer(Tokenizer):
             ) from None
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._bpe.decoder = decoders.ByteLevel()
-        unspelled = [char for char in pre_tokenizers.ByteLevel.alphabet() if char not in vocabulary]
-        if unspelled:
-            raise InputError(f"--gpt2-encoder-json {encoder_json} lacks {len(unspelled)} of the 256 bytes")
+        missing_bytes = [char for char in pre_tokenizers.ByteLevel.alphabet() if char not in vocabulary]
+        if missing_bytes:
+            raise InputError(f"--gpt2-encoder-json {encoder_json} lacks {len(missing_bytes)} of the 256 bytes")
         names = [str(number) for number in sorted(vocabulary.values())]
         if symbols is None:
-            symbols = names + [f"madeupword{i:04d}" for i in range(-(len(names) + 4) % 8)]
+            symbols = names + filler_symbols(len(names))
         identity = json.dumps([sorted(vocabulary.items(), key=lambda item: item[1]), merges]).encode()
-        super().__init__(symbols, {"encoder.json": encoder_json, "vocab.bpe": vocab_bpe}, identity)
-        index = require_in_dictionary(names, self.symbols, str(encoder_json))
+        super().__init__(symbols, {self.ENCODER: encoder_json, self.MERGES: vocab_bpe}, identity)
+        index = symbol_ids(names, self.symbols, str(encoder_json))
         self._to_id = np.full(max(vocabulary.values()) + 1, UNK, dtype=np.int32)  # (GPT-2 ids,) fairseq id
         self._to_gpt2 = np.full(len(self), -1, dtype=np.int64)  # (dictionary,) GPT-2 id
         for name in names:
             self._to_id[int(name)] = index[name]
             self._to_gpt2[index[name]] = int(name)
         self._words = regex.compile(_WORDS)
-        self._cache = _WordIds(self._encode_word)
+        self.word_table = _WordTable(self._encode_word)
 
     def _encode_word(self, word: str) -> bytes:
         return self._to_id[self._bpe.encode(word).ids].tobytes()
 
     def encode_array(self, text: str) -> np.ndarray:
-        lookup = self._cache.__getitem__
+        lookup = self.word_table.__getitem__
         ids = []
         for part in _parts(text):
             words = _ASCII_WORDS.findall(part) if part.isascii() else self._words.findall(part)
@@ -82,25 +89,29 @@ class GPT2Tokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         ids = np.asarray(list(ids), dtype=np.int64)
         text = []
-        known: list[int] = []
+        numbers: list[int] = []
         for token, number in zip(ids.tolist(), self._to_gpt2[ids].tolist()):
             if number >= 0:
-                known.append(number)
+                numbers.append(number)
             elif token == UNK:
-                text += [self._bpe.decode(known, skip_special_tokens=False), "<unk>"]
-                known = []
-        return "".join(text) + self._bpe.decode(known, skip_special_tokens=False)
+                text += [self._bpe.decode(numbers, skip_special_tokens=False), "<unk>"]
+                numbers = []
+        return "".join(text) + self._bpe.decode(numbers, skip_special_tokens=False)
 
 
-class _WordIds(dict):
-    """word → its ids as int32 bytes; forgets everything when full, which keeps the memory of a worker constant."""
+class _WordTable(dict):
+    """Token ids of words, as int32 bytes; emptied when it is full, which bounds the memory of a worker.
 
-    def __init__(self, encode):
+    Args:
+        encode: Function that encodes one word.
+    """
+
+    def __init__(self, encode: Callable[[str], bytes]):
         super().__init__()
         self._encode = encode
 
     def __missing__(self, word: str) -> bytes:
-        if len(self) >= _CACHED_WORDS:
+        if len(self) >= WORDS_IN_TABLE:
             self.clear()
         ids = self._encode(word)
         if len(word) <= 64:
@@ -108,10 +119,11 @@ class _WordIds(dict):
         return ids
 
 
-def _parts(text: str) -> Iterable[str]:
+def _parts(text: str) -> Iterator[str]:
+    """Yield a text in parts of about ``PART_CHARACTERS``, cut where no word is cut."""
     start = 0
-    while len(text) - start > 2 * _PART:
-        cut = _CUT.search(text, start + _PART)
+    while len(text) - start > 2 * PART_CHARACTERS:
+        cut = _CUT.search(text, start + PART_CHARACTERS)
         if cut is None:
             break
         yield text[start : cut.start()]
@@ -120,6 +132,7 @@ def _parts(text: str) -> Iterable[str]:
 
 
 def _read_files(encoder_json: Path, vocab_bpe: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Read the ids of the tokens, and the merges."""
     try:
         vocabulary = json.loads(encoder_json.read_text(encoding="utf-8"))
         ids = list(vocabulary.values())
@@ -131,7 +144,7 @@ def _read_files(encoder_json: Path, vocab_bpe: Path) -> tuple[dict[str, int], li
         lines = vocab_bpe.read_text(encoding="utf-8").split("\n")[1:-1]
         merges = [tuple(line.split(" ")) for line in lines]
         if not merges or not all(len(merge) == 2 for merge in merges):
-            raise ValueError("below its first line there must be two symbols a line")
+            raise ValueError("a line below the first is not two symbols")
     except (OSError, ValueError) as error:
         raise InputError(f"--gpt2-vocab-bpe {vocab_bpe} is not GPT-2's vocab.bpe: {error}") from None
     return vocabulary, merges

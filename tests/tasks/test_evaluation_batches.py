@@ -12,7 +12,7 @@ import torch
 
 from longmem_fairseq.data.lane_dataset import LaneDataset
 from longmem_fairseq.data.lane_iterator import LaneIterator
-from longmem_fairseq.tasks.evaluation_batches import Evaluation
+from longmem_fairseq.tasks.evaluation_batches import EvaluationBatches
 from tests.conftest import VALID_LENGTHS
 from tests.data.test_lane_dataset import Documents
 from tests.fairseq_runs import TASK, finish, random_documents, run, run_ranks, start, write_data
@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_refused(options, tiny_longmem, tmp_path):
 
 def test_a_context_window_is_refused(options, tmp_path):
     output = run("eval_lm", *options, "--context-window", 4, cwd=tmp_path, succeeds=False)
-    assert "--context-window 4 cannot be had" in output
+    assert "--context-window 4 is not supported" in output
 
 
 def test_without_our_task_there_is_an_error(tiny_data, tiny_longmem, tmp_path):
@@ -147,7 +147,7 @@ def test_without_our_task_there_is_an_error(tiny_data, tiny_longmem, tmp_path):
 
 def evaluation(**options):
     dataset = LaneDataset(Documents(random_documents(VALID_LENGTHS)), 2, 1, 16, 2)
-    return Evaluation(LaneIterator(dataset, 0).next_epoch_itr(), dataset, torch.nn.Identity(), **options)
+    return EvaluationBatches(LaneIterator(dataset, 0).next_epoch_itr(), dataset, torch.nn.Identity(), **options)
 
 
 def test_speed_is_logged_where_there_is_no_terminal(caplog):
@@ -171,7 +171,7 @@ def test_a_results_path_that_is_a_file_is_refused(tmp_path):
 
 
 def test_tokens_that_were_not_scored_are_an_error(tmp_path):
-    """Were a batch lost on its way through fairseq, no file would claim otherwise."""
+    """If a batch is lost on its way through fairseq, no results are written."""
     with pytest.raises(RuntimeError, match="0 of the 50 tokens of document 0 were scored"):
         list(evaluation(results_path=str(tmp_path)))
     assert not list(tmp_path.iterdir())

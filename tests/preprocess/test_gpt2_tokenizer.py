@@ -13,9 +13,10 @@ from fairseq.data.encoders.gpt2_bpe import GPT2BPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess import gpt2
+from preprocess import gpt2_tokenizer
+from preprocess.dictionary import UNK
 from preprocess.errors import InputError
-from preprocess.tokenization import UNK, load_tokenizer
+from preprocess.tokenization import load_tokenizer
 
 # A folder with encoder.json, vocab.bpe and dict.txt, beside others with texts; not part of the repository.
 REAL = Path(os.environ.get("LONGMEM_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")) / "gpt2_bpe"
@@ -67,15 +68,15 @@ def test_same_on_every_kind_of_character(pair):
 
 
 def test_same_when_long_texts_are_cut_and_the_table_overflows(pair, sources, monkeypatch):
-    monkeypatch.setattr(gpt2, "_PART", 50)
-    monkeypatch.setattr(gpt2, "_CACHED_WORDS", 100)
-    pair[2]._cache.clear()
+    monkeypatch.setattr(gpt2_tokenizer, "PART_CHARACTERS", 50)
+    monkeypatch.setattr(gpt2_tokenizer, "WORDS_IN_TABLE", 100)
+    pair[2].word_table.clear()
     for text in [*sources[:10], "no line end " * 50, "\n\n  \n" * 60, "a\n" * 100]:
         assert_same(pair, text)
-    assert len(pair[2]._cache) <= 100
+    assert len(pair[2].word_table) <= 100
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="GPT-2's files are not here")
+@pytest.mark.skipif(not REAL.is_dir(), reason="GPT-2's files are not available")
 def test_same_with_the_real_files_on_real_texts(sources):
     bpe = stock(REAL / "encoder.json", REAL / "vocab.bpe")
     files = (REAL / "encoder.json", REAL / "vocab.bpe", REAL / "dict.txt")

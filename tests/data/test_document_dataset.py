@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from longmem_fairseq.data.document_dataset import DocumentDataset, find_split
+from longmem_fairseq.data.directories import find_split
+from longmem_fairseq.data.document_dataset import DocumentDataset
 from tests.fairseq_runs import make_dictionary, random_documents, write_data, write_split
 
 LENGTHS = [5, 1, 30]

@@ -32,18 +32,18 @@ def random(Q, M, seed=0, scale=1.0):
 @given(Q=st.integers(1, 5), M=st.integers(1, 40), seed=st.integers(0, 99), block=st.sampled_from([1, 7, 1 << 24]))
 def test_log_sums_are_the_definition(Q, M, seed, block):
     queries, targets, hidden, tokens = random(Q, M, seed)
-    kept, module._SCORES = module._SCORES, block
+    kept, module.SCORES_AT_ONCE = module.SCORES_AT_ONCE, block
     try:
         sums = log_sums(queries, targets, hidden, tokens, [0.5, 2.0])
     finally:
-        module._SCORES = kept
+        module.SCORES_AT_ONCE = kept
     for t, theta in enumerate((0.5, 2.0)):
         for q in range(Q):
             expected = naive(queries[q], hidden, tokens, theta)[int(targets[q])]
             assert math.exp(sums[1, t, q] - sums[0, t, q]) == pytest.approx(expected, abs=1e-5)
-        half = M // 2  # in two parts, one of them each query's own
-        own = (hidden[half:].expand(Q, -1, -1), tokens[half:].expand(Q, -1))
-        dense = distribution(queries, [(hidden[:half], tokens[:half]), own], theta, V)
+        half = M // 2  # in two parts, one of them per query
+        per_query = (hidden[half:].expand(Q, -1, -1), tokens[half:].expand(Q, -1))
+        dense = distribution(queries, [(hidden[:half], tokens[:half]), per_query], theta, V)
         expected = torch.tensor([naive(query, hidden, tokens, theta) for query in queries])
         torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-4)
 
@@ -67,13 +67,13 @@ def test_a_token_of_a_text_sees_those_before_it():
 
 def test_tokens_that_are_not_there_weigh_nothing():
     queries, _, hidden, tokens = random(2, 10)
-    own = tokens.repeat(2, 1)
-    own[0, :4] = -1
-    found = distribution(queries, [(hidden.expand(2, -1, -1), own)], 1.0, V)
-    torch.testing.assert_close(found[:1], distribution(queries[:1], [(hidden[4:], tokens[4:])], 1.0, V))
-    torch.testing.assert_close(found[1:], distribution(queries[1:], [(hidden, tokens)], 1.0, V))
-    own[:] = -1
-    assert not distribution(queries, [(hidden.expand(2, -1, -1), own)], 1.0, V).any()
+    per_query = tokens.repeat(2, 1)
+    per_query[0, :4] = -1
+    probabilities = distribution(queries, [(hidden.expand(2, -1, -1), per_query)], 1.0, V)
+    torch.testing.assert_close(probabilities[:1], distribution(queries[:1], [(hidden[4:], tokens[4:])], 1.0, V))
+    torch.testing.assert_close(probabilities[1:], distribution(queries[1:], [(hidden, tokens)], 1.0, V))
+    per_query[:] = -1
+    assert not distribution(queries, [(hidden.expand(2, -1, -1), per_query)], 1.0, V).any()
     assert not distribution(queries, [], 1.0, V).any()
 
 

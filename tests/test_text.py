@@ -1,4 +1,4 @@
-"""Text as tokens and back, with real tokenizers: whole texts, single tokens, and lines as commands have them."""
+"""Text to tokens and back, with real tokenizers: whole texts, single tokens, and the lines of fairseq's commands."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +57,7 @@ def test_words():
     dictionary = Dictionary()
     tokens = torch.tensor([dictionary.add_symbol("one"), dictionary.add_symbol("two")])
     assert token_texts(tokens, dictionary) == ["one ", "two"]
-    with pytest.raises(ValueError, match="SimpleNamespace cannot tell"):
+    with pytest.raises(ValueError, match="SimpleNamespace does not define the text of single tokens"):
         token_texts(tokens, dictionary, SimpleNamespace())
 
 

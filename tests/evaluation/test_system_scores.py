@@ -5,16 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from longmem_fairseq.evaluation.reporting.statistics import ACCURACY, PERPLEXITY, Sample
+from longmem_fairseq.evaluation.reporting.statistic import ACCURACY, PERPLEXITY
+from longmem_fairseq.evaluation.reporting.system_scores import SystemScores
 
 
 def right(*flags):
-    return Sample({str(i): (float(flag), 1.0) for i, flag in enumerate(flags)}, ACCURACY)
+    return SystemScores({str(i): (float(flag), 1.0) for i, flag in enumerate(flags)}, ACCURACY)
 
 
 def test_figures():
     assert right(1, 0, 1, 1).interval().value == 75.0
-    losses = Sample({"a": (2.0, 1), "b": (4.0, 3)}, PERPLEXITY)
+    losses = SystemScores({"a": (2.0, 1), "b": (4.0, 3)}, PERPLEXITY)
     assert losses.interval().value == pytest.approx(math.exp(6 / 4))
 
 
@@ -41,16 +42,16 @@ def test_pairs_share_their_draws():
 
 
 def test_only_common_items_count():
-    a = Sample({"x": (1, 1), "y": (0, 1), "z": (1, 1)}, ACCURACY)
-    b = Sample({"y": (1, 1), "x": (1, 1)}, ACCURACY)
+    a = SystemScores({"x": (1, 1), "y": (0, 1), "z": (1, 1)}, ACCURACY)
+    b = SystemScores({"y": (1, 1), "x": (1, 1)}, ACCURACY)
     assert a.difference(b).value == -50.0
     with pytest.raises(ValueError, match="no item in common"):
-        a.difference(Sample({"q": (1, 1)}, ACCURACY))
+        a.difference(SystemScores({"q": (1, 1)}, ACCURACY))
 
 
 def test_perplexities_differ_in_per_cent():
-    a = Sample({"x": (math.log(9), 1)}, PERPLEXITY)
-    b = Sample({"x": (math.log(10), 1)}, PERPLEXITY)
+    a = SystemScores({"x": (math.log(9), 1)}, PERPLEXITY)
+    b = SystemScores({"x": (math.log(10), 1)}, PERPLEXITY)
     assert a.difference(b) == pytest.approx((-10.0, -10.0, -10.0))
 
 
@@ -60,10 +61,10 @@ def test_the_same_data_give_the_same_interval():
 
 
 def test_runs_are_drawn_too():
-    """Two seeds that are all right and all wrong: every sentence scores one half, and yet little is known."""
-    sample = Sample({str(i): ((1, 1), (0, 1)) for i in range(30)}, ACCURACY)
+    """Two seeds that are all right and all wrong: every sentence scores one half, but little is known."""
+    sample = SystemScores({str(i): ((1, 1), (0, 1)) for i in range(30)}, ACCURACY)
     assert sample.interval() == (50.0, 0.0, 100.0) and sample.deviation() == pytest.approx(100 / math.sqrt(2))
-    better = Sample({str(i): ((1, 1), (i % 2, 1)) for i in range(30)}, ACCURACY)
+    better = SystemScores({str(i): ((1, 1), (i % 2, 1)) for i in range(30)}, ACCURACY)
     assert better.difference(sample).value == pytest.approx(25.0) and better.difference(sample).low == 0.0
     assert right(1, 0).deviation() is None
     with pytest.raises(ValueError, match="1 runs cannot be paired with 2"):
