@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The main job on small real input: give a language model its long-term memory and see what that is worth.
+# The main job on small real input: give a language model a long-term memory and measure what it gains.
 #
 #   make demo                              on the source files of Python's standard library
 #   make demo TEXT=directory-or-file       on your own documents (UTF-8; .txt, .jsonl, .gz, .zst)
 #
-# Results are in demo/ (DEMO=directory): report.json, report.md, report.png. Steps that are finished are not done
-# again; a training that was interrupted goes on from its last checkpoint.
+# Results are in demo/ (DEMO=directory): report.json, report.md, report.png. Finished steps are not repeated; an
+# interrupted training continues from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 demo=${DEMO:-demo}
@@ -18,7 +18,7 @@ device=(--cpu)
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
 
 say() { printf '\n== %s\n' "$*"; }
-# Run a step whose output goes to a log; show its end if it fails.
+# Run a step with its output in a log; show the end of the log if the step fails.
 logged() {
   local log=$1
   shift
@@ -27,7 +27,7 @@ logged() {
 }
 
 mkdir -p "$demo/eval" "$demo/logs"
-# What was made from other documents must not be mixed with these.
+# Results of other documents must not be mixed with these.
 echo "${TEXT:-the standard library} $(python --version)" >"$demo/source.new"
 if [ -e "$demo/source" ] && ! cmp -s "$demo/source" "$demo/source.new"; then
   echo "$demo holds the results for $(cat "$demo/source"): remove it, or name another directory with DEMO=..." >&2
@@ -38,16 +38,16 @@ mv "$demo/source.new" "$demo/source"
 
 if [ ! -e "$data/manifest.json" ]; then
   say "1. Documents: ${TEXT:-the modules of the standard library}"
-  python examples/quickstart/standard_library.py ${TEXT:+--text "$TEXT"} --destdir "$demo/documents"
-  python preprocess/binarize_documents.py --train "$demo/documents/train.jsonl" \
+  python -m examples.quickstart.standard_library ${TEXT:+--text "$TEXT"} --destdir "$demo/documents"
+  python -m preprocess.binarize_documents --train "$demo/documents/train.jsonl" \
     --valid "$demo/documents/valid.jsonl" --test "$demo/documents/test.jsonl" \
     --tokenizer $shipped/sentencepiece.model --dict $shipped/dict.txt --destdir "$data"
 fi
 
 if [ ! -e "$demo/copying.txt" ]; then
   say "2. The backbone, and whether it copies within its window"
-  python preprocess/convert_safetensors.py $shipped/backbone.safetensors "$demo/backbone.pt"
-  python examples/quickstart/copying.py --path "$demo/backbone.pt" --data "$data" 2>/dev/null | tee "$demo/copying.new"
+  python -m preprocess.convert_safetensors $shipped/backbone.safetensors "$demo/backbone.pt"
+  python -m examples.quickstart.copying --path "$demo/backbone.pt" --data "$data" 2>/dev/null | tee "$demo/copying.new"
   mv "$demo/copying.new" "$demo/copying.txt"
 fi
 
@@ -76,4 +76,4 @@ for memory in "${memories[@]}"; do
   evaluate "memory-$memory" "$demo/checkpoints/checkpoint_last.pt" --model-overrides "{'memory_size': $memory}"
 done
 
-python examples/quickstart/demo_report.py --demo "$demo" --seconds $(($(date +%s) - began))
+python -m examples.quickstart.demo_report --demo "$demo" --seconds $(($(date +%s) - began))

@@ -30,7 +30,7 @@ from .models.longmem_lm import LongMemModel
 from .models.model_directory import is_model_directory, read_directory
 from .models.reading import DocumentReader
 from .models.trace import Trace, trace_reads
-from .safe_load import why_unreadable
+from .safe_load import allow_namespaces, why_unreadable
 from .tasks.generator import LongMemGenerator, backbone_identity
 from .tasks.longmem_language_modeling import LongMemLanguageModelingTask
 from .tasks.options import LongMemLanguageModelingConfig
@@ -293,6 +293,7 @@ class LongMem:
 
 def _load_checkpoint(checkpoint: str, data: Optional[str], settings: dict):
     """Return the model of a checkpoint, its task, and the directory of its dictionary."""
+    allow_namespaces()  # of a released checkpoint's settings
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
     except pickle.UnpicklingError as error:

@@ -1,19 +1,28 @@
-"""Progress bars: in terminals and notebooks, for what takes longer than a moment."""
+"""Progress bars in terminals and notebooks, for work that takes longer than a moment."""
 
 import sys
 
 from tqdm import tqdm
 
 
-def token_bar(total: int, what: str, delay: float = 1.0) -> tqdm:
-    """A bar of tokens, used as a context; it shows after ``delay`` seconds and goes when it is done.
+def token_bar(total: int, description: str, delay: float = 1.0) -> tqdm:
+    """Make a bar that counts tokens; it disappears at the end.
 
-    Where the errors go to a file there is none; a notebook, whose errors are no terminal's either, has one.
+    Where standard error is a file there is no bar. In a notebook, whose standard error is not a terminal either, there
+    is one.
+
+    Args:
+        total: Number of tokens at the end.
+        description: Text in front of the bar.
+        delay: Time in seconds before the bar appears.
+
+    Returns:
+        A context manager with ``update(tokens)``.
     """
     notebook = "ipykernel" in sys.modules
     return tqdm(
         total=total,
-        desc=what,
+        desc=description,
         unit=" tokens",
         unit_scale=True,
         leave=False,

@@ -1,40 +1,81 @@
-"""Reading checkpoints without running code from them: torch's pickles may hold calls of any function."""
+"""Read checkpoints without running code from them: torch's pickles may contain calls of any function."""
 
 import re
 from argparse import Namespace
-from typing import Any, Dict
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator
 
 import torch
 
-# What may lie in a checkpoint besides tensors and plain data: options of before fairseq 0.11, and of the released
-# LongMem, are kept in an argparse.Namespace, which only holds attributes.
+# Types allowed in a checkpoint besides tensors and plain data: options of before fairseq 0.11, and those of the
+# released LongMem, are kept in an argparse.Namespace, which only holds attributes.
 ALLOWED = [Namespace]
 
 
+def allow_namespaces() -> None:
+    """Let torch's safe loader accept :data:`ALLOWED` in this process from now on.
+
+    fairseq reads the files of ``--path`` and ``--restore-file`` itself, with ``torch.load``. So this is called before:
+    when a task is set up, and by the hub.
+    """
+    torch.serialization.add_safe_globals(ALLOWED)
+
+
+@contextmanager
+def namespaces_allowed() -> Iterator[None]:
+    """Let torch's safe loader accept :data:`ALLOWED` within a block.
+
+    torch's own context manager withdraws at its end what was allowed before it, too.
+    """
+    missing = [allowed for allowed in ALLOWED if allowed not in torch.serialization.get_safe_globals()]
+    with torch.serialization.safe_globals(missing):
+        yield
+
+
 def load_safely(path: str) -> Any:
-    """What a file of torch.save holds, tensors on the CPU.
+    """Read a file of ``torch.save``.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        The file's content, tensors on the CPU.
 
     Raises:
-        FileNotFoundError: where it does not exist.
-        ValueError: where it is damaged, or asks for anything but tensors, plain data and :data:`ALLOWED`; the message
-            is the reason alone.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, or needs anything but tensors, plain data and :data:`ALLOWED`; the message is
+            the reason alone.
     """
     try:
-        with torch.serialization.safe_globals(ALLOWED):
+        with namespaces_allowed():
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever a damaged file makes of its reader
+    except Exception as error:  # a damaged file makes its reader raise anything
         raise ValueError(why_unreadable(error)) from error
 
 
 def why_unreadable(error: Exception) -> str:
-    """Why a file could not be read, of what torch's safe reader raised; its own words advise to trust the file."""
+    """Explain why a file could not be read; torch's own words advise to trust the file.
+
+    Args:
+        error: Exception of torch's safe loader.
+
+    Returns:
+        The reason, a clause without the file's name.
+    """
     code = re.search(r"GLOBAL (\S+)", str(error))
     return f"it asks for {code[1]}, which may run code" if code else "it is damaged, or of another format"
 
 
 def settings(state: Dict[str, Any]) -> Namespace:
-    """The model's settings in a checkpoint of fairseq, a copy, whichever way they are kept there."""
+    """Copy the model's settings from a checkpoint, whichever version of fairseq wrote it.
+
+    Args:
+        state: Content of the checkpoint.
+
+    Returns:
+        The settings by name.
+    """
     cfg = state["cfg"]["model"] if state.get("cfg") else state["args"]
     return Namespace(**(dict(cfg) if isinstance(cfg, dict) else vars(cfg)))

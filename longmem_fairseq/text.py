@@ -1,67 +1,234 @@
-"""Text as tokens, and tokens as text."""
+"""Text to tokens and back, by fairseq's dictionary and BPE.
+
+A :class:`TextCodec` knows one kind of BPE: how it spells a text in the symbols of a dictionary, and which bytes of text
+each symbol stands for.
+"""
 
 import codecs
 import os
 import sys
+from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Dict, List, Sequence
 
 import torch
+from fairseq import tokenizer as words
 from fairseq.data import Dictionary, encoders
+from fairseq.data.encoders.gpt2_bpe import GPT2BPE
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
 from omegaconf import OmegaConf
 from torch import Tensor
 
-_NEWLINE = "<0x0A>"  # how the lines that fairseq's commands read and print spell a newline
+_NEWLINE = "<0x0A>"  # spelling of a newline in the lines that fairseq's commands read and print
+
+
+class TextCodec(ABC):
+    """Text as symbols of a dictionary, for one kind of BPE.
+
+    Args:
+        bpe: fairseq's BPE, or None.
+
+    Attributes:
+        lossless: Whether every text, its newlines included, can be decoded from its symbols.
+        adds_space: Whether the BPE puts a space before every text that it encodes.
+    """
+
+    lossless = True
+    adds_space = False
+
+    def __init__(self, bpe):
+        self.bpe = bpe
+
+    @abstractmethod
+    def encode(self, text: str) -> List[str]:
+        """Split a text into symbols.
+
+        Args:
+            text: Text of any number of lines.
+        """
+
+    @abstractmethod
+    def decode(self, symbols: Sequence[str]) -> str:
+        """Join symbols to a text; the inverse of :meth:`encode`.
+
+        Args:
+            symbols: Symbols of the dictionary.
+        """
+
+    @cached_property
+    @abstractmethod
+    def symbol_bytes(self) -> Dict[str, bytes]:
+        """Bytes of text that each symbol stands for (UTF-8, perhaps a part of a character); others are not text.
+
+        Raises:
+            ValueError: The BPE does not define them.
+        """
+
+    def texts(self, symbols: Sequence[str]) -> List[str]:
+        """Decode symbols one by one.
+
+        Args:
+            symbols: Symbols of the dictionary.
+
+        Returns:
+            The text that each symbol adds. A character that several symbols share belongs to the last of them; a symbol
+            that is not text is its own name.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        texts = [decoder.decode(self.symbol_bytes.get(symbol, symbol.encode())) for symbol in symbols]
+        if texts:
+            texts[-1] += decoder.decode(b"", final=True)
+        return texts
+
+
+class SentencePieceText(TextCodec):
+    """Text in the pieces of a sentencepiece model."""
+
+    @property
+    def adds_space(self) -> bool:
+        return self.bpe.sp.encode("x", out_type=str)[0].startswith("\u2581")
+
+    def encode(self, text: str) -> List[str]:
+        # fairseq's own method joins the pieces by spaces, in which those with a newline in them would be lost.
+        return [_visible(piece) for piece in self.bpe.sp.encode(text, out_type=str)]
+
+    def decode(self, symbols: Sequence[str]) -> str:
+        sp = self.bpe.sp
+        pieces = {_visible(piece): piece for piece in map(sp.id_to_piece, range(sp.get_piece_size()))}
+        return sp.decode([pieces.get(symbol, symbol) for symbol in symbols])
+
+    @cached_property
+    def symbol_bytes(self) -> Dict[str, bytes]:
+        sp = self.bpe.sp
+        numbers = [i for i in range(sp.get_piece_size()) if not (sp.is_control(i) or sp.is_unknown(i))]
+        return {_visible(sp.id_to_piece(i)): self._piece_bytes(i) for i in numbers}
+
+    def _piece_bytes(self, number: int) -> bytes:
+        piece = self.bpe.sp.id_to_piece(number)
+        if self.bpe.sp.is_byte(number):
+            return bytes([int(piece[3:5], 16)])  # <0x0A>
+        return piece.replace("\u2581", " ").encode()
+
+
+class Gpt2Text(TextCodec):
+    """Text in the numbers of GPT-2's byte-level BPE."""
+
+    def encode(self, text: str) -> List[str]:
+        return self.bpe.encode(text).split()
+
+    def decode(self, symbols: Sequence[str]) -> str:
+        return self.bpe.decode(" ".join(symbols))
+
+    @cached_property
+    def symbol_bytes(self) -> Dict[str, bytes]:
+        encoder = self.bpe.bpe
+        return {
+            str(number): bytes(encoder.byte_decoder[char] for char in piece)
+            for number, piece in encoder.decoder.items()
+        }
+
+
+class WordsText(TextCodec):
+    """Words between spaces, without a BPE or as any other BPE of fairseq spells a line."""
+
+    lossless = False
+
+    def encode(self, text: str) -> List[str]:
+        return words.tokenize_line(text if self.bpe is None else self.bpe.encode(text))
+
+    def decode(self, symbols: Sequence[str]) -> str:
+        line = " ".join(symbols)
+        return line if self.bpe is None else self.bpe.decode(line)
+
+    @cached_property
+    def symbol_bytes(self) -> Dict[str, bytes]:
+        raise ValueError(
+            f"{type(self.bpe).__name__} does not define the text of single tokens: use sentencepiece or GPT-2's BPE"
+        )
+
+    def texts(self, symbols: Sequence[str]) -> List[str]:
+        if self.bpe is not None:
+            return super().texts(symbols)
+        return [f"{symbol} " for symbol in symbols[:-1]] + list(symbols[-1:])
+
+
+_CODECS = {SentencepieceBPE: SentencePieceText, GPT2BPE: Gpt2Text}
+
+
+def text_codec(bpe) -> TextCodec:
+    """Choose the codec of a BPE.
+
+    Args:
+        bpe: fairseq's BPE, an :class:`OneLineBPE`, or None for a dictionary of words.
+
+    Returns:
+        The codec of its kind.
+    """
+    if isinstance(bpe, OneLineBPE):
+        return bpe.codec
+    for kind, codec in _CODECS.items():
+        if isinstance(bpe, kind):
+            return codec(bpe)
+    return WordsText(bpe)
 
 
 def encode_text(text: str, dictionary: Dictionary, bpe=None, tokenizer=None) -> Tensor:
-    """Tokens of a text, shape (length,), int64, without an end-of-sentence.
+    """Encode a text.
 
     Args:
-        text: of any number of lines.
-        dictionary: of the tokens.
-        bpe, tokenizer: fairseq's, as its commands build them.
+        text: Text of any number of lines.
+        dictionary: Dictionary of the tokens.
+        bpe: fairseq's BPE as its commands build it, or None for a dictionary of words.
+        tokenizer: fairseq's tokenizer, which is applied before the BPE, or None.
+
+    Returns:
+        Token ids without an end-of-sentence, shape (length,), int64.
 
     Raises:
-        ValueError: there is nothing in it.
+        ValueError: The text has no tokens.
     """
     if tokenizer is not None:
         text = tokenizer.encode(text)
-    if hasattr(bpe, "sp"):  # fairseq joins the pieces by spaces, in which those with a newline in them would be lost
-        ids = [dictionary.index(_visible(piece)) for piece in bpe.sp.encode(text, out_type=str)]
-        tokens = torch.tensor(ids, dtype=torch.int64)
-    else:
-        line = text if bpe is None else bpe.encode(text)
-        tokens = dictionary.encode_line(line, append_eos=False, add_if_not_exist=False).long()
-    if not len(tokens):
+    ids = [dictionary.index(symbol) for symbol in text_codec(bpe).encode(text)]
+    if not ids:
         raise ValueError("the text is empty")
-    return tokens
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def decode_text(tokens: Tensor, dictionary: Dictionary, bpe=None, tokenizer=None) -> str:
-    """The text of tokens (length,), without end-of-sentence; the inverse of :func:`encode_text`."""
+    """Decode tokens; the inverse of :func:`encode_text`.
+
+    Args:
+        tokens: Token ids, shape (length,), int64; end-of-sentence and padding are left out.
+        dictionary: Dictionary of the tokens.
+        bpe: fairseq's BPE, or None for a dictionary of words.
+        tokenizer: fairseq's tokenizer, which is applied after the BPE, or None.
+
+    Returns:
+        The text.
+    """
     symbols = [dictionary[token] for token in tokens.tolist() if token not in (dictionary.eos(), dictionary.pad())]
-    if hasattr(bpe, "sp"):
-        pieces = {_visible(piece): piece for piece in map(bpe.sp.id_to_piece, range(bpe.sp.get_piece_size()))}
-        text = bpe.sp.decode([pieces.get(symbol, symbol) for symbol in symbols])
-    else:
-        line = " ".join(symbols)
-        text = line if bpe is None else bpe.decode(line)
+    text = text_codec(bpe).decode(symbols)
     return text if tokenizer is None else tokenizer.decode(text)
 
 
 def token_texts(tokens: Tensor, dictionary: Dictionary, bpe=None) -> List[str]:
-    """What each token (length,) adds to the text: end to end they are :func:`decode_text`, as far as there is one.
+    """Decode tokens one by one.
 
-    A character that several tokens share the bytes of belongs to the last of them, the others are empty. Tokens that
-    are no text, such as an end-of-sentence, keep their name.
+    Args:
+        tokens: Token ids, shape (length,), int64.
+        dictionary: Dictionary of the tokens.
+        bpe: fairseq's BPE, or None for a dictionary of words.
+
+    Returns:
+        The text that each token adds; joined they are :func:`decode_text`. A character that several tokens share
+        belongs to the last of them, the others are empty. A token that is not text, such as end-of-sentence, is its
+        name.
 
     Raises:
-        ValueError: the BPE is another one than sentencepiece and GPT-2's.
+        ValueError: The BPE is neither sentencepiece nor GPT-2's.
     """
-    symbols = [dictionary[token] for token in tokens.tolist()]
-    if bpe is None:
-        return [f"{symbol} " for symbol in symbols[:-1]] + symbols[-1:]
-    texts = _symbol_texts(symbols, _bytes_of_symbols(bpe))
+    texts = text_codec(bpe).texts([dictionary[token] for token in tokens.tolist()])
     if texts and texts[0].startswith(" ") and "".join(texts)[1:] == decode_text(tokens, dictionary, bpe):
         texts[0] = texts[0][1:]  # sentencepiece may have put a space before the text
     return texts
@@ -73,67 +240,72 @@ class OneLineBPE:
     Without it a newline ends a prompt, and sentencepiece's pieces of bytes and newlines are printed by their names.
 
     Args:
-        bpe: fairseq's, sentencepiece or GPT-2's; anything else asked of this object is asked of it.
+        bpe: fairseq's sentencepiece or GPT-2 BPE; all other attributes of this object are those of this BPE.
+
+    Raises:
+        ValueError: The BPE is of another kind.
     """
 
     def __init__(self, bpe):
-        self._bpe, self._bytes = bpe, _bytes_of_symbols(bpe)
+        self.inner, self.codec = bpe, text_codec(bpe)
+        self.codec.symbol_bytes  # noqa: B018  (refuses another kind)
 
     def __getattr__(self, name: str):
-        return getattr(self._bpe, name)
+        return getattr(self.inner, name)
 
     def encode(self, line: str) -> str:
-        text = line.replace(_NEWLINE, "\n")
-        if hasattr(self._bpe, "sp"):
-            return " ".join(map(_visible, self._bpe.sp.encode(text, out_type=str)))
-        return self._bpe.encode(text)
+        """Encode a line.
+
+        Args:
+            line: Text with newlines written as ``<0x0A>``.
+
+        Returns:
+            Symbols between spaces.
+        """
+        return " ".join(self.codec.encode(line.replace(_NEWLINE, "\n")))
 
     def decode(self, symbols: str) -> str:
-        return "".join(_symbol_texts(symbols.split(), self._bytes)).strip().replace("\n", _NEWLINE)
+        """Decode a line of symbols.
+
+        Args:
+            symbols: Symbols between spaces.
+
+        Returns:
+            Text with newlines written as ``<0x0A>``.
+        """
+        return "".join(self.codec.texts(symbols.split())).strip().replace("\n", _NEWLINE)
 
 
 def one_line(bpe):
-    """A BPE as :class:`OneLineBPE`, if it is of a kind that has one."""
-    return OneLineBPE(bpe) if hasattr(bpe, "sp") or _is_gpt2(bpe) else bpe
+    """Wrap a BPE for fairseq's commands, if its kind supports it.
 
+    Args:
+        bpe: fairseq's BPE, or None.
 
-def _is_gpt2(bpe) -> bool:
-    return hasattr(getattr(bpe, "bpe", None), "byte_decoder")
-
-
-def _bytes_of_symbols(bpe) -> Dict[str, bytes]:
-    """What the dictionary's symbols stand for, those that are text."""
-    if hasattr(bpe, "sp"):
-        ids = (i for i in range(bpe.sp.get_piece_size()) if not (bpe.sp.is_control(i) or bpe.sp.is_unknown(i)))
-        return {_visible(bpe.sp.id_to_piece(i)): _piece_bytes(bpe.sp, i) for i in ids}
-    if _is_gpt2(bpe):
-        return {str(i): bytes(bpe.bpe.byte_decoder[char] for char in piece) for i, piece in bpe.bpe.decoder.items()}
-    raise ValueError(f"{type(bpe).__name__} cannot tell the text of single tokens: sentencepiece and GPT-2's can")
-
-
-def _symbol_texts(symbols: Sequence[str], known: Dict[str, bytes]) -> List[str]:
-    """The text of each symbol; one that is no text is its own name."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    texts = [decoder.decode(known.get(symbol, symbol.encode())) for symbol in symbols]
-    if texts:
-        texts[-1] += decoder.decode(b"", final=True)
-    return texts
-
-
-def _piece_bytes(sp, piece: int) -> bytes:
-    """The text of a piece of sentencepiece, by its number."""
-    text = sp.id_to_piece(piece)
-    return bytes([int(text[3:5], 16)]) if sp.is_byte(piece) else text.replace("\u2581", " ").encode()
+    Returns:
+        An :class:`OneLineBPE`, or ``bpe`` itself.
+    """
+    return OneLineBPE(bpe) if text_codec(bpe).lossless else bpe
 
 
 def _visible(piece: str) -> str:
-    """A piece as the dictionary has it: whitespace, which dict.txt cannot hold, as bytes (``<0x0A>``)."""
+    """Spell a piece as the dictionary does: whitespace, which dict.txt cannot hold, as bytes (``<0x0A>``)."""
     return "".join("".join(f"<0x{byte:02X}>" for byte in char.encode()) if char.isspace() else char for char in piece)
 
 
-def find_bpe(data: str):
-    """fairseq's BPE for the model files in a data directory, None where there are none."""
-    sentencepiece, *gpt2 = (os.path.join(data, name) for name in ("sentencepiece.model", "encoder.json", "vocab.bpe"))
+def find_bpe(directory: str):
+    """Build the BPE of a data directory.
+
+    Args:
+        directory: Path of the directory; it may contain ``sentencepiece.model``, or ``encoder.json`` and
+            ``vocab.bpe`` of GPT-2.
+
+    Returns:
+        fairseq's BPE, or None where there are no such files.
+    """
+    sentencepiece, *gpt2 = (
+        os.path.join(directory, name) for name in ("sentencepiece.model", "encoder.json", "vocab.bpe")
+    )
     if os.path.isfile(sentencepiece):
         return encoders.build_bpe(OmegaConf.create({"_name": "sentencepiece", "sentencepiece_model": sentencepiece}))
     if all(map(os.path.isfile, gpt2)):
@@ -143,14 +315,24 @@ def find_bpe(data: str):
 
 
 def read_text(path: str) -> str:
-    """The text of a file, ``-`` for standard input.
+    """Read a UTF-8 text.
+
+    Args:
+        path: Path of the file, or ``-`` for standard input.
+
+    Returns:
+        The text.
 
     Raises:
-        ValueError: it is no UTF-8.
-        OSError: it cannot be read.
+        ValueError: The file is not UTF-8.
+        OSError: The file cannot be read.
     """
-    data = sys.stdin.buffer.read() if path == "-" else open(path, "rb").read()
+    if path == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        with open(path, "rb") as file:
+            data = file.read()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no UTF-8 text (byte {error.start})") from error
+        raise ValueError(f"it is not UTF-8 text (byte {error.start})") from error

@@ -1,11 +1,11 @@
-"""How fast the preprocessing is, side by side with fairseq's own tools on the same text and cores.
+"""Measure the speed of the preprocessing beside fairseq's own tools on the same text and cores.
 
-    python preprocess/benchmark.py --documents P... --workers 2 --gpt2-encoder-json F --gpt2-vocab-bpe F --dict F
+    python -m preprocess.benchmark --documents P... --workers 2 --gpt2-encoder-json F --gpt2-vocab-bpe F --dict F
 
-Without --documents it takes the running Python's standard library, without GPT-2's files a byte-level BPE trained on
-the documents. Compared are fairseq's two steps, ``multiprocessing_bpe_encoder`` (text to tokens) and
-``fairseq-preprocess`` (tokens to data), with binarize_documents.py, which does both. fairseq's documents are lines, so
-newlines become spaces for all of them; the data must then be the same, token by token, or the benchmark fails.
+Without --documents the text is the running Python's standard library; without GPT-2's files a byte-level BPE is trained
+on the documents. fairseq's two steps, ``multiprocessing_bpe_encoder`` (text to tokens) and ``fairseq-preprocess``
+(tokens to data), are compared with binarize_documents, which does both. fairseq's documents are lines, so newlines
+become spaces for all tools; the data must then be the same, token by token, or the benchmark fails.
 """
 
 from __future__ import annotations
@@ -23,17 +23,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-if not __package__:  # run as a script: find the packages beside this folder
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from preprocess.documents import iter_documents
 from preprocess.errors import InputError
+from preprocess.package_modules import files
 
-SCRIPT = Path(__file__).resolve().parent / "binarize_documents.py"
+PROG = "python -m preprocess.benchmark"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def train_byte_level_bpe(texts: Sequence[str], vocab_size: int, directory: Path) -> tuple[Path, Path]:
-    """A BPE of ``texts`` in the format of GPT-2's files; returns the paths of encoder.json and vocab.bpe."""
+    """Train a byte-level BPE in the format of GPT-2's files.
+
+    Args:
+        texts: Texts to train on.
+        vocab_size: Largest number of tokens.
+        directory: Directory to write the files to.
+
+    Returns:
+        The paths of encoder.json and vocab.bpe.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -51,30 +59,58 @@ def train_byte_level_bpe(texts: Sequence[str], vocab_size: int, directory: Path)
     return encoder, merges
 
 
-class Step(NamedTuple):
-    """What a tool took. The clock depends on what else the machine does, the processor time does not."""
+class ResourceUsage(NamedTuple):
+    """The resources that a tool used; unlike the seconds, the processor time is independent of other processes.
+
+    Args:
+        seconds: Seconds from start to end.
+        cpu_seconds: Processor time of all its processes, in seconds.
+        peak_megabytes: Resident memory of its largest process at the peak, in MB.
+    """
 
     seconds: float
-    cpu_seconds: float  # of all its processes
-    peak_megabytes: float  # of the largest
+    cpu_seconds: float
+    peak_megabytes: float
 
 
-def timed(command: Sequence[object], description: str) -> Step:
-    """Run a command; raises InputError if it fails."""
+def measure(command: Sequence[object], name: str) -> ResourceUsage:
+    """Run a command and measure the resources that it uses.
+
+    Args:
+        command: Program and arguments.
+        name: Name of the tool, for the message.
+
+    Returns:
+        The resources that it used.
+
+    Raises:
+        InputError: The command fails.
+    """
     start = time.perf_counter()
     process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=SCRIPT.parent.parent
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise InputError(f"{description} failed: {errors.strip().splitlines()[-1] if errors.strip() else status}")
-    return Step(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+        raise InputError(f"{name} failed: {errors.strip().splitlines()[-1] if errors.strip() else status}")
+    return ResourceUsage(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def same_tokens(one: Path, two: Path) -> int:
-    """Compare two fairseq datasets; returns their tokens, raises InputError if they differ."""
+    """Compare two fairseq datasets.
+
+    Args:
+        one: Path of the first dataset, without the suffix.
+        two: Path of the second.
+
+    Returns:
+        The number of tokens in each.
+
+    Raises:
+        InputError: They differ.
+    """
     from fairseq.data import data_utils
 
     first, second = (data_utils.load_indexed_dataset(str(path), None, "mmap") for path in (one, two))
@@ -87,10 +123,17 @@ def same_tokens(one: Path, two: Path) -> int:
 
 
 def benchmark(args: argparse.Namespace, directory: Path) -> dict:
-    """Run everything in a scratch ``directory``; returns the report.
+    """Run all tools on the same text.
+
+    Args:
+        args: Options of the command line.
+        directory: Temporary directory to write to.
+
+    Returns:
+        The report, as :func:`report` makes it.
 
     Raises:
-        InputError: a tool failed, or the data differs.
+        InputError: A tool fails, or the data differs.
     """
     texts = [re.sub(r"[\r\n]+", " ", document.text).strip() for document in iter_documents(args.documents, "skip")]
     texts = [text for text in texts if text]
@@ -104,34 +147,45 @@ def benchmark(args: argparse.Namespace, directory: Path) -> dict:
     gpt2 = ["--tokenizer", "gpt2", "--gpt2-encoder-json", encoder, "--gpt2-vocab-bpe", merges]
     gpt2 += ["--dict", Path(args.dict).resolve()] if args.dict else []
 
-    made = directory / f"ours{args.workers}"
+    data = directory / f"data{args.workers}"
     commands: dict[str, list[object]] = {}
     for workers in sorted({1, args.workers}):
-        ours = [SCRIPT, "--train", directory / "lines.jsonl", *gpt2, "--workers", workers, "--overwrite"]
-        commands[f"binarize_documents.py --workers {workers}"] = [*ours, "--destdir", directory / f"ours{workers}"]
+        command = ["-m", "preprocess.binarize_documents", "--train", directory / "lines.jsonl", *gpt2]
+        command += ["--workers", workers, "--overwrite", "--destdir", directory / f"data{workers}"]
+        commands[f"binarize_documents --workers {workers}"] = command
     encode = ["-m", "fairseq.examples.roberta.multiprocessing_bpe_encoder", "--keep-empty", "--workers", args.workers]
     encode += ["--inputs", directory / "lines.txt", "--outputs", directory / "lines.bpe"]
     encode += ["--encoder-json", encoder, "--vocab-bpe", merges]
     commands[f"multiprocessing_bpe_encoder --workers {args.workers}"] = encode
     binarize = ["-m", "fairseq_cli.preprocess", "--only-source", "--workers", args.workers]
-    binarize += ["--srcdict", made / "dict.txt", "--trainpref", directory / "lines.bpe"]
+    binarize += ["--srcdict", data / "dict.txt", "--trainpref", directory / "lines.bpe"]
     commands[f"fairseq-preprocess --workers {args.workers}"] = [*binarize, "--destdir", directory / "stock"]
 
     # in turn, not one after the other, so that whatever else runs on the machine slows all of them
-    runs = [
-        {name: timed([sys.executable, *command], name) for name, command in commands.items()}
-        for _ in range(args.repeat)
-    ]
-    steps = {name: min(run[name] for run in runs) for name in commands}
-    tokens = same_tokens(directory / "stock" / "train", made / "train")
-    return report(steps, len(texts), tokens, (directory / "lines.txt").stat().st_size, args.workers)
+    runs = []
+    for _ in range(args.repeat):
+        runs.append({name: measure([sys.executable, *command], name) for name, command in commands.items()})
+    fastest = {name: min(run[name] for run in runs) for name in commands}
+    tokens = same_tokens(directory / "stock" / "train", data / "train")
+    return report(fastest, len(texts), tokens, (directory / "lines.txt").stat().st_size, args.workers)
 
 
-def report(steps: dict[str, Step], documents: int, tokens: int, size: int, workers: int) -> dict:
-    """The measurements as rates, and the two ratios that matter."""
-    ours, encode, binarize = (
-        steps[f"{name} --workers {workers}"]
-        for name in ("binarize_documents.py", "multiprocessing_bpe_encoder", "fairseq-preprocess")
+def report(usages: dict[str, ResourceUsage], documents: int, tokens: int, size: int, workers: int) -> dict:
+    """Turn the measurements into rates and ratios.
+
+    Args:
+        usages: Resources that each tool used, by its name and number of workers.
+        documents: Number of documents.
+        tokens: Number of tokens.
+        size: Size of the text in bytes.
+        workers: Number of workers of the tools that are compared.
+
+    Returns:
+        Measurements and rates of each tool under ``steps``, ratios of speed under ``times_...``.
+    """
+    binarize, encode, stock = (
+        usages[f"{name} --workers {workers}"]
+        for name in ("binarize_documents", "multiprocessing_bpe_encoder", "fairseq-preprocess")
     )
     return {
         "documents": documents,
@@ -140,51 +194,64 @@ def report(steps: dict[str, Step], documents: int, tokens: int, size: int, worke
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "steps": {
             name: {
-                **step._asdict(),
-                "documents_per_second": documents / step.seconds,
-                "tokens_per_second": tokens / step.seconds,
+                **usage._asdict(),
+                "documents_per_second": documents / usage.seconds,
+                "tokens_per_second": tokens / usage.seconds,
             }
-            for name, step in steps.items()
+            for name, usage in usages.items()
         },
-        "times_fairseq_preprocess": binarize.seconds / ours.seconds,
-        "times_encoder_and_preprocess": (encode.seconds + binarize.seconds) / ours.seconds,
-        "times_encoder_and_preprocess_cpu": (encode.cpu_seconds + binarize.cpu_seconds) / ours.cpu_seconds,
-        "times_one_worker": steps["binarize_documents.py --workers 1"].seconds / ours.seconds,
+        "times_fairseq_preprocess": stock.seconds / binarize.seconds,
+        "times_encoder_and_preprocess": (encode.seconds + stock.seconds) / binarize.seconds,
+        "times_encoder_and_preprocess_cpu": (encode.cpu_seconds + stock.cpu_seconds) / binarize.cpu_seconds,
+        "times_one_worker": usages["binarize_documents --workers 1"].seconds / binarize.seconds,
     }
 
 
+def print_report(measured: dict) -> None:
+    """Print a table of all tools, and the ratios of speed.
+
+    Args:
+        measured: Report, as :func:`report` makes it.
+    """
+    print(f"{measured['documents']:,} documents, {measured['tokens']:,} tokens, {measured['megabytes']:.1f} MB of text")
+    print(f"{'':42} {'seconds':>8} {'CPU s':>8} {'documents/s':>12} {'tokens/s':>12} {'peak MB':>8}")
+    for name, step in measured["steps"].items():
+        rates = f"{step['documents_per_second']:12,.1f} {step['tokens_per_second']:12,.0f}"
+        print(f"{name:42} {step['seconds']:8.1f} {step['cpu_seconds']:8.1f} {rates} {step['peak_megabytes']:8,.0f}")
+    print(f"{measured['times_fairseq_preprocess']:.1f} times the documents/s of fairseq-preprocess alone,", end=" ")
+    print(f"{measured['times_encoder_and_preprocess']:.1f} times with its BPE encoder", end=" ")
+    print(f"({measured['times_encoder_and_preprocess_cpu']:.1f} in processor time)", end=", ")
+    print(f"{measured['times_one_worker']:.2f} times those of one worker")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and print a table."""
+    """Run the command line and print a table.
+
+    Args:
+        arguments: Arguments of the command line; if None, those of the process.
+    """
     parser = argparse.ArgumentParser(
-        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--documents", nargs="+", metavar="P", help="files, directories, JSON lines (the standard library)")
-    add("--workers", type=int, default=2, metavar="N", help="processes of each tool (2)")
-    add("--repeat", type=int, default=1, metavar="N", help="run everything so often and take the fastest of each (1)")
+    add("--documents", nargs="+", metavar="P", help="text files, directories or JSON lines (the standard library)")
+    add("--workers", type=int, default=2, metavar="N", help="number of processes of each tool (default: %(default)s)")
+    add("--repeat", type=int, default=1, metavar="N", help="number of runs; the fastest counts (default: %(default)s)")
     add("--gpt2-encoder-json", metavar="F", help="GPT-2's encoder.json")
     add("--gpt2-vocab-bpe", metavar="F", help="GPT-2's vocab.bpe")
-    add("--dict", metavar="F", help="a fairseq dict.txt for these files")
-    add("--output", type=Path, metavar="F", help="write the report as JSON")
+    add("--dict", metavar="F", help="fairseq dict.txt for these files")
+    add("--output", type=Path, metavar="F", help="JSON file to write the report to")
     args = parser.parse_args(arguments)
     if not args.documents:
         args.documents = [str(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     try:
         with tempfile.TemporaryDirectory() as directory:
-            found = benchmark(args, Path(directory))
+            measured = benchmark(args, Path(directory))
+        print_report(measured)
+        if args.output:
+            files.write_json(args.output, measured)
     except (InputError, OSError) as error:
-        raise SystemExit(f"benchmark.py: error: {error}") from None
-    print(f"{found['documents']:,} documents, {found['tokens']:,} tokens, {found['megabytes']:.1f} MB of text")
-    print(f"{'':42} {'seconds':>8} {'CPU s':>8} {'documents/s':>12} {'tokens/s':>12} {'peak MB':>8}")
-    for name, step in found["steps"].items():
-        rates = f"{step['documents_per_second']:12,.1f} {step['tokens_per_second']:12,.0f}"
-        print(f"{name:42} {step['seconds']:8.1f} {step['cpu_seconds']:8.1f} {rates} {step['peak_megabytes']:8,.0f}")
-    print(f"{found['times_fairseq_preprocess']:.1f} times the documents/s of fairseq-preprocess alone,", end=" ")
-    print(f"{found['times_encoder_and_preprocess']:.1f} times with its BPE encoder", end=" ")
-    print(f"({found['times_encoder_and_preprocess_cpu']:.1f} in processor time)", end=", ")
-    print(f"{found['times_one_worker']:.2f} times those of one worker")
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        raise SystemExit(f"{PROG}: error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Text documents to fairseq data: one item per document, nothing lost, an end-of-document symbol after each.
+r"""Text documents to fairseq data: one item per document, nothing lost, an end-of-document symbol after each.
 
-    python preprocess/binarize_documents.py --train books/ --valid valid/ --test test.jsonl.zst \
+    python -m preprocess.binarize_documents --train books/ --valid valid/ --test test.jsonl.zst \
         --tokenizer sentencepiece --vocab-size 8000 --destdir data --workers 2
     fairseq-train data --user-dir longmem_fairseq --task longmem_language_modeling ...
 
@@ -10,15 +10,15 @@ Inputs are text files (one document each), directories of them, or JSON lines (`
 * ``sentencepiece``: train one on the --train documents (``data/sentencepiece.model``);
 * ``gpt2``: GPT-2's BPE from local files (--gpt2-encoder-json, --gpt2-vocab-bpe; --dict for a backbone's dictionary);
 * ``FILE.model``: an existing sentencepiece model;
-* a directory that this script wrote: the tokenizer and dictionary of that data.
+* a data directory that this script wrote: its tokenizer and dictionary.
 
 Written to --destdir: ``dict.txt``, ``{train,valid,test}.{bin,idx}`` (fairseq's mmap format), the tokenizer's files,
-``manifest.json`` and ``{split}.documents.jsonl`` (name, tokens and subset of each document, in order; tokens counts the
-end-of-document symbol). A killed run is continued by the same command; a finished one is not repeated.
+``manifest.json`` and ``{split}.documents.jsonl`` (name, tokens and subset of each document, in order; the
+end-of-document symbol counts as a token). The same command continues a killed run and does not repeat a finished one.
 
 A collection the size of the Pile: run the command once for each shard, in any order, on any machines,
 
-    python preprocess/binarize_documents.py --train pile/*.jsonl.zst --tokenizer gpt2 ... --workers 16 \
+    python -m preprocess.binarize_documents --train pile/*.jsonl.zst --tokenizer gpt2 ... --workers 16 \
         --subset-weights "Books3=0.4" "PubMed Central=0.3" "Pile-CC=0.3" --token-budget 26000000000 \
         --survey pile-survey.json --shard-id 0 --num-shards 8 --destdir data/0
 
@@ -38,82 +38,137 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-if not __package__:  # run as a script: find the packages beside this folder
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from preprocess.blocks import START, Position
-from preprocess.documents import Source, iter_documents, list_sources
-from preprocess.encoding import EncoderPool, Settings
+from preprocess.dictionary import SPECIALS, dictionary_lines
+from preprocess.document_source import DocumentSource, list_sources
+from preprocess.documents import iter_documents
+from preprocess.encoder import EncoderSettings
+from preprocess.encoder_pool import EncoderPool
 from preprocess.errors import InputError
-from preprocess.mixture import Selection, parse_weights, plan
-from preprocess.package_manifest import manifest as manifests
+from preprocess.mixture import parse_weights, plan, take_survey
+from preprocess.package_modules import manifest as manifests
+from preprocess.selection import Selection
+from preprocess.sentencepiece_tokenizer import SentencePieceTokenizer
 from preprocess.sentencepiece_training import SAMPLE_BYTES, VOCAB_SIZE, train
 from preprocess.shards import shard
 from preprocess.split_writer import SplitWriter, smallest_dtype
-from preprocess.survey import take_survey
-from preprocess.tokenization import SPECIALS, Tokenizer, load_tokenizer
+from preprocess.tokenization import load_tokenizer
+from preprocess.tokenizer import Tokenizer
 from preprocess.workspace import Workspace
 
 logger = logging.getLogger("preprocess.binarize_documents")
+
+PROG = "python -m preprocess.binarize_documents"
 
 SPLITS = ("train", "valid", "test")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; see the module for what it means."""
+    """Parse the command line.
+
+    Args:
+        arguments: Arguments of the command line; if None, those of the process.
+
+    Returns:
+        The value of each option.
+    """
     parser = argparse.ArgumentParser(
-        prog="binarize_documents.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     for split in SPLITS:
-        add(f"--{split}", nargs="+", metavar="P", help=f"{split} documents: files, directories, JSON lines")
-    add("--destdir", required=True, type=Path, metavar="D", help="directory for the data")
+        add(f"--{split}", nargs="+", metavar="P", help=f"text files, directories or JSON lines of the {split} split")
+    add("--destdir", required=True, type=Path, metavar="D", help="data directory to write")
     add(
         "--tokenizer",
         default="sentencepiece",
         metavar="T",
-        help="sentencepiece, gpt2, FILE.model, or a data directory",
+        help="sentencepiece (to train one), gpt2, FILE.model or a data directory (default: %(default)s)",
     )
-    add("--vocab-size", type=int, metavar="N", help=f"dictionary of the tokenizer to train (at most; {VOCAB_SIZE})")
-    add("--tokenizer-sample-bytes", type=int, default=SAMPLE_BYTES, metavar="N", help="train it on a sample (20 MB)")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help=f"largest number of symbols in the dictionary of the tokenizer to train (default: {VOCAB_SIZE})",
+    )
+    add(
+        "--tokenizer-sample-bytes",
+        type=int,
+        default=SAMPLE_BYTES,
+        metavar="N",
+        help="bytes of text to train the tokenizer on, sampled from more (default: %(default)s)",
+    )
     add("--gpt2-encoder-json", metavar="F", help="GPT-2's encoder.json")
     add("--gpt2-vocab-bpe", metavar="F", help="GPT-2's vocab.bpe")
-    add("--dict", metavar="F", help="an existing fairseq dict.txt to use")
-    add("--allow-lossy-tokenizer", action="store_true", help="accept a .model that does not give text back as it was")
-    add("--bad-documents", choices=("refuse", "skip"), default="refuse", help="empty or undecodable documents")
-    add("--workers", type=int, default=1, metavar="N", help="processes that encode (1)")
-    add("--subset-weights", nargs="+", default=[], metavar="NAME=W", help="shares of subsets in the --train tokens")
-    add("--token-budget", type=int, metavar="N", help="about so many --train tokens in all (over all shards)")
-    add("--survey", type=Path, metavar="F", help="keep the measurement for a mixture here, or use the one kept")
-    add("--shard-id", type=int, default=0, metavar="I", help="make this part of the --train documents (0)")
-    add("--num-shards", type=int, default=1, metavar="N", help="of so many (1)")
-    add("--seed", type=int, default=1, metavar="N", help="of every random choice (1)")
-    add("--save-interval", type=float, default=5.0, metavar="S", help="a kill loses at most this many seconds (5)")
-    add("--overwrite", action="store_true", help="replace what --destdir holds, finished or not")
+    add("--dict", metavar="F", help="existing fairseq dict.txt to use")
+    add(
+        "--allow-lossy-tokenizer",
+        action="store_true",
+        help="accept a .model that does not give every text back",
+    )
+    add(
+        "--bad-documents",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="refuse empty or undecodable documents, or leave them out (default: %(default)s)",
+    )
+    add("--workers", type=int, default=1, metavar="N", help="number of processes that encode (default: %(default)s)")
+    add(
+        "--subset-weights",
+        nargs="+",
+        default=[],
+        metavar="NAME=W",
+        help="shares of subsets in the tokens of --train; other subsets are left out",
+    )
+    add("--token-budget", type=int, metavar="N", help="approximate number of --train tokens, over all shards")
+    add(
+        "--survey", type=Path, metavar="F", help="file to keep the measurement of the collection in, or to read it from"
+    )
+    add("--shard-id", type=int, default=0, metavar="I", help="index of the shard of --train (default: %(default)s)")
+    add("--num-shards", type=int, default=1, metavar="N", help="number of shards of --train (default: %(default)s)")
+    add("--seed", type=int, default=1, metavar="N", help="seed of all random choices (default: %(default)s)")
+    add(
+        "--save-interval",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="most seconds of work that a kill loses (default: %(default)s)",
+    )
+    add("--overwrite", action="store_true", help="replace the data in --destdir, finished or not")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; what the user can mend ends it with one sentence."""
+    """Run the command line; an error that the user can repair ends it with one sentence.
+
+    Args:
+        arguments: Arguments of the command line; if None, those of the process.
+    """
     args = parse_arguments(arguments)
     logging.basicConfig(format="%(asctime)s | %(levelname)s | %(message)s", stream=sys.stderr)
     logging.getLogger("preprocess").setLevel(logging.INFO)
-    again = "run the same command again to continue"
+    hint = "run the same command again to continue"
     try:
         binarize(args)
     except InputError as error:
-        raise SystemExit(f"binarize_documents.py: error: {error}") from None
+        raise SystemExit(f"{PROG}: error: {error}") from None
     except OSError as error:  # a full disk, a directory that cannot be written
-        raise SystemExit(f"binarize_documents.py: error: {error}; mend it, then {again}") from None
+        raise SystemExit(f"{PROG}: error: {error}; repair it, then {hint}") from None
     except KeyboardInterrupt:
-        raise SystemExit(f"binarize_documents.py: interrupted; {again}") from None
+        raise SystemExit(f"{PROG}: interrupted; {hint}") from None
 
 
 def binarize(args: argparse.Namespace) -> dict:
-    """Do what the command line asks; returns the manifest.
+    """Write a data directory, unless it is finished.
+
+    Args:
+        args: Options of the command line.
+
+    Returns:
+        The manifest.
 
     Raises:
-        InputError: the input or an option cannot be used.
+        InputError: An input or option cannot be used.
     """
     inputs = {split: list_sources(getattr(args, split)) for split in SPLITS if getattr(args, split)}
     _check_arguments(args, inputs)
@@ -137,7 +192,8 @@ def binarize(args: argparse.Namespace) -> dict:
     return manifest
 
 
-def _check_arguments(args: argparse.Namespace, inputs: dict[str, list[Source]]) -> None:
+def _check_arguments(args: argparse.Namespace, inputs: dict[str, list[DocumentSource]]) -> None:
+    """Refuse options that cannot be used, or not together."""
     if not inputs:
         raise InputError("no input: give --train, --valid or --test")
     if args.workers < 1:
@@ -150,7 +206,7 @@ def _check_arguments(args: argparse.Namespace, inputs: dict[str, list[Source]]) 
         raise InputError("--subset-weights, --token-budget and --num-shards are for --train, which is missing")
     if args.tokenizer != "sentencepiece":
         if args.vocab_size is not None:
-            raise InputError(f"--vocab-size is for training; --tokenizer {args.tokenizer} has a vocabulary of its own")
+            raise InputError(f"--vocab-size is for training; --tokenizer {args.tokenizer} already has a vocabulary")
         return
     if "train" not in inputs:
         raise InputError("--tokenizer sentencepiece needs --train to train a tokenizer on: give it, or a .model file")
@@ -159,12 +215,12 @@ def _check_arguments(args: argparse.Namespace, inputs: dict[str, list[Source]]) 
     if args.num_shards > 1:
         raise InputError(
             f"--num-shards {args.num_shards} needs one tokenizer for all shards: train it once with "
-            "preprocess/sentencepiece_training.py and give --tokenizer FILE.model"
+            "preprocess.sentencepiece_training and give --tokenizer FILE.model"
         )
 
 
-def _request(args: argparse.Namespace, inputs: dict[str, list[Source]], tokenizer: Tokenizer | None) -> dict:
-    """Everything that decides what the data will be, to tell whether a run continues another."""
+def _request(args: argparse.Namespace, inputs: dict[str, list[DocumentSource]], tokenizer: Tokenizer | None) -> dict:
+    """Collect all values that decide the data, by which a run recognizes one that it continues."""
     request: dict[str, object] = {}
     for split, sources in inputs.items():
         digest = hashlib.sha256()
@@ -180,13 +236,14 @@ def _request(args: argparse.Namespace, inputs: dict[str, list[Source]], tokenize
         request["--tokenizer"] = tokenizer.fingerprint()
         request["--dict"] = hashlib.sha256("\n".join(tokenizer.symbols).encode()).hexdigest()
     request["--subset-weights"] = parse_weights(args.subset_weights)
-    # not --bad-documents: what was written before one was met is the same under either choice
+    # not --bad-documents: the data written before the first bad document is the same with either choice
     for option in ("token_budget", "shard_id", "num_shards", "seed"):
         request[f"--{option.replace('_', '-')}"] = getattr(args, option)
     return request
 
 
 def _tokenizer_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """Return the arguments of ``load_tokenizer``."""
     return {
         "tokenizer": args.tokenizer,
         "gpt2_encoder_json": args.gpt2_encoder_json,
@@ -197,14 +254,14 @@ def _tokenizer_arguments(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _write_all(
-    args: argparse.Namespace, inputs: dict[str, list[Source]], tokenizer: Tokenizer | None, workspace: Workspace
+    args: argparse.Namespace, inputs: dict[str, list[DocumentSource]], tokenizer: Tokenizer | None, workspace: Workspace
 ) -> list[str]:
-    """Write everything to the workspace; returns the names of the files to publish, but for the manifest."""
+    """Write all files to the workspace; returns their names, without the manifest."""
     if tokenizer is None:
         args.tokenizer = str(_train_tokenizer(args, workspace))
         tokenizer = load_tokenizer(**_tokenizer_arguments(args))
     dtype = smallest_dtype(len(tokenizer))
-    settings = Settings(_tokenizer_arguments(args), dtype.__name__, args.bad_documents, args.seed)
+    settings = EncoderSettings(_tokenizer_arguments(args), dtype.__name__, args.bad_documents, args.seed)
     record: dict[str, object] = {"request_sha256": workspace.request_sha256, "dtype": dtype.__name__}
     splits = {}
     with EncoderPool(settings, args.workers, tokenizer) as pool:
@@ -219,7 +276,7 @@ def _write_all(
                     sources, stripe, divided = shard(sources, args.shard_id, args.num_shards)
                     record["shard"] = {"id": args.shard_id, "of": args.num_shards, "divided_by": divided}
             elif args.shard_id > 0:
-                logger.info("%s is left to shard 0, where fairseq looks for it", split)
+                logger.info("%s is written by shard 0, where fairseq looks for it", split)
                 continue
             splits[split] = _write_split(split, sources, stripe, selection, pool, workspace, dtype, args.save_interval)
     record["splits"] = splits
@@ -230,7 +287,8 @@ def _write_all(
 
 
 def _train_tokenizer(args: argparse.Namespace, workspace: Workspace) -> Path:
-    model = workspace.path("sentencepiece.model")
+    """Train a tokenizer unless a killed run did; returns the path of the model."""
+    model = workspace.path(SentencePieceTokenizer.FILE)
     if "tokenizer" not in workspace.journal:
         texts = (document.text for document in iter_documents(args.train, args.bad_documents, progress=True))
         model.write_bytes(train(texts, args.vocab_size or VOCAB_SIZE, args.tokenizer_sample_bytes, args.seed))
@@ -241,7 +299,7 @@ def _train_tokenizer(args: argparse.Namespace, workspace: Workspace) -> Path:
 
 def _write_split(
     split: str,
-    sources: list[Source],
+    sources: list[DocumentSource],
     stripe: tuple[int, int],
     selection: Selection | None,
     pool: EncoderPool,
@@ -249,7 +307,7 @@ def _write_split(
     dtype: type,
     save_interval: float,
 ) -> dict:
-    """Encode the documents of one split, or go on where a killed run was; returns its part of the manifest."""
+    """Encode the documents of one split, or those that a killed run had left; returns its part of the manifest."""
     finished = workspace.journal.setdefault("finished", {})
     if split in finished:
         return finished[split]
@@ -264,7 +322,7 @@ def _write_split(
             writer.save(asdict(position))
             saved = time.monotonic()
     if not writer.state["documents"]:
-        raise InputError(f"there is not one --{split} document to be written, of {len(sources)} files")
+        raise InputError(f"there is not one --{split} document to write in {len(sources)} files")
     finished[split] = writer.finish()
     workspace.save()
     return finished[split]
@@ -273,12 +331,12 @@ def _write_split(
 def _write_tokenizer(
     args: argparse.Namespace, tokenizer: Tokenizer, workspace: Workspace, record: dict[str, object]
 ) -> list[str]:
-    """Write the dictionary, the tokenizer's files and, completing the ``record``, the manifest; returns their names."""
+    """Write dictionary, tokenizer and manifest, completing its ``record``; returns the names of the other files."""
     dictionary = workspace.path("dict.txt")
     if args.dict:
         shutil.copyfile(args.dict, dictionary)
     else:
-        dictionary.write_text("".join(tokenizer.dictionary_lines()), encoding="utf-8")
+        dictionary.write_text("".join(dictionary_lines(tokenizer.symbols)), encoding="utf-8")
     for name, path in tokenizer.files.items():
         if path != workspace.path(name):
             shutil.copyfile(path, workspace.path(name))

@@ -1,24 +1,30 @@
-"""Input cut into blocks of about a megabyte: what is read at once, sent to a worker, and resumed after.
+"""Input cut into blocks of about a megabyte, the unit of reading, of a worker's task and of resuming.
 
-Reading is sequential and cheap; parsing and encoding, which are not, are left to whoever holds the block.
+Reading is sequential and cheap; parsing and encoding, which are not, are left to the process that holds the block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from preprocess.documents import Parsed, Source, open_source, parse_json_line, parse_text
+from preprocess.document_source import DocumentSource, open_source
 from preprocess.errors import InputError
+from preprocess.text_document import TextDocument, parse_json_line, parse_text
 
 BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where reading goes on: the next source, and in it the next line and its byte offset after decompression.
+    """A place in the input from which reading continues.
 
-    ``consumed`` counts the bytes of all files read so far, for progress bars.
+    Args:
+        source: Index of the next source.
+        line: Number of lines already read of that source.
+        offset: Bytes already read of that source, after decompression.
+        consumed: Bytes read of all files so far, as they are on disk, for progress bars.
     """
 
     source: int = 0
@@ -30,70 +36,126 @@ class Position:
 START = Position()
 
 
+@dataclass
+class ParsedBlock:
+    """The documents of one block.
+
+    Args:
+        documents: The documents in order.
+        keys: One key per document: its place in the input, the same on every machine.
+        skipped: Number of bad documents that were left out.
+    """
+
+    documents: list[TextDocument] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    skipped: int = 0
+
+    def add(self, key: str, bad_documents: str, parse: Callable[..., TextDocument], *arguments) -> None:
+        """Parse and add one document.
+
+        Args:
+            key: Key of the document.
+            bad_documents: ``refuse`` or ``skip``.
+            parse: Function that makes the document.
+            *arguments: Arguments of the function.
+
+        Raises:
+            InputError: The document is bad and not to be left out.
+        """
+        try:
+            document = parse(*arguments)
+        except InputError:
+            if bad_documents != "skip":
+                raise
+            self.skipped += 1
+            return
+        self.documents.append(document)
+        self.keys.append(key)
+
+
 @dataclass(frozen=True)
 class TextBlock:
-    """Whole text files, read by whoever parses the block."""
+    """Whole text files, read by the process that parses the block.
 
-    sources: tuple[Source, ...]
+    Args:
+        sources: The files.
+    """
 
-    def parse(self, bad_documents: str) -> Parsed:
-        """Their documents; raises InputError for a bad one unless ``bad_documents`` is ``skip``."""
-        parsed = Parsed()
+    sources: tuple[DocumentSource, ...]
+
+    def parse(self, bad_documents: str) -> ParsedBlock:
+        """Read and parse the documents of the block.
+
+        Args:
+            bad_documents: ``refuse`` to raise at a bad document, ``skip`` to leave it out.
+
+        Returns:
+            The documents.
+
+        Raises:
+            InputError: A document is bad and not to be left out.
+        """
+        parsed = ParsedBlock()
         for source in self.sources:
             with open_source(source) as (stream, _):
                 data = stream.read()
-            _keep(parsed, source.key, bad_documents, parse_text, source, data)
+            parsed.add(source.key, bad_documents, parse_text, source, data)
         return parsed
 
 
 @dataclass(frozen=True)
 class LinesBlock:
-    """Consecutive JSON lines of one file: ``lines`` are (number, bytes), numbered from 1."""
+    """Consecutive JSON lines of one file.
 
-    source: Source
+    Args:
+        source: The file.
+        lines: Number, from 1, and bytes of each line.
+    """
+
+    source: DocumentSource
     lines: tuple[tuple[int, bytes], ...]
 
-    def parse(self, bad_documents: str) -> Parsed:
-        """Their documents; raises InputError for a bad one unless ``bad_documents`` is ``skip``."""
-        parsed = Parsed()
+    def parse(self, bad_documents: str) -> ParsedBlock:
+        """Parse the documents of the block.
+
+        Args:
+            bad_documents: ``refuse`` to raise at a bad document, ``skip`` to leave it out.
+
+        Returns:
+            The documents.
+
+        Raises:
+            InputError: A document is bad and not to be left out.
+        """
+        parsed = ParsedBlock()
         for number, line in self.lines:
-            key = f"{self.source.key}:{number}"
-            _keep(parsed, key, bad_documents, parse_json_line, self.source, number, line)
+            parsed.add(f"{self.source.key}:{number}", bad_documents, parse_json_line, self.source, number, line)
         return parsed
 
 
-def _keep(parsed: Parsed, key: str, bad_documents: str, parse, *arguments) -> None:
-    try:
-        document = parse(*arguments)
-    except InputError:
-        if bad_documents != "skip":
-            raise
-        parsed.skipped += 1
-        return
-    parsed.documents.append(document)
-    parsed.keys.append(key)
-
-
 def read_blocks(
-    sources: Sequence[Source],
+    sources: Sequence[DocumentSource],
     start: Position = START,
     stripe: tuple[int, int] = (0, 1),
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[TextBlock | LinesBlock, Position]]:
-    """Blocks of about ``block_bytes``, each with the position after it.
+    """Cut the input into blocks.
 
     Args:
-        sources: files to read, in order.
-        start: go on from here; a position that came with an earlier block.
-        stripe: ``(i, n)`` keeps only every n-th document beginning with the i-th, counted per file for JSON lines and
-            over files for text; the same documents whatever the blocks are.
-        block_bytes: a block is closed when it has this many bytes, so memory does not grow with the input.
+        sources: Files to read, in order.
+        start: Position to continue from, as it came with an earlier block.
+        stripe: Pair ``(i, n)`` that keeps only every n-th document beginning with the i-th, counted per file for JSON
+            lines and over files for text; the same documents whatever the blocks are.
+        block_bytes: Bytes at which a block is closed, so that memory does not grow with the input.
+
+    Yields:
+        Each block, and the position after it.
 
     Raises:
-        InputError: a file cannot be read to its end.
+        InputError: A file cannot be read to its end.
     """
     position = start
-    texts: list[Source] = []
+    texts: list[DocumentSource] = []
     text_bytes = 0
     while position.source < len(sources):
         source = sources[position.source]
@@ -117,8 +179,10 @@ def read_blocks(
         yield TextBlock(tuple(texts)), position
 
 
-def _read_lines(source: Source, start: Position, before: int, stripe: tuple[int, int], block_bytes: int):
-    """The blocks of one file of JSON lines; ``before`` bytes were in the files ahead of it."""
+def _read_lines(
+    source: DocumentSource, start: Position, before: int, stripe: tuple[int, int], block_bytes: int
+) -> Iterator[tuple[LinesBlock, Position]]:
+    """Cut one file of JSON lines into blocks; ``before`` is the size of the files ahead of it, in bytes."""
     number, offset = start.line, start.offset
     lines, size = [], 0
     with open_source(source) as (stream, tell):
@@ -131,17 +195,16 @@ def _read_lines(source: Source, start: Position, before: int, stripe: tuple[int,
             lines.append((number, line))
             size += len(line)
             if size >= block_bytes:
-                yield (
-                    LinesBlock(source, tuple(lines)),
-                    replace(start, line=number, offset=offset, consumed=before + tell()),
-                )
+                position = replace(start, line=number, offset=offset, consumed=before + tell())
+                yield LinesBlock(source, tuple(lines)), position
                 lines, size = [], 0
     if lines:
         position = replace(start, line=number, offset=offset, consumed=before + source.size)
         yield LinesBlock(source, tuple(lines)), position
 
 
-def _skip_to(stream, source: Source, offset: int) -> None:
+def _skip_to(stream: io.BufferedIOBase, source: DocumentSource, offset: int) -> None:
+    """Move a stream forward to an offset after decompression, in bytes."""
     if not source.compression:
         stream.seek(offset)
         return

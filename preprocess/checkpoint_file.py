@@ -1,25 +1,17 @@
-"""Writing files whole, and checkpoints as fairseq-train writes them."""
+"""Writing checkpoints in the format of fairseq-train."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 from torch import Tensor
 
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file under a temporary name, and put it in place when it is whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+from longmem_fairseq.files import write_whole
 
 
 def write_checkpoint(
@@ -28,14 +20,15 @@ def write_checkpoint(
     """Write a model as a checkpoint that fairseq's commands read.
 
     Args:
-        path: of the file.
-        model, task: their settings, plain data; ``_name`` says which. What the task leaves open gets its default.
-        weights: the model's state dict.
-        task_state: what the task keeps, such as the dictionary's fingerprint.
-    """
-    from fairseq.dataclass.configs import FairseqConfig
-    from fairseq.tasks import TASK_DATACLASS_REGISTRY
+        path: Path of the checkpoint.
+        model: Settings of the model, plain data; ``_name`` is its registered name.
+        task: Settings of the task, plain data; ``_name`` is its registered name. Others have their defaults.
+        weights: State dict of the model.
+        task_state: State of the task, such as the dictionary's fingerprint.
 
+    Raises:
+        OSError: The file cannot be written; the message names ``path``.
+    """
     cfg = _plain(FairseqConfig())  # the task's settings refer to other sections
     cfg.update(model=model, task={**_plain(TASK_DATACLASS_REGISTRY[task["_name"]]()), **task})
     state = {
@@ -43,16 +36,21 @@ def write_checkpoint(
         "cfg": cfg,
         "model": weights,
         "criterion": None,
-        # What fairseq expects to find in any checkpoint.
+        # fairseq requires these entries in every checkpoint
         "optimizer_history": [
             {"criterion_name": "none", "optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": 0}
         ],
         "task_state": task_state,
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}, "val_loss": None},
     }
-    write_whole(path, lambda part: torch.save(state, part))
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:  # given a path, torch would write its name into the file
+            torch.save(state, file)
+
+    write_whole(path, write)
 
 
 def _plain(settings: Any) -> dict[str, Any]:
-    """A dataclass of settings as a dictionary."""
+    """Turn a dataclass of settings into a dictionary."""
     return OmegaConf.to_container(OmegaConf.structured(settings), resolve=False, enum_to_str=True)

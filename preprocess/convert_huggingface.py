@@ -1,10 +1,10 @@
-"""A Hugging Face GPT-2 or OPT as a fairseq language model, and a GPT-2-like fairseq model as a Hugging Face one.
+r"""Convert a Hugging Face GPT-2 or OPT to a fairseq language model, and a fairseq GPT-2 to a Hugging Face one.
 
-    python preprocess/convert_huggingface.py gpt2-medium/ backbone/ [--dict dict.txt]
-    python preprocess/binarize_documents.py --tokenizer gpt2 --gpt2-encoder-json backbone/encoder.json \
+    python -m preprocess.convert_huggingface gpt2-medium/ backbone/ [--dict dict.txt]
+    python -m preprocess.binarize_documents --tokenizer gpt2 --gpt2-encoder-json backbone/encoder.json \
         --gpt2-vocab-bpe backbone/vocab.bpe --dict backbone/dict.txt ...
     fairseq-train ... --arch longmem_gpt2_medium --pretrained-model-path backbone/checkpoint.pt
-    python preprocess/convert_huggingface.py --export backbone/checkpoint.pt exported/
+    python -m preprocess.convert_huggingface --export backbone/checkpoint.pt exported/
 
 The Hugging Face side is a local directory with config.json and model.safetensors or pytorch_model.bin (also in shards),
 and the tokenizer's files; nothing is downloaded and no code in the files is run. The fairseq side is a directory with
@@ -27,44 +27,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: find the packages beside this folder
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import torch
+from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from preprocess.checkpoint_file import write_checkpoint, write_whole
+from longmem_fairseq.backbones.base import BackboneError
+from longmem_fairseq.backbones.loading import read_backbone
+from longmem_fairseq.data.manifest import dictionary_fingerprint
+from longmem_fairseq.files import write_text, write_whole
+from longmem_fairseq.safe_load import load_safely
+from preprocess.checkpoint_file import write_checkpoint
+from preprocess.dictionary import EOS, SPECIALS, filler_symbols, read_dictionary
 from preprocess.errors import InputError
-from preprocess.huggingface_models import (
-    SPECIALS,
-    check_config,
-    convert_gpt2,
-    convert_opt,
-    export_gpt2,
-    model_settings,
-)
-from preprocess.package_manifest import manifest
-from preprocess.tokenization import read_dictionary
+from preprocess.huggingface_models import check_config, convert_gpt2, convert_opt, export_gpt2, model_settings
 
 logger = logging.getLogger("preprocess.convert_huggingface")
 
+PROG = "python -m preprocess.convert_huggingface"
 CHECKPOINT, DICTIONARY, ENCODER, MERGES = "checkpoint.pt", "dict.txt", "encoder.json", "vocab.bpe"
 _END_OF_TEXT = "<|endoftext|>"
 
 
 def from_huggingface(source: Path, destination: Path, dictionary: Path | None = None) -> None:
-    """Convert a Hugging Face model directory into a directory for fairseq.
+    """Convert a Hugging Face model directory to a directory for fairseq.
 
     Args:
-        source: with config.json, weights and, if it shall be able to read text, the tokenizer's files.
-        destination: directory for checkpoint.pt, dict.txt, encoder.json and vocab.bpe; made if need be.
-        dictionary: a fairseq dict.txt whose order to take (GPT-2 only); by default the order of the tokens' numbers.
+        source: Path of a directory with config.json, weights and, to read text, the tokenizer's files.
+        destination: Path of the directory to write checkpoint.pt, dict.txt, encoder.json and vocab.bpe to; it is
+            created if it does not exist.
+        dictionary: Path of a fairseq dict.txt whose order to use (GPT-2 only); if None, the order of the tokens'
+            numbers.
 
     Raises:
-        InputError: where the model is not supported, or the files are not what they should be.
+        InputError: The model is not supported, or a file cannot be read or does not fit the others.
     """
     source, destination = Path(source), Path(destination)
     config = _read_json(source / "config.json")
@@ -73,11 +71,12 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
     vocabulary = config.get("vocab_size", 50257)
     if config["model_type"] == "opt":
         if dictionary is not None:
-            raise InputError(f"--dict {dictionary} cannot be used: an OPT has its own order, which is fairseq's")
+            raise InputError(f"--dict {dictionary} cannot be used with an OPT, whose order is fixed: leave --dict out")
         symbols = [str(number) for number in range(len(SPECIALS), vocabulary)]
         rows = list(range(vocabulary))
         if tokenizer is not None:  # the special symbols are fairseq's own
-            tokenizer = {t: n for t, n in tokenizer[0].items() if n >= len(SPECIALS)}, tokenizer[1]
+            tokens = {token: number for token, number in tokenizer[0].items() if number >= len(SPECIALS)}
+            tokenizer = tokens, tokenizer[1]
     else:
         symbols, rows = _gpt2_symbols(config, vocabulary, tokenizer, dictionary)
     settings = model_settings(config)
@@ -93,13 +92,13 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
     convert = convert_opt if config["model_type"] == "opt" else convert_gpt2
     weights = convert(_read_weights(source), settings, rows, vocabulary)
     destination.mkdir(parents=True, exist_ok=True)
-    write_whole(destination / DICTIONARY, lambda path: path.write_text("".join(f"{symbol} 1\n" for symbol in symbols)))
+    write_text(destination / DICTIONARY, "".join(f"{symbol} 1\n" for symbol in symbols))
     if tokenizer is None:
-        logger.warning("%s holds no tokenizer (vocab.json and merges.txt, or tokenizer.json): text needs one", source)
+        logger.warning("%s holds no tokenizer (vocab.json and merges.txt, or tokenizer.json), which text needs", source)
     else:
-        write_whole(destination / ENCODER, lambda path: path.write_text(json.dumps(tokenizer[0])))
+        write_text(destination / ENCODER, json.dumps(tokenizer[0]))
         lines = "".join(f"{first} {second}\n" for first, second in tokenizer[1])
-        write_whole(destination / MERGES, lambda path: path.write_text("#version: 0.2\n" + lines, encoding="utf-8"))
+        write_text(destination / MERGES, "#version: 0.2\n" + lines)
     logger.info("writing %s", destination / CHECKPOINT)
     symbols = [*SPECIALS, *symbols]
     write_checkpoint(
@@ -107,25 +106,23 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
         _complete(settings),
         {"_name": "language_modeling", "data": None, "tokens_per_sample": settings["tokens_per_sample"]},
         weights,
-        {"dictionary_sha256": manifest.dictionary_fingerprint(symbols), "dictionary_size": len(symbols)},
+        {"dictionary_sha256": dictionary_fingerprint(symbols), "dictionary_size": len(symbols)},
     )
 
 
 def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None = None) -> None:
-    """Export a fairseq model that is built like GPT-2, or the one inside a LongMem model, for Hugging Face.
+    """Convert a fairseq model that is built like GPT-2, or the backbone of a LongMem model, to a Hugging Face one.
 
     Args:
-        checkpoint: of a ``transformer_lm`` or of a ``longmem_lm`` that holds its backbone.
-        destination: directory for config.json, model.safetensors and, where the checkpoint's directory has encoder.json
-            and vocab.bpe, vocab.json and merges.txt; made if need be.
-        dictionary: the model's dict.txt; by default that beside the checkpoint. Where its symbols are the numbers of
-            GPT-2's tokens, tokens get these numbers again; else those of the dictionary, 4 for its first symbol.
+        checkpoint: Path of a checkpoint of a ``transformer_lm`` or of a ``longmem_lm`` that holds its backbone.
+        destination: Path of the directory to write config.json, model.safetensors and, if encoder.json and vocab.bpe
+            are beside the checkpoint, vocab.json and merges.txt to; it is created if it does not exist.
+        dictionary: Path of the model's dict.txt; if None, the one beside the checkpoint. If its symbols are the numbers
+            of GPT-2's tokens, tokens get these numbers again; otherwise their ids, 4 for the first symbol.
 
     Raises:
-        InputError: where the model is none that GPT-2 can express, or does not fit the dictionary.
+        InputError: GPT-2 cannot express the model, or the model does not fit the dictionary.
     """
-    from longmem_fairseq.backbones.loading import BackboneError, read_backbone
-
     checkpoint, destination = Path(checkpoint), Path(destination)
     try:
         settings, weights = read_backbone(str(checkpoint))
@@ -135,13 +132,14 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
     if len(SPECIALS) + len(symbols) != settings["vocabulary"]:
         raise InputError(
             f"the dictionary has {len(SPECIALS) + len(symbols)} symbols and the model {settings['vocabulary']}: give "
-            "the model's own with --dict"
+            "the model's dict.txt with --dict"
         )
     tokenizer = _read_tokenizer(checkpoint.parent, ENCODER, MERGES)
     by_number = {int(symbol): row for row, symbol in enumerate(symbols, len(SPECIALS)) if symbol.isdigit()}
     if sorted(by_number) == list(range(len(by_number))) and by_number:
         rows = [by_number[number] for number in range(len(by_number))]
-        end = tokenizer[0].get(_END_OF_TEXT) if tokenizer else _same_row(weights["embed_tokens.weight"], rows, 2)
+        embedding = weights["decoder.embed_tokens.weight"]
+        end = tokenizer[0].get(_END_OF_TEXT) if tokenizer else _same_row(embedding, rows, EOS)
         special = {"bos_token_id": end, "eos_token_id": end}
     else:
         rows = list(range(settings["vocabulary"]))
@@ -151,7 +149,7 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
     if tokenizer is not None:
         write_whole(destination / "vocab.json", lambda path: shutil.copyfile(checkpoint.parent / ENCODER, path))
         write_whole(destination / "merges.txt", lambda path: shutil.copyfile(checkpoint.parent / MERGES, path))
-    write_whole(destination / "config.json", lambda path: path.write_text(json.dumps({**config, **special}, indent=2)))
+    write_text(destination / "config.json", json.dumps({**config, **special}, indent=2))
     write_whole(destination / "model.safetensors", lambda path: save_file(exported, path, metadata={"format": "pt"}))
     logger.info("wrote %s", destination / "model.safetensors")
 
@@ -159,37 +157,34 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
 def _gpt2_symbols(
     config: dict, vocabulary: int, tokenizer: tuple[dict, list] | None, dictionary: Path | None
 ) -> tuple[list[str], list[int]]:
-    """The dictionary's symbols, and the row of the embedding for each and, before them, for the special ones."""
+    """Choose the symbols of the dictionary, and the row of the embedding for each after those of the special ones."""
     if dictionary is None:
-        symbols = [str(number) for number in range(vocabulary)]
-        symbols += [f"madeupword{i:04d}" for i in range(-(vocabulary + len(SPECIALS)) % 8)]
+        symbols = [str(number) for number in range(vocabulary)] + filler_symbols(vocabulary)
     else:
         symbols = read_dictionary(dictionary)
-        wanted = set(tokenizer[0].values()) if tokenizer else set(range(vocabulary))
-        missing = sorted(wanted - {int(symbol) for symbol in symbols if symbol.isdigit()})
+        numbers = set(tokenizer[0].values()) if tokenizer else set(range(vocabulary))
+        missing = sorted(numbers - {int(symbol) for symbol in symbols if symbol.isdigit()})
         if missing:
             raise InputError(
-                f"--dict {dictionary} lacks {len(missing)} of the model's {len(wanted)} tokens, such as {missing[0]}: "
-                "give a dictionary of GPT-2's numbers, or none"
+                f"--dict {dictionary} lacks {len(missing)} of the model's {len(numbers)} tokens, such as {missing[0]}: "
+                "give a dictionary of GPT-2's numbers, or leave --dict out"
             )
     rows = [int(symbol) if symbol.isdigit() and int(symbol) < vocabulary else -1 for symbol in symbols]
     end = config.get("eos_token_id", 50256)
-    special = dict.fromkeys(SPECIALS, -1)
+    special = [-1] * len(SPECIALS)
     if isinstance(end, int) and 0 <= end < vocabulary:
-        special["</s>"] = end
-    return symbols, [*special.values(), *rows]
+        special[EOS] = end
+    return symbols, [*special, *rows]
 
 
 def _same_row(table: Tensor, rows: Sequence[int], special: int) -> int | None:
-    """The number of the token whose embedding a special symbol has, None if there is none."""
+    """Find the number of the token that shares its embedding with a special symbol, None if there is not one."""
     same = (table[torch.tensor(rows)] == table[special]).all(dim=1).nonzero()
     return int(same[-1]) if len(same) else None
 
 
 def _complete(settings: dict) -> dict[str, Any]:
-    """All settings of a ``transformer_lm``, as fairseq-train would have written them."""
-    from fairseq.models.transformer_lm import TransformerLanguageModelConfig
-
+    """Complete the settings of a ``transformer_lm``, as fairseq-train would have written them."""
     defaults = OmegaConf.structured(TransformerLanguageModelConfig())
     model = {name: None if OmegaConf.is_interpolation(defaults, name) else defaults[name] for name in defaults}
     model = {name: getattr(value, "value", value) for name, value in model.items()}  # enumerations
@@ -197,7 +192,7 @@ def _complete(settings: dict) -> dict[str, Any]:
 
 
 def _read_weights(source: Path) -> dict[str, Tensor]:
-    """All weights of a model directory."""
+    """Read all weights of a model directory."""
     for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_pickle)):
         if (source / name).is_file():
             return read(source / name)
@@ -212,6 +207,7 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read the weights in a safetensors file."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -219,60 +215,67 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    from longmem_fairseq.safe_load import load_safely
-
+    """Read the weights in a pickle, without running code from it."""
     try:
         weights = load_safely(str(path))
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(f"{path} holds no dictionary of tensors")
+        raise InputError(f"{path} is not a dictionary of tensors")
     return weights
 
 
 def _read_tokenizer(
     directory: Path, vocabulary: str = "vocab.json", merges: str = "merges.txt"
 ) -> tuple[dict[str, int], list[Sequence[str]]] | None:
-    """Token → number and the merges, best first; None where the directory has no tokenizer."""
+    """Read the number of each token, and the merges, best first; None if the directory has no tokenizer."""
     if (directory / vocabulary).is_file() and (directory / merges).is_file():
         lines = (directory / merges).read_text(encoding="utf-8").split("\n")
         lines = lines[1:] if lines[0].startswith("#version") else lines
         return _read_json(directory / vocabulary), [line.split(" ") for line in lines if line]
     if not (directory / "tokenizer.json").is_file():
         return None
-    whole = _read_json(directory / "tokenizer.json")
-    model = whole.get("model", {})
+    tokenizer = _read_json(directory / "tokenizer.json")
+    model = tokenizer.get("model", {})
     if model.get("type") != "BPE":
         raise InputError(f"{directory / 'tokenizer.json'} is a {model.get('type')}: GPT-2's and OPT's are a BPE")
-    added = {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     return {**model["vocab"], **added}, pairs
 
 
 def _read_json(path: Path) -> dict:
+    """Read a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} is no JSON object")
+        raise InputError(f"{path} is not a JSON object")
     return content
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; what the user can mend ends it with one sentence."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples are at the top of this file.")
+    """Run the command line; an error that the user can repair ends it with one sentence.
+
+    Args:
+        arguments: Arguments of the command line; if None, those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="directory of a Hugging Face model; with --export a checkpoint")
     parser.add_argument("destination", type=Path, help="directory to write")
-    parser.add_argument("--export", action="store_true", help="from fairseq to Hugging Face")
-    parser.add_argument("--dict", type=Path, help="dict.txt whose order to take; with --export the model's dictionary")
+    parser.add_argument("--export", action="store_true", help="convert from fairseq to Hugging Face")
+    parser.add_argument("--dict", type=Path, help="dict.txt whose order to use; with --export the model's dict.txt")
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s | %(levelname)s | %(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
+    convert = to_huggingface if args.export else from_huggingface
     try:
-        (to_huggingface if args.export else from_huggingface)(args.source, args.destination, args.dict)
+        convert(args.source, args.destination, args.dict)
     except (InputError, OSError) as error:
-        raise SystemExit(f"convert_huggingface.py: error: {error}") from None
+        raise SystemExit(f"{PROG}: error: {error}") from None
 
 
 if __name__ == "__main__":

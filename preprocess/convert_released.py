@@ -1,11 +1,11 @@
-"""The released LongMem's checkpoints as plain files, and these as a checkpoint for fairseq's commands.
+"""Convert the released LongMem's checkpoints to plain files, and these to a checkpoint for fairseq's commands.
 
-    python preprocess/convert_released.py sidenet.pt longmem-558m/ [--backbone newgpt.pt]
-    python preprocess/convert_released.py longmem-558m/ longmem.pt
+    python -m preprocess.convert_released sidenet.pt longmem-558m/ [--backbone newgpt.pt]
+    python -m preprocess.convert_released longmem-558m/ longmem.pt
 
-The first writes ``config.json``, ``side_network.safetensors`` and ``backbone.safetensors``: no code, no optimizer, none
-of its authors' paths. In Python, ``load_released("longmem-558m/")`` reads them. The second writes a checkpoint that
-holds the backbone too: for --path, and for --pretrained-model-path, which takes the backbone out of it.
+The first writes ``config.json``, ``side_network.safetensors`` and ``backbone.safetensors``: no code, no optimizer, no
+paths of the machine they were trained on. In Python, ``load_released("longmem-558m/")`` reads them. The second writes a
+checkpoint that holds the backbone too: for --path, and for --pretrained-model-path, which takes the backbone out of it.
 
     fairseq-eval-lm data --user-dir longmem_fairseq --task longmem_language_modeling --path longmem.pt
     fairseq-train data ... --arch longmem_released --pretrained-model-path longmem.pt --finetune-from-model longmem.pt
@@ -20,9 +20,6 @@ import logging
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: find the packages beside this folder
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 from torch import nn
 
 from longmem_fairseq.models.longmem_lm import LongMemConfig
@@ -32,29 +29,34 @@ from preprocess.checkpoint_file import write_checkpoint
 
 logger = logging.getLogger("preprocess.convert_released")
 
-SEGMENT = 1024  # tokens, of the published model
+PROG = "python -m preprocess.convert_released"
+SEGMENT = 1024  # tokens per segment of the published model
 
 
 def to_directory(side_network: Path, directory: Path, backbone: Path | None = None) -> None:
-    """Write a released checkpoint as ``config.json`` and safetensors.
+    """Convert a released checkpoint to ``config.json`` and safetensors.
 
     Args:
-        side_network: checkpoint of the side network.
-        directory: made if need be.
-        backbone: checkpoint of the backbone; by default the copy inside the side network's is taken.
+        side_network: Path of the side network's checkpoint.
+        directory: Path of the directory to write; it is created if it does not exist.
+        backbone: Path of the backbone's checkpoint; if None, the copy inside the side network's checkpoint is used.
 
     Raises:
-        ValueError: where a file is none of the released format, or holds code.
+        ValueError: A file is not of the released format, or holds code.
     """
     write_directory(load_released(str(side_network), str(backbone) if backbone else None), str(directory))
     logger.info("wrote %s", directory)
 
 
 def to_checkpoint(directory: Path, checkpoint: Path) -> None:
-    """Write what :func:`to_directory` wrote as a checkpoint of ``longmem_lm`` that holds its backbone.
+    """Convert a directory to a checkpoint of ``longmem_lm`` that holds its backbone.
+
+    Args:
+        directory: Path of the directory, as :func:`to_directory` writes it.
+        checkpoint: Path of the checkpoint to write.
 
     Raises:
-        ValueError: where the directory's files are not what they should be.
+        ValueError: A file of the directory is damaged or of another format.
     """
     model = load_released(str(directory))
     settings = {name: value for name, value in vars(model.cfg).items() if name in LongMemConfig.__dataclass_fields__}
@@ -73,23 +75,31 @@ def to_checkpoint(directory: Path, checkpoint: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; what the user can mend ends it with one sentence."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples are at the top of this file.")
+    """Run the command line; an error that the user can repair ends it with one sentence.
+
+    Args:
+        arguments: Arguments of the command line; if None, those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="released checkpoint of a side network, or a directory made from one")
     parser.add_argument("destination", type=Path, help="directory to write; from a directory, a .pt checkpoint")
-    parser.add_argument("--backbone", type=Path, help="the backbone's checkpoint, where the side network's lacks it")
+    parser.add_argument("--backbone", type=Path, help="checkpoint of the backbone, if the side network's has no copy")
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s | %(levelname)s | %(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     try:
         if args.source.is_dir():
             if args.backbone:
-                raise ValueError(f"--backbone {args.backbone} is for a checkpoint, and {args.source} is a directory")
+                raise ValueError(
+                    f"--backbone {args.backbone} needs a checkpoint, and {args.source} is a directory: leave it out"
+                )
             to_checkpoint(args.source, args.destination)
         else:
             to_directory(args.source, args.destination, args.backbone)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"convert_released.py: error: {error}") from None
+        raise SystemExit(f"{PROG}: error: {error}") from None
 
 
 if __name__ == "__main__":

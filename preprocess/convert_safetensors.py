@@ -1,20 +1,23 @@
-"""A fairseq language model as one safetensors file, and back.
+"""Convert a fairseq language model to one safetensors file and back, and a LongMem checkpoint to a model directory.
 
-    python preprocess/convert_safetensors.py checkpoint.pt model.safetensors [--half]
-    python preprocess/convert_safetensors.py model.safetensors checkpoint.pt
+    python -m preprocess.convert_safetensors checkpoint.pt model.safetensors [--half]
+    python -m preprocess.convert_safetensors model.safetensors checkpoint.pt
+    python -m preprocess.convert_safetensors longmem/checkpoint_best.pt directory/ [--half]
 
 fairseq's checkpoints are pickles with the optimizer's state in them. The safetensors file holds the weights and, as
-JSON in its header, the model's configuration: no code, a third of the size or, in half precision, a sixth. What comes
-back is a checkpoint (in single precision) that every fairseq command reads.
+JSON in its header, the model's configuration: no code, a third of the size or, in half precision, a sixth. The way back
+writes a checkpoint (in single precision) that every fairseq command reads.
+
+A model directory holds ``config.json``, ``side_network.safetensors``, ``backbone.safetensors``, and the dictionary and
+tokenizer of the data that the LongMem model was trained on; ``LongMem.from_pretrained("directory/")`` reads it.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
-import sys
+import shutil
 from pathlib import Path
-
-if not __package__:  # run as a script: find the packages beside this folder
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from fairseq import checkpoint_utils
@@ -22,27 +25,37 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from longmem_fairseq.files import write_whole
+from longmem_fairseq.hub import LongMem
+from longmem_fairseq.models.model_directory import write_directory
 from longmem_fairseq.safe_load import load_safely
-from preprocess.checkpoint_file import write_checkpoint, write_whole
+from preprocess.checkpoint_file import write_checkpoint
+
+PROG = "python -m preprocess.convert_safetensors"
+DATA_FILES = ("dict.txt", "sentencepiece.model", "encoder.json", "vocab.bpe")
 
 
 def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
-    """Write the weights and the model configuration of a fairseq checkpoint.
+    """Convert a fairseq checkpoint to a safetensors file of its weights and model configuration.
 
-    Matrices that are one (tied embeddings; fairseq's half precision stores them twice) are written once; with ``half``
-    all floating-point tensors as float16.
+    Equal matrices (tied embeddings; fairseq's half precision stores them twice) are written once.
+
+    Args:
+        checkpoint: Path of the checkpoint.
+        path: Path of the safetensors file to write.
+        half: If true, write all floating-point tensors as float16.
 
     Raises:
-        FileNotFoundError: where the checkpoint does not exist.
-        ValueError: where it is none of fairseq, or holds code.
+        FileNotFoundError: The checkpoint does not exist.
+        ValueError: The checkpoint is not one of fairseq, or holds code.
     """
     try:
         state = load_safely(checkpoint)
     except ValueError as error:
         raise ValueError(f"{checkpoint} cannot be read: {error}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise ValueError(f"{checkpoint} is no fairseq checkpoint: it lacks the weights (model)")
-    if not state.get("cfg"):  # of before fairseq 0.11, whose options fairseq brings into today's form
+        raise ValueError(f"{checkpoint} is not a fairseq checkpoint: it lacks the weights (model)")
+    if not state.get("cfg"):  # older than fairseq 0.11, which brings its options into today's form
         state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
     config = OmegaConf.to_container(OmegaConf.create(state["cfg"]["model"]), resolve=False)
     weights, tied = {}, {}
@@ -59,38 +72,71 @@ def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
 
 
 def to_fairseq(path: str, checkpoint: str) -> None:
-    """Write a fairseq checkpoint, in float32, from what :func:`to_safetensors` wrote.
+    """Convert a safetensors file to a fairseq checkpoint in float32.
+
+    Args:
+        path: Path of the safetensors file, as :func:`to_safetensors` writes it.
+        checkpoint: Path of the checkpoint to write.
 
     Raises:
-        ValueError: where the file is no such file.
+        ValueError: The file was not written by :func:`to_safetensors`.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if metadata.get("format") != "fairseq":
-        raise ValueError(f"{path} was not written by this script: its header has no fairseq model")
+        raise ValueError(f"{path} was not written by {PROG}: its header has no fairseq model")
     weights = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
     for name, other in json.loads(metadata["tied"]).items():
         weights[name] = weights[other]
     write_checkpoint(Path(checkpoint), json.loads(metadata["model"]), {"_name": "language_modeling"}, weights, {})
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("source", help="a .pt checkpoint or a .safetensors file")
-    parser.add_argument("destination", help="a file of the other kind")
-    parser.add_argument("--half", action="store_true", help="write float16 weights into the safetensors file")
-    args = parser.parse_args()
+def to_directory(checkpoint: str, directory: str, half: bool = False) -> None:
+    """Convert a LongMem checkpoint to a model directory.
+
+    Args:
+        checkpoint: Path of the checkpoint; ``dict.txt`` is beside it or in the directory of its training data.
+        directory: Path of the directory to write; it is created if it does not exist.
+        half: If true, write all floating-point tensors as float16.
+
+    Raises:
+        FileNotFoundError: The checkpoint or its dictionary does not exist.
+        ValueError: The checkpoint is not one of a LongMem model, or holds code.
+    """
+    longmem = LongMem.from_pretrained(checkpoint, device="cpu")
+    write_directory(longmem.model, directory, half, longmem.task.args.tokens_per_sample)
+    for name in DATA_FILES:
+        source, destination = Path(longmem.task.args.data, name), Path(directory, name)
+        if source.is_file() and not (destination.exists() and source.samefile(destination)):
+            write_whole(destination, lambda path, source=source: shutil.copyfile(source, path))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; an error that the user can repair ends it with one sentence.
+
+    Args:
+        arguments: Arguments of the command line; if None, those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", help=".pt checkpoint or .safetensors file")
+    parser.add_argument("destination", help=".safetensors file, .pt checkpoint or model directory to write")
+    parser.add_argument("--half", action="store_true", help="write float16 weights into safetensors files")
+    args = parser.parse_args(arguments)
     try:
         if args.destination.endswith(".safetensors"):
             to_safetensors(args.source, args.destination, args.half)
-        else:
+        elif args.destination.endswith(".pt") or args.source.endswith(".safetensors"):
             to_fairseq(args.source, args.destination)
+        else:
+            to_directory(args.source, args.destination, args.half)
     except (OSError, ValueError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+        raise SystemExit(f"{PROG}: error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,16 +1,27 @@
-"""The one exception the preprocessing scripts show to their user."""
+"""The exception whose message the preprocessing scripts show to the user."""
 
 import importlib
 from types import ModuleType
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is one sentence naming the value, the limit and the option."""
+    """An input or option that cannot be used; the message is one sentence with the value, the limit and the option."""
 
 
-def need(module: str, purpose: str) -> ModuleType:
-    """Import a module that only some inputs need; raises InputError if it is not installed."""
+def require_package(package: str, purpose: str) -> ModuleType:
+    """Import a package that only some inputs need.
+
+    Args:
+        package: Name of the package.
+        purpose: Input or option that needs the package, for the message.
+
+    Returns:
+        The package.
+
+    Raises:
+        InputError: The package is not installed.
+    """
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(package)
     except ImportError:
-        raise InputError(f"{purpose} needs the Python package {module}: pip install {module}") from None
+        raise InputError(f"{purpose} needs the Python package {package}: pip install {package}") from None

@@ -1,6 +1,6 @@
-"""What Hugging Face's GPT-2 and OPT are in terms of fairseq's ``transformer_lm``, and GPT-2 back again.
+"""Settings and weights of Hugging Face's GPT-2 and OPT as those of fairseq's ``transformer_lm``, and GPT-2 back again.
 
-Legend: V symbols, D width, N layers, P positions.
+Legend: V symbols, D width, E width of the embedding, F width of the feed-forward layer, P positions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 from preprocess.errors import InputError
 
 SUPPORTED = "gpt2 (any size, also distilgpt2) and opt (all but opt-350m, which is post-norm)"
-SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 
 _ACTIVATIONS = {
     "gelu_new": "gelu_accurate",
@@ -24,35 +23,21 @@ _ACTIVATIONS = {
     "relu": "relu",
     "tanh": "tanh",
 }
-_EPS = 1e-5  # of all of fairseq's LayerNorms
+_EPS = 1e-5  # epsilon of every LayerNorm in fairseq
 
 Config = dict[str, Any]
 Weights = dict[str, Tensor]
 
-
-def check_config(config: Config) -> None:
-    """Refuse what fairseq's pre-norm decoder cannot express.
-
-    Raises:
-        InputError: naming the setting and what is supported.
-    """
-    kind = config.get("model_type")
-    wanted = {"gpt2": _GPT2_SETTINGS, "opt": _OPT_SETTINGS}.get(kind)
-    if wanted is None:
-        raise InputError(f"model_type={kind} in config.json is not supported; supported are {SUPPORTED}")
-    if config.get("quantization_config"):
-        raise InputError(f"the {kind} is quantized (quantization_config): give its original weights")
-    for name, value in wanted.items():
-        if config.get(name, value) != value:
-            raise InputError(
-                f"{name}={config[name]} in config.json cannot be expressed by fairseq's decoder, which has {value}; "
-                f"supported are {SUPPORTED}"
-            )
-    activation = config.get("activation_function", _DEFAULT_ACTIVATION[kind])
-    if activation not in _ACTIVATIONS:
-        raise InputError(f"activation_function={activation} is none of fairseq's: {', '.join(_ACTIVATIONS)}")
-
-
+# Settings of a transformer_lm that all supported models share.
+_FIXED = {
+    "decoder_normalize_before": True,
+    "no_decoder_final_norm": False,
+    "decoder_learned_pos": True,
+    "no_token_positional_embeddings": False,
+    "no_scale_embedding": True,
+    "layernorm_embedding": False,
+}
+# Settings of config.json that fairseq's decoder cannot vary.
 _GPT2_SETTINGS = {
     "layer_norm_epsilon": _EPS,
     "scale_attn_weights": True,
@@ -68,9 +53,48 @@ _OPT_SETTINGS = {
 }
 _DEFAULT_ACTIVATION = {"gpt2": "gelu_new", "opt": "relu"}
 
+# Modules of a layer: GPT-2's name and fairseq's.
+_NORMS = (("ln_1", "self_attn_layer_norm"), ("ln_2", "final_layer_norm"))
+_LINEAR = (("attn.c_proj", "self_attn.out_proj"), ("mlp.c_fc", "fc1"), ("mlp.c_proj", "fc2"))
+
+
+def check_config(config: Config) -> None:
+    """Refuse a model that fairseq's pre-norm decoder cannot express.
+
+    Args:
+        config: Content of config.json.
+
+    Raises:
+        InputError: The model is not supported; the message names the setting and the supported models.
+    """
+    kind = config.get("model_type")
+    required = {"gpt2": _GPT2_SETTINGS, "opt": _OPT_SETTINGS}.get(kind)
+    if required is None:
+        raise InputError(f"model_type={kind} in config.json is not supported; supported are {SUPPORTED}")
+    if config.get("quantization_config"):
+        raise InputError(f"the {kind} is quantized (quantization_config): give its original weights")
+    for name, value in required.items():
+        if config.get(name, value) != value:
+            raise InputError(
+                f"{name}={config[name]} in config.json cannot be expressed by fairseq's decoder, which has {value}; "
+                f"supported are {SUPPORTED}"
+            )
+    activation = config.get("activation_function", _DEFAULT_ACTIVATION[kind])
+    if activation not in _ACTIVATIONS:
+        raise InputError(
+            f"activation_function={activation} in config.json is not supported; supported are {', '.join(_ACTIVATIONS)}"
+        )
+
 
 def model_settings(config: Config) -> Config:
-    """Settings of a ``transformer_lm`` for a configuration that :func:`check_config` let pass."""
+    """Translate a model's configuration.
+
+    Args:
+        config: Content of config.json, accepted by :func:`check_config`.
+
+    Returns:
+        Settings of a ``transformer_lm``.
+    """
     if config["model_type"] == "gpt2":
         width, layers, heads = config.get("n_embd", 768), config.get("n_layer", 12), config.get("n_head", 12)
         inner, positions = config.get("n_inner") or 4 * width, config.get("n_positions", 1024)
@@ -93,80 +117,80 @@ def model_settings(config: Config) -> Config:
         "share_decoder_input_output_embed": config.get("tie_word_embeddings", True),
         "max_target_positions": positions,
         "tokens_per_sample": positions,
-        **FIXED,
+        **_FIXED,
     }
 
 
-# What all of them share with each other.
-FIXED = {
-    "decoder_normalize_before": True,
-    "no_decoder_final_norm": False,
-    "decoder_learned_pos": True,
-    "no_token_positional_embeddings": False,
-    "no_scale_embedding": True,
-    "layernorm_embedding": False,
-}
+class _WeightReader:
+    """Weights of a Hugging Face model, taken one by one in float32; weights that nobody takes are an error.
 
-_LAYER = "decoder.layers.{}."
-_NORMS = (("ln_1", "self_attn_layer_norm"), ("ln_2", "final_layer_norm"))
-_LINEAR = (("attn.c_proj", "self_attn.out_proj"), ("mlp.c_fc", "fc1"), ("mlp.c_proj", "fc2"))
-
-
-class _Source:
-    """Weights of a Hugging Face model, taken one by one as float32; what is left over is an error."""
+    Args:
+        weights: Tensors by their names.
+        prefix: Prefix of the names, to remove where it is.
+    """
 
     def __init__(self, weights: Weights, prefix: str):
-        self._left = {re.sub(f"^{re.escape(prefix)}", "", name): tensor for name, tensor in weights.items()}
+        self._left = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
     def take(self, name: str, *shape: int) -> Tensor:
+        """Take one tensor of a shape, as float32."""
         if name not in self._left:
-            raise InputError(f"the weights lack {name}, which config.json asks for")
+            raise InputError(f"the weights lack {name}, which config.json requires")
         tensor = self._left.pop(name)
         if tuple(tensor.shape) != shape:
-            raise InputError(f"{name} has shape {tuple(tensor.shape)}, but config.json asks for {shape}")
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, but config.json requires {shape}")
         return tensor.float()
 
     def finish(self, ignored: str) -> None:
+        """Refuse weights that were not taken, but for names that match a regular expression."""
         left = [name for name in self._left if not re.fullmatch(ignored, name)]
         if left:
-            raise InputError(f"the weights hold {len(left)} that config.json does not know, such as {left[0]}")
+            raise InputError(f"{len(left)} of the weights are not in config.json, such as {left[0]}")
 
 
 def convert_gpt2(weights: Weights, settings: Config, rows: Sequence[int], vocabulary: int) -> Weights:
-    """Weights of a ``transformer_lm`` from those of a GPT2LMHeadModel (or GPT2Model).
+    """Convert the weights of a GPT2LMHeadModel (or GPT2Model).
 
     Args:
-        weights: by their names there.
-        settings: see :func:`model_settings`.
-        rows: for each symbol of the dictionary, special ones included, its row of the embedding; -1 for none.
-        vocabulary: V, rows of the embedding.
+        weights: Tensors by their Hugging Face names.
+        settings: Settings of the ``transformer_lm``, from :func:`model_settings`.
+        rows: Row of the embedding for each symbol of the dictionary, special ones included; -1 for a symbol without.
+        vocabulary: V, number of rows of the embedding.
+
+    Returns:
+        Tensors by the names of a ``transformer_lm``, float32.
+
+    Raises:
+        InputError: A tensor is missing, of another shape or unknown.
     """
-    source = _Source(weights, "transformer.")
+    source = _WeightReader(weights, "transformer.")
     D, F, P = (settings[name] for name in ("decoder_embed_dim", "decoder_ffn_embed_dim", "max_target_positions"))
     embedding = source.take("wte.weight", vocabulary, D)
     positions = source.take("wpe.weight", P, D)
-    # fairseq numbers positions from behind the padding's symbol, 1.
+    # fairseq numbers positions after the symbol of the padding, 1: the first two rows are not used.
     converted = {
         "decoder.version": torch.tensor([3.0]),  # without it fairseq drops the final LayerNorm
         "decoder.embed_tokens.weight": _permute(embedding, rows),
         "decoder.embed_positions.weight": torch.cat([positions.new_zeros(2, D), positions]),
     }
     for i in range(settings["decoder_layers"]):
-        theirs, ours = f"h.{i}.", _LAYER.format(i)
-        for their, our in _NORMS:
-            for name in ("weight", "bias"):
-                converted[f"{ours}{our}.{name}"] = source.take(f"{theirs}{their}.{name}", D)
-        # A Conv1D, which keeps its matrix the other way round; queries, keys and values lie side by side.
-        weight = source.take(f"{theirs}attn.c_attn.weight", D, 3 * D).t()
-        bias = source.take(f"{theirs}attn.c_attn.bias", 3 * D)
-        for name, joined in (("weight", weight), ("bias", bias)):
-            for which, part in zip("qkv", joined.chunk(3), strict=True):
-                converted[f"{ours}self_attn.{which}_proj.{name}"] = part.clone(memory_format=torch.contiguous_format)
-        for (their, our), (inner, outer) in zip(_LINEAR, ((D, D), (D, F), (F, D)), strict=True):
-            converted[f"{ours}{our}.weight"] = source.take(f"{theirs}{their}.weight", inner, outer).t().contiguous()
-            converted[f"{ours}{our}.bias"] = source.take(f"{theirs}{their}.bias", outer)
-    for name in ("weight", "bias"):
-        converted[f"decoder.layer_norm.{name}"] = source.take(f"ln_f.{name}", D)
+        layer = f"decoder.layers.{i}"
+        for source_name, name in _NORMS:
+            for part in ("weight", "bias"):
+                converted[f"{layer}.{name}.{part}"] = source.take(f"h.{i}.{source_name}.{part}", D)
+        # A Conv1D stores its matrix transposed, with the queries', keys' and values' side by side.
+        weight = source.take(f"h.{i}.attn.c_attn.weight", D, 3 * D).t()
+        bias = source.take(f"h.{i}.attn.c_attn.bias", 3 * D)
+        for part, joined in (("weight", weight), ("bias", bias)):
+            for letter, tensor in zip("qkv", joined.chunk(3), strict=True):
+                name = f"{layer}.self_attn.{letter}_proj.{part}"
+                converted[name] = tensor.clone(memory_format=torch.contiguous_format)
+        for (source_name, name), (inputs, outputs) in zip(_LINEAR, ((D, D), (D, F), (F, D)), strict=True):
+            weight = source.take(f"h.{i}.{source_name}.weight", inputs, outputs)
+            converted[f"{layer}.{name}.weight"] = weight.t().contiguous()
+            converted[f"{layer}.{name}.bias"] = source.take(f"h.{i}.{source_name}.bias", outputs)
+    for part in ("weight", "bias"):
+        converted[f"decoder.layer_norm.{part}"] = source.take(f"ln_f.{part}", D)
     converted["decoder.output_projection.weight"] = converted["decoder.embed_tokens.weight"]
     if not settings["share_decoder_input_output_embed"]:
         output = source.take("lm_head.weight", vocabulary, D)
@@ -176,8 +200,21 @@ def convert_gpt2(weights: Weights, settings: Config, rows: Sequence[int], vocabu
 
 
 def convert_opt(weights: Weights, settings: Config, rows: Sequence[int], vocabulary: int) -> Weights:
-    """Weights of a ``transformer_lm`` from those of an OPTForCausalLM, which were fairseq's once: the names remain."""
-    source = _Source({re.sub(r"^model\.", "", name): x for name, x in weights.items()}, "decoder.")
+    """Convert the weights of an OPTForCausalLM, whose names are fairseq's.
+
+    Args:
+        weights: Tensors by their Hugging Face names.
+        settings: Settings of the ``transformer_lm``, from :func:`model_settings`.
+        rows: Row of the embedding for each symbol of the dictionary, special ones included.
+        vocabulary: V, number of rows of the embedding.
+
+    Returns:
+        Tensors by the names of a ``transformer_lm``, float32.
+
+    Raises:
+        InputError: A tensor is missing, of another shape or unknown.
+    """
+    source = _WeightReader({name.removeprefix("model."): tensor for name, tensor in weights.items()}, "decoder.")
     D, F, P = (settings[name] for name in ("decoder_embed_dim", "decoder_ffn_embed_dim", "max_target_positions"))
     E = settings["decoder_input_dim"]
     converted = {
@@ -205,7 +242,7 @@ def convert_opt(weights: Weights, settings: Config, rows: Sequence[int], vocabul
 
 
 def _permute(table: Tensor, rows: Sequence[int]) -> Tensor:
-    """Rows of a table (V, D) in the order of a dictionary.
+    """Bring the rows of a table (V, D) into the order of a dictionary.
 
     A symbol without a row gets the mean of all: its logit is then the mean of the logits, so that by Jensen's
     inequality its probability is at most 1/V. A row of zeros would be a logit of 0, far above what GPT-2 gives.
@@ -215,23 +252,26 @@ def _permute(table: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def export_gpt2(weights: Weights, settings: Config, rows: Sequence[int]) -> tuple[Config, Weights]:
-    """A GPT2LMHeadModel's configuration and weights from those of a ``transformer_lm``'s decoder.
+    """Convert a ``transformer_lm`` to a GPT2LMHeadModel.
 
     Args:
-        weights: by their names in the decoder (``embed_tokens.weight`` ...).
-        settings: of the model, as in its checkpoint.
-        rows: the symbol of the dictionary for each row of the embedding that is to be.
+        weights: Tensors by the names of a ``transformer_lm`` (``decoder.embed_tokens.weight`` ...).
+        settings: Settings of the model, as in its checkpoint.
+        rows: Symbol of the dictionary for each row of GPT-2's embedding.
+
+    Returns:
+        The content of config.json, and tensors by their Hugging Face names, float32.
 
     Raises:
-        InputError: where the model is none that GPT-2 can express.
+        InputError: GPT-2 cannot express the model.
     """
-    wanted = {**FIXED, **dict.fromkeys(("scale_fc", "scale_attn", "scale_heads", "scale_resids"), False)}
     width = settings["decoder_embed_dim"]
-    wanted.update(decoder_input_dim=width, decoder_output_dim=width)
-    for name, value in wanted.items():
+    required = {**_FIXED, "decoder_input_dim": width, "decoder_output_dim": width}
+    required.update(dict.fromkeys(("scale_fc", "scale_attn", "scale_heads", "scale_resids"), False))
+    for name, value in required.items():
         if (value or None) != (settings[name] or None):
             raise InputError(f"a GPT-2 has {name}={value}, this model {settings[name]}: it cannot be exported")
-    activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    activations = {fairseq_name: name for name, fairseq_name in reversed(_ACTIVATIONS.items())}
     activation = activations.get(str(settings["activation_fn"]))
     if settings["model"] != "transformer_lm" or activation is None:
         raise InputError(
@@ -241,24 +281,24 @@ def export_gpt2(weights: Weights, settings: Config, rows: Sequence[int]) -> tupl
     tied = bool(settings["share_decoder_input_output_embed"])
     index = torch.tensor(rows)
     exported = {
-        "transformer.wte.weight": weights["embed_tokens.weight"][index],
-        "transformer.wpe.weight": weights["embed_positions.weight"][2:],
+        "transformer.wte.weight": weights["decoder.embed_tokens.weight"][index],
+        "transformer.wpe.weight": weights["decoder.embed_positions.weight"][2:],
     }
     for i in range(settings["decoder_layers"]):
-        theirs, ours = f"transformer.h.{i}.", f"layers.{i}."
-        for their, our in _NORMS:
-            for name in ("weight", "bias"):
-                exported[f"{theirs}{their}.{name}"] = weights[f"{ours}{our}.{name}"]
-        for name in ("weight", "bias"):
-            joined = torch.cat([weights[f"{ours}self_attn.{which}_proj.{name}"] for which in "qkv"])
-            exported[f"{theirs}attn.c_attn.{name}"] = joined.t() if name == "weight" else joined
-        for their, our in _LINEAR:
-            exported[f"{theirs}{their}.weight"] = weights[f"{ours}{our}.weight"].t()
-            exported[f"{theirs}{their}.bias"] = weights[f"{ours}{our}.bias"]
-    for name in ("weight", "bias"):
-        exported[f"transformer.ln_f.{name}"] = weights[f"layer_norm.{name}"]
+        layer, exported_layer = f"decoder.layers.{i}", f"transformer.h.{i}"
+        for exported_name, name in _NORMS:
+            for part in ("weight", "bias"):
+                exported[f"{exported_layer}.{exported_name}.{part}"] = weights[f"{layer}.{name}.{part}"]
+        for part in ("weight", "bias"):
+            joined = torch.cat([weights[f"{layer}.self_attn.{letter}_proj.{part}"] for letter in "qkv"])
+            exported[f"{exported_layer}.attn.c_attn.{part}"] = joined.t() if part == "weight" else joined
+        for exported_name, name in _LINEAR:
+            exported[f"{exported_layer}.{exported_name}.weight"] = weights[f"{layer}.{name}.weight"].t()
+            exported[f"{exported_layer}.{exported_name}.bias"] = weights[f"{layer}.{name}.bias"]
+    for part in ("weight", "bias"):
+        exported[f"transformer.ln_f.{part}"] = weights[f"decoder.layer_norm.{part}"]
     if not tied:
-        exported["lm_head.weight"] = weights["output_projection.weight"][index]
+        exported["lm_head.weight"] = weights["decoder.output_projection.weight"][index]
     config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],

@@ -1,10 +1,10 @@
 """Train a sentencepiece model that keeps every character of a document, newlines and indentation included.
 
-    python preprocess/sentencepiece_training.py --train P... --vocab-size 32000 --output tokenizer.model
+    python -m preprocess.sentencepiece_training --train P... --vocab-size 32000 --output tokenizer.model
 
-binarize_documents.py does this by itself unless several shards are to share the model.
+binarize_documents does this by itself unless several shards are to share the model.
 
-* BPE without normalisation and with byte fallback: no text becomes ``<unk>``, and decoding gives the text back exactly.
+* BPE without normalization and with byte fallback: no text becomes ``<unk>``, and decoding gives the text back exactly.
 * sentencepiece trains on lines, so newlines would never be learned. The most frequent runs of a newline and the
   whitespace after it ("\\n    " in source code, "\\n\\n" in prose) become pieces of their own; any other newline is a
   byte piece.
@@ -18,7 +18,6 @@ import argparse
 import heapq
 import io
 import logging
-import os
 import random
 import re
 import sys
@@ -26,15 +25,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-if not __package__:  # run as a script: find the packages beside this folder
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
+from preprocess.dictionary import SPECIALS
 from preprocess.documents import iter_documents
 from preprocess.errors import InputError
-from preprocess.tokenization import SPECIALS
+from preprocess.package_modules import files
 
 logger = logging.getLogger("preprocess.sentencepiece_training")
 
+PROG = "python -m preprocess.sentencepiece_training"
 BYTES = 256
 SMALLEST_VOCABULARY = len(SPECIALS) + BYTES + 40
 VOCAB_SIZE = 8000
@@ -49,13 +47,16 @@ _BOUNDARY = re.compile(r"[^\S ]\s*|[\u2581\u2585\x00]")
 
 
 def train(texts: Iterable[str], vocab_size: int, sample_bytes: int = SAMPLE_BYTES, seed: int = 1) -> bytes:
-    """A sentencepiece model for ``texts``, as the bytes of its file. The same input gives the same bytes.
+    """Train a sentencepiece model; the same input gives the same bytes.
 
     Args:
-        texts: documents; read once, and never held in memory beyond the sample.
-        vocab_size: most symbols of the fairseq dictionary made of the model, its four special ones included.
-        sample_bytes: train on a random sample of passages of this size if there is more text.
-        seed: of the sample.
+        texts: Texts of the documents, read once and not held in memory beyond the sample.
+        vocab_size: Largest number of symbols in the model's fairseq dictionary, special ones included.
+        sample_bytes: Size of the random sample of passages to train on, in bytes of UTF-8.
+        seed: Seed of the sample.
+
+    Returns:
+        The bytes of the model file.
 
     Raises:
         InputError: ``vocab_size`` is too small, or there is no text to train on.
@@ -101,24 +102,32 @@ def train(texts: Iterable[str], vocab_size: int, sample_bytes: int = SAMPLE_BYTE
 
 
 def sample_passages(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
-    """Passages drawn at random until they fill ``sample_bytes`` of UTF-8, in the order of the text.
+    """Sample passages at random until they fill a size.
 
     Each passage draws a number and those with the smallest stay, so one reading and constant memory suffice.
+
+    Args:
+        texts: Texts of the documents.
+        sample_bytes: Size of the sample, in bytes of UTF-8.
+        seed: Seed of the sample.
+
+    Returns:
+        The passages in the order of the text.
     """
     draw = random.Random(seed)
-    held: list[tuple[float, int, str, int]] = []  # a heap, largest draw first: (-draw, position, passage, bytes)
+    sample: list[tuple[float, int, str, int]] = []  # a heap, largest draw first: (-draw, position, passage, bytes)
     total = 0
     for position, passage in enumerate(_passages(texts)):
         size = len(passage.encode("utf-8"))
         total += size
-        heapq.heappush(held, (-draw.random(), position, passage, size))
-        while total > sample_bytes and len(held) > 1:
-            total -= heapq.heappop(held)[3]
-    return [passage for _, _, passage, _ in sorted(held, key=lambda item: item[1])]
+        heapq.heappush(sample, (-draw.random(), position, passage, size))
+        while total > sample_bytes and len(sample) > 1:
+            total -= heapq.heappop(sample)[3]
+    return [passage for _, _, passage, _ in sorted(sample, key=lambda item: item[1])]
 
 
 def _passages(texts: Iterable[str]) -> Iterator[str]:
-    """The texts cut before newlines into parts of at most ``LARGEST_PASSAGE`` characters."""
+    """Yield the texts in passages of at most ``LARGEST_PASSAGE`` characters, cut before newlines where possible."""
     for text in texts:
         start = 0
         while len(text) - start > LARGEST_PASSAGE:
@@ -130,15 +139,31 @@ def _passages(texts: Iterable[str]) -> Iterator[str]:
 
 
 def frequent_runs(passages: Iterable[str], most: int) -> list[str]:
-    """Up to ``most`` runs of newline and whitespace that are worth a piece, most useful first."""
+    """Find the runs of newline and whitespace that are worth a piece.
+
+    Args:
+        passages: Passages of the sample.
+        most: Largest number of runs.
+
+    Returns:
+        The runs, most frequent first.
+    """
     counts = Counter(run for passage in passages for run in _RUN.findall(passage) if 1 < len(run) <= LONGEST_RUN)
     total = sum(counts.values())
-    worthy = [run for run, count in counts.items() if count >= max(8, total / 2000)]
-    return sorted(worthy, key=lambda run: (-counts[run], run))[:most]
+    frequent = [run for run, count in counts.items() if count >= max(8, total / 2000)]
+    return sorted(frequent, key=lambda run: (-counts[run], run))[:most]
 
 
 def frequent_characters(passages: Iterable[str], most: int) -> set[str]:
-    """The most frequent visible characters: ``COVERAGE`` of the text and all its ASCII, but at most ``most``."""
+    """Find the visible characters that are worth a piece: ``COVERAGE`` of the text and all its ASCII.
+
+    Args:
+        passages: Passages of the sample.
+        most: Largest number of characters.
+
+    Returns:
+        The most frequent characters.
+    """
     counts = Counter()
     for passage in passages:
         counts.update(passage)
@@ -156,7 +181,15 @@ def frequent_characters(passages: Iterable[str], most: int) -> set[str]:
 
 
 def training_sentences(passages: Iterable[str], characters: set[str]) -> Iterator[str]:
-    """Lines of only spaces and ``characters``, cut where there is anything else."""
+    """Yield the lines to train on, cut where there is anything but spaces and known characters.
+
+    Args:
+        passages: Passages of the sample.
+        characters: Characters that may be in a line.
+
+    Yields:
+        Lines that are not blank.
+    """
     for passage in passages:
         rare = "".join(set(passage) - characters - {" "})
         boundary = re.compile(f"{_BOUNDARY.pattern}|[{re.escape(rare)}]") if rare else _BOUNDARY
@@ -166,28 +199,47 @@ def training_sentences(passages: Iterable[str], characters: set[str]) -> Iterato
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; what the user can mend ends it with one sentence."""
+    """Run the command line; an error that the user can repair ends it with one sentence.
+
+    Args:
+        arguments: Arguments of the command line; if None, those of the process.
+    """
     parser = argparse.ArgumentParser(
-        prog="sentencepiece_training.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--train", nargs="+", required=True, metavar="P", help="documents: files, directories, JSON lines")
-    add("--output", type=Path, required=True, metavar="F", help="the model file to write")
-    add("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N", help=f"dictionary (at most; {VOCAB_SIZE})")
-    add("--sample-bytes", type=int, default=SAMPLE_BYTES, metavar="N", help="train on a sample of this size (20 MB)")
-    add("--seed", type=int, default=1, metavar="N", help="of the sample (1)")
-    add("--bad-documents", choices=("refuse", "skip"), default="refuse", help="empty or undecodable documents")
+    add("--train", nargs="+", required=True, metavar="P", help="text files, directories or JSON lines to train on")
+    add("--output", type=Path, required=True, metavar="F", help="model file to write")
+    add(
+        "--vocab-size",
+        type=int,
+        default=VOCAB_SIZE,
+        metavar="N",
+        help="largest number of symbols in the dictionary (default: %(default)s)",
+    )
+    add(
+        "--sample-bytes",
+        type=int,
+        default=SAMPLE_BYTES,
+        metavar="N",
+        help="bytes of text to train on, sampled from more (default: %(default)s)",
+    )
+    add("--seed", type=int, default=1, metavar="N", help="seed of the sample (default: %(default)s)")
+    add(
+        "--bad-documents",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="refuse empty or undecodable documents, or leave them out (default: %(default)s)",
+    )
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s | %(levelname)s | %(message)s", stream=sys.stderr)
     logging.getLogger("preprocess").setLevel(logging.INFO)
     try:
         texts = (document.text for document in iter_documents(args.train, args.bad_documents, progress=True))
         model = train(texts, args.vocab_size, args.sample_bytes, args.seed)
-        temporary = args.output.with_name(f"{args.output.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(model)
-        os.replace(temporary, args.output)
+        files.write_whole(args.output, lambda path: Path(path).write_bytes(model))
     except (InputError, OSError) as error:
-        raise SystemExit(f"sentencepiece_training.py: error: {error}") from None
+        raise SystemExit(f"{PROG}: error: {error}") from None
 
 
 if __name__ == "__main__":

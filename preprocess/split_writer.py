@@ -1,4 +1,4 @@
-"""The files of one split while they are written: fairseq's mmap format, appended block by block, resumable."""
+"""Writing one split: files in fairseq's mmap format, appended block by block, resumable."""
 
 from __future__ import annotations
 
@@ -8,28 +8,37 @@ from pathlib import Path
 
 import numpy as np
 
+from preprocess.encoder import EncodedBlock
 from preprocess.errors import InputError
-from preprocess.package_manifest import manifest as manifests
+from preprocess.package_modules import manifest as manifests
+from preprocess.package_modules import mmap_index
 from preprocess.workspace import Workspace
 
 
 def smallest_dtype(symbols: int) -> type:
-    """The type in which fairseq stores the tokens of a dictionary of this size."""
+    """Choose the dtype in which fairseq stores the tokens of a dictionary.
+
+    Args:
+        symbols: Number of symbols in the dictionary, special ones included.
+
+    Returns:
+        A numpy dtype.
+    """
     return np.uint16 if symbols < 65500 else np.uint32
 
 
 class SplitWriter:
-    """Appends the documents of one split to the workspace, in fairseq's mmap format.
+    """Append the documents of one split to the workspace, in fairseq's mmap format.
 
-    The journal remembers how far the files were complete; on opening, anything after that is cut off.
+    The journal records the size up to which the files are complete; on opening, anything after that is cut off.
 
     Args:
-        workspace: where to write.
-        split: ``train``, ``valid``, ``test``.
-        dtype: of the tokens.
+        workspace: Workspace that the files are written to.
+        split: Name of the split, ``train``, ``valid`` or ``test``.
+        dtype: numpy dtype of the tokens.
 
     Raises:
-        InputError: what a killed run left is not what its journal says.
+        InputError: A file of a killed run does not match its journal.
     """
 
     _ENDS = ("bin", "sizes", "documents.jsonl")
@@ -46,8 +55,12 @@ class SplitWriter:
     def _path(self, end: str) -> Path:
         return self.workspace.path(f"{self.split}.{end}")
 
-    def append(self, encoded) -> None:
-        """Add an ``EncodedSegment`` block."""
+    def append(self, encoded: EncodedBlock) -> None:
+        """Append the documents of a block.
+
+        Args:
+            encoded: The encoded documents.
+        """
         self._files["bin"].write(encoded.ids.tobytes())
         self._files["sizes"].write(encoded.sizes.tobytes())
         self._files["documents.jsonl"].write(encoded.records)
@@ -61,13 +74,21 @@ class SplitWriter:
             state["subsets"][subset] = [before[0] + counts[0], before[1] + counts[1]]
 
     def save(self, position: object) -> None:
-        """Make everything appended durable and remember the ``position`` in the input to go on from."""
+        """Make everything appended durable.
+
+        Args:
+            position: Position in the input to continue from, as plain JSON types.
+        """
         self.state["files"] = {end: file.save() for end, file in self._files.items()}
         self.state["position"] = position
         self.workspace.save()
 
     def finish(self) -> dict:
-        """Write the index and describe the split for the manifest."""
+        """Write the index and close the files.
+
+        Returns:
+            The description of the split for the manifest.
+        """
         described = {end: file.save() for end, file in self._files.items()}
         for file in self._files.values():
             file.close()
@@ -86,7 +107,12 @@ class SplitWriter:
 
 
 class _AppendedFile:
-    """A file that only grows, with the SHA-256 of what it holds."""
+    """A file that only grows, with the SHA-256 of its content.
+
+    Args:
+        path: Path of the file.
+        saved: Size and SHA-256 returned by an earlier ``save``, to continue from; None for a new file.
+    """
 
     def __init__(self, path: Path, saved: dict | None):
         self._digest = hashlib.sha256()
@@ -98,6 +124,7 @@ class _AppendedFile:
         self._stream.seek(self._bytes)
 
     def _check(self, path: Path, saved: dict) -> None:
+        """Read the file up to its saved size and compare the SHA-256."""
         while self._bytes < saved["bytes"]:
             data = self._stream.read(min(1 << 22, saved["bytes"] - self._bytes))
             if not data:
@@ -108,29 +135,36 @@ class _AppendedFile:
             raise InputError(f"the unfinished file {path} was changed: start again with --overwrite")
 
     def write(self, data: bytes) -> None:
+        """Append bytes."""
         self._stream.write(data)
         self._digest.update(data)
         self._bytes += len(data)
 
     def save(self) -> dict:
+        """Make the content durable; returns its size and SHA-256."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
+        """Close the file."""
         self._stream.close()
 
 
 def write_index(path: Path, sizes_path: Path, dtype: type) -> None:
-    """The index of fairseq's mmap format from a file of int32 document lengths, in constant memory.
+    """Write the index of fairseq's mmap format in constant memory.
 
-    The same bytes as fairseq's writer, which holds two Python integers per document and, given numpy ones, overflows at
-    2 GB of data.
+    The bytes are those of fairseq's writer, which holds two Python integers per document and, given numpy ones,
+    overflows at 2 GB of data.
+
+    Args:
+        path: Path of the index to write.
+        sizes_path: Path of a file of the documents' numbers of tokens, int32.
+        dtype: numpy dtype of the tokens.
     """
     sizes = np.memmap(sizes_path, dtype=np.int32, mode="r") if sizes_path.stat().st_size else np.empty(0, np.int32)
-    code = next(code for code, known in manifests.INDEX_DTYPES.items() if known is dtype)
     with open(path, "wb") as stream:
-        stream.write(manifests.INDEX_HEADER.pack(manifests.INDEX_MAGIC, 1, code, len(sizes)))
+        stream.write(mmap_index.pack_header(dtype, len(sizes)))
         stream.write(sizes)
         start = 0
         for first in range(0, len(sizes), 1 << 20):

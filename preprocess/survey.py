@@ -1,6 +1,6 @@
-"""What a collection holds, by subset, from one reading: needed to make a mixture of it.
+"""The contents of a collection by subset, measured in one reading: needed to make a mixture of it.
 
-Counted are documents and characters, and how the characters are spread over the documents' random numbers, by which a
+Documents and characters are counted, and how the characters are spread over the documents' random numbers, by which a
 mixture chooses. The tokens are estimated from a sample, or counted where the collection is small.
 """
 
@@ -8,76 +8,98 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from preprocess.documents import Parsed, Source
+from preprocess.blocks import ParsedBlock
+from preprocess.document_source import DocumentSource
 from preprocess.errors import InputError
+from preprocess.selection import draw
+from preprocess.tokenizer import Tokenizer
 
-BINS = 1 << 14  # of the documents' numbers
-WINDOW = 2048  # characters of a passage that is encoded to know the tokens per character
-ENCODED_BYTES = 64_000_000  # about so much is encoded; of smaller collections, all
-
-
-def draw(seed: int, key: str, purpose: str) -> float:
-    """The number in [0, 1) that belongs to a document's ``key``; independent for each ``purpose``."""
-    digest = hashlib.blake2b(f"{seed}\0{purpose}\0{key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53
+BINS = 1 << 14  # of the documents' random numbers
+WINDOW = 2048  # characters of a passage that is encoded to estimate the tokens per character
+ENCODED_BYTES = 64_000_000  # of a collection that are encoded, about; all of a smaller one
 
 
 @dataclass
 class SubsetSurvey:
-    """What is known of one subset."""
+    """The measurements of one subset.
+
+    Args:
+        documents: Number of documents.
+        characters: Number of characters.
+        sampled_characters: Number of characters in the sample.
+        sampled_tokens: Number of tokens in the sample, without end-of-document symbols.
+        histogram: Characters by the random number of their document, shape (BINS,), int64.
+    """
 
     documents: int = 0
     characters: int = 0
     sampled_characters: int = 0
     sampled_tokens: int = 0
-    histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))  # (BINS,) characters
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
     @property
     def tokens_per_character(self) -> float:
-        """Including the end-of-document symbol of each document."""
+        """Return the tokens per character, with the end-of-document symbol of each document."""
         return self.sampled_tokens / self.sampled_characters + self.documents / self.characters
 
     @property
     def tokens(self) -> int:
-        """An estimate of the tokens in the subset."""
+        """Return an estimate of the tokens in the subset."""
         return round(self.characters * self.tokens_per_character)
 
 
 @dataclass
 class SurveyPart:
-    """The survey of one block, by subset."""
+    """The survey of one block, by subset.
 
-    counts: dict[str, tuple[int, int]]  # documents, characters
-    bins: dict[str, dict[int, int]]  # bin: characters; a block touches few of them
-    samples: dict[str, tuple[int, int]]  # characters, tokens
+    Args:
+        counts: Number of documents and of characters.
+        bins: Characters by bin of the histogram; a block touches few bins.
+        samples: Number of characters and of tokens in the sample.
+    """
+
+    counts: dict[str, tuple[int, int]]
+    bins: dict[str, dict[int, int]]
+    samples: dict[str, tuple[int, int]]
 
     @classmethod
-    def of(cls, parsed: Parsed, tokenizer, seed: int, rate: float) -> "SurveyPart":
-        """Measure the documents of a block, encoding about ``rate`` of them but at least one window of each subset."""
+    def of(cls, parsed: ParsedBlock, tokenizer: Tokenizer, seed: int, rate: float) -> SurveyPart:
+        """Measure the documents of a block.
+
+        Args:
+            parsed: The documents of the block.
+            tokenizer: Tokenizer that encodes the sample.
+            seed: Seed of all random choices.
+            rate: Fraction of the text to encode, about; at least one window of each subset is encoded.
+
+        Returns:
+            The survey of the block.
+        """
         texts: dict[str, list[str]] = {}
         bins: dict[str, dict[int, int]] = {}
         for key, document in zip(parsed.keys, parsed.documents):
             texts.setdefault(document.subset, []).append(document.text)
             place = int(draw(seed, key, "keep") * BINS)
-            found = bins.setdefault(document.subset, {})
-            found[place] = found.get(place, 0) + len(document.text)
-        samples = {}
-        for subset, its_texts in texts.items():
-            windows = its_texts if rate >= 1 else _windows(its_texts, rate, draw(seed, parsed.keys[0], subset))
+            characters = bins.setdefault(document.subset, {})
+            characters[place] = characters.get(place, 0) + len(document.text)
+        counts, samples = {}, {}
+        for subset, subset_texts in texts.items():
+            counts[subset] = len(subset_texts), sum(map(len, subset_texts))
+            windows = subset_texts
+            if rate < 1:
+                windows = _windows(subset_texts, rate, draw(seed, parsed.keys[0], subset))
             samples[subset] = sum(map(len, windows)), sum(len(tokenizer.encode_array(text)) for text in windows)
-        counts = {subset: (len(its_texts), sum(map(len, its_texts))) for subset, its_texts in texts.items()}
         return cls(counts, bins, samples)
 
 
 def _windows(texts: list[str], rate: float, offset: float) -> list[str]:
-    """Windows at equal distances in the concatenated ``texts``, the first where ``offset`` in [0, 1) says."""
+    """Cut windows at equal distances from the concatenated texts, the first at ``offset``, a fraction in [0, 1)."""
     ends = np.cumsum([len(text) for text in texts])
     distance = min(WINDOW / rate, ends[-1])
     starts = (np.arange(int(ends[-1] / distance)) + offset) * distance
@@ -89,13 +111,17 @@ def _windows(texts: list[str], rate: float, offset: float) -> list[str]:
 
 
 class Survey:
-    """The measured collection: ``subsets`` by name."""
+    """The survey of a collection; ``subsets`` maps the name of each subset to its measurements."""
 
     def __init__(self):
         self.subsets: dict[str, SubsetSurvey] = {}
 
     def add(self, part: SurveyPart) -> None:
-        """Add the survey of a block."""
+        """Add the survey of a block.
+
+        Args:
+            part: Survey of the block.
+        """
         for name, (documents, characters) in part.counts.items():
             subset = self.subsets.setdefault(name, SubsetSurvey())
             subset.documents += documents
@@ -106,59 +132,65 @@ class Survey:
                 subset.histogram[place] += length
 
     def to_json(self) -> dict:
+        """Return the survey as plain JSON types."""
         return {
             name: {**vars(subset), "histogram": subset.histogram.tolist()}
             for name, subset in sorted(self.subsets.items())
         }
 
     @classmethod
-    def from_json(cls, record: dict) -> "Survey":
+    def from_json(cls, record: dict) -> Survey:
+        """Rebuild a survey.
+
+        Args:
+            record: Value returned by :meth:`to_json`.
+
+        Returns:
+            The survey.
+        """
         survey = cls()
         for name, fields in record.items():
-            survey.subsets[name] = SubsetSurvey(
-                **{**fields, "histogram": np.array(fields["histogram"], dtype=np.int64)}
-            )
+            histogram = np.array(fields["histogram"], dtype=np.int64)
+            survey.subsets[name] = SubsetSurvey(**{**fields, "histogram": histogram})
         return survey
 
 
-def survey_identity(sources: Sequence[Source], tokenizer_fingerprint: str, seed: int) -> str:
-    """Tells whether a survey belongs to these files, tokenizer and seed, on whatever machine it was made."""
+def survey_identity(sources: Sequence[DocumentSource], tokenizer_fingerprint: str, seed: int) -> str:
+    """Identify the survey of a collection, whatever machine it was made on.
+
+    Args:
+        sources: Files of the collection.
+        tokenizer_fingerprint: Fingerprint of the tokenizer.
+        seed: Seed of all random choices.
+
+    Returns:
+        A SHA-256 in hexadecimal.
+    """
     files = [[source.subset, source.name, source.size] for source in sources]
     return hashlib.sha256(json.dumps([files, tokenizer_fingerprint, seed]).encode()).hexdigest()
 
 
 def read_survey(path: Path, identity: str) -> Survey:
-    """A saved survey; raises InputError if it is damaged or of another collection."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found, subsets = record["identity"], record["subsets"]
-        survey = Survey.from_json(subsets)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--survey {path} cannot be read ({error}): delete it and run again to make it anew") from None
-    if found != identity:
-        raise InputError(f"--survey {path} was made from other --train files, tokenizer or --seed: name another file")
-    return survey
-
-
-def take_survey(sources: Sequence[Source], pool, path: Path) -> Survey:
-    """Read the whole collection, or the survey of it that was saved in ``path`` before.
+    """Read a saved survey.
 
     Args:
-        sources: the collection.
-        pool: an ``EncoderPool``.
-        path: where to save it; another shard's process may be doing the same.
+        path: Path of the file.
+        identity: Expected :func:`survey_identity`.
+
+    Returns:
+        The survey.
 
     Raises:
-        InputError: ``path`` holds something else, or a document is bad.
+        InputError: The file is damaged, or the survey of another collection.
     """
-    identity = survey_identity(sources, pool.fingerprint, pool.settings.seed)
-    if path.exists():
-        return read_survey(path, identity)
-    survey = Survey()
-    rate = ENCODED_BYTES / max(1, sum(source.size for source in sources))
-    for part, _ in pool.work("survey", sources, "survey", rate):
-        survey.add(part)
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"identity": identity, "subsets": survey.to_json()}), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        saved_identity = record["identity"]
+        survey = Survey.from_json(record["subsets"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--survey {path} cannot be read ({error}): delete it and run again to measure again"
+        ) from None
+    if saved_identity != identity:
+        raise InputError(f"--survey {path} was made from other --train files, tokenizer or --seed: name another file")
     return survey

@@ -1,6 +1,6 @@
-"""The unfinished data of one data directory: ``D/.partial``, from which a killed run continues.
+"""The unfinished data of a data directory, in its folder ``.partial``, from which a killed run continues.
 
-Nothing is seen in ``D`` before all of it is finished; then the files are renamed into place, the manifest last.
+The data directory shows nothing before all files are finished; then they are renamed into place, the manifest last.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from preprocess.errors import InputError
-from preprocess.package_manifest import manifest as manifests
+from preprocess.package_modules import files
+from preprocess.package_modules import manifest as manifests
 
 _JOURNAL = "journal.json"
 _WORTH_SECONDS = 60
@@ -25,13 +26,16 @@ _TOKENIZER_FILES = ["sentencepiece.model", "encoder.json", "vocab.bpe"]
 class Workspace:
     """Directory, lock and journal of a run.
 
+    ``finished`` is true if the data directory already holds the requested data.
+
     Args:
-        destination: the data directory.
-        request: setting → value, everything that decides what the data will be.
-        overwrite: throw away what is there.
+        destination: Path of the data directory.
+        request: Value of every setting that decides the data, by the name of its option.
+        overwrite: If true, discard the data and unfinished work in the directory.
 
     Raises:
-        InputError: the directory holds other data, unfinished work with other settings, or is being written to.
+        InputError: The directory holds other data or unfinished work with other settings, or is being written by
+            another process.
     """
 
     def __init__(self, destination: Path, request: dict[str, object], overwrite: bool = False):
@@ -56,6 +60,7 @@ class Workspace:
         self._read_journal()
 
     def _is_finished(self) -> bool:
+        """Return whether the data directory holds the requested data."""
         try:
             manifest = manifests.read_manifest(self.destination)
             if manifest is None or manifest["request_sha256"] != self.request_sha256:
@@ -63,14 +68,15 @@ class Workspace:
             for split in manifest["splits"]:
                 manifests.verify(self.destination, split)
         except manifests.ManifestError as error:
-            raise InputError(f"{error} (--overwrite does)") from None
+            raise InputError(f"{error}; --overwrite replaces the data") from None
         return True
 
     def _require_free(self) -> None:
+        """Refuse a data directory with other data."""
         if self.path(_JOURNAL).exists():
             journal = json.loads(self.path(_JOURNAL).read_text(encoding="utf-8"))
             if journal["overwrite"] or "publishing" in journal:
-                return  # replacing it was asked for, or the run was killed while renaming
+                return  # a killed run with --overwrite, or one that was killed while renaming
         for name in (manifests.MANIFEST, "dict.txt", *_SPLIT_FILES):
             if (self.destination / name).exists():
                 raise InputError(
@@ -79,6 +85,7 @@ class Workspace:
                 )
 
     def _lock(self) -> None:
+        """Refuse a workspace that another process writes."""
         self._lock_file = open(self.path("lock"), "w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,52 +93,57 @@ class Workspace:
             raise InputError(f"another process is writing --destdir {self.destination}: wait for it to end") from None
 
     def _clear(self) -> None:
+        """Remove all unfinished work."""
         for path in self.directory.iterdir():
             if path.name != "lock":
                 path.unlink()
 
     def _read_journal(self) -> None:
+        """Read the journal of a killed run with the same settings, or start a new one."""
         self._is_new = not self.path(_JOURNAL).exists()
         if self._is_new:
             self._clear()
             self.save()
             return
         journal = json.loads(self.path(_JOURNAL).read_text(encoding="utf-8"))
-        before = journal["request"]
-        changed = sorted(key for key in {*before, *self.request} if before.get(key) != self.request.get(key))
+        saved = journal["request"]
+        changed = sorted(key for key in {*saved, *self.request} if saved.get(key) != self.request.get(key))
         if changed:
             raise InputError(
                 f"--destdir {self.destination} holds unfinished work with another {', '.join(changed)}: "
-                "repeat that command, or throw the work away with --overwrite"
+                "repeat that command, or discard the work with --overwrite"
             )
         self.journal = journal
 
     def path(self, name: str) -> Path:
-        """A file of the unfinished data."""
+        """Return the path of a file of the unfinished data.
+
+        Args:
+            name: Name of the file.
+        """
         return self.directory / name
 
     def save(self) -> None:
-        """Make the journal durable; what it says about the other files must be on disk already."""
+        """Make the journal durable; the files that it describes must be on disk already."""
         self.journal["request"] = self.request
-        temporary = self.path(f"{_JOURNAL}.tmp")
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump(self.journal, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, self.path(_JOURNAL))
+        files.write_text(self.path(_JOURNAL), json.dumps(self.journal))
 
     def abandon(self) -> None:
-        """Remove what this run began before it met an error in its input, unless that is work worth keeping."""
+        """Remove the unfinished work of a run that met an error in its input, unless the work is worth keeping."""
         if self._is_new and time.monotonic() - self._started < _WORTH_SECONDS:
             shutil.rmtree(self.directory)
             if not any(self.destination.iterdir()):
                 self.destination.rmdir()
 
     def publish(self, names: list[str]) -> None:
-        """Rename the finished files into the data directory, replacing what is there, and remove the workspace."""
+        """Rename the finished files into the data directory, replacing those there, and remove the workspace.
+
+        Args:
+            names: Names of the finished files.
+        """
         self.journal["publishing"] = names
         self.save()
-        # the manifest first, since a half replaced set must not look whole; then what the new data does not replace
+        # the manifest first, since a half replaced set must not look whole; then files that the new data does not have
         for name in (manifests.MANIFEST, *_SPLIT_FILES, *_TOKENIZER_FILES):
             if name == manifests.MANIFEST or name not in names:
                 (self.destination / name).unlink(missing_ok=True)

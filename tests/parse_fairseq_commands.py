@@ -1,7 +1,7 @@
 """Let fairseq's own parsers read command lines without running them; a process of its own, since parsers register.
 
 Standard input: a JSON list of command lines, each a list of words. Standard output: a JSON list of the same length with
-what the parser objected to, or null.
+the parser's complaint, or null.
 """
 
 import contextlib
@@ -21,11 +21,12 @@ PARSERS = {
 
 
 def complaint(command):
+    """Return the complaint of a command line's parser, or None where it accepts the command."""
     if command[0] not in PARSERS:
         return f"{command[0]} is not one of {', '.join(PARSERS)}"
     sys.argv = command  # fairseq looks for --user-dir there while it makes the parser
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
             parser = PARSERS[command[0]]()
             if command[0] == "fairseq-preprocess":
@@ -33,7 +34,7 @@ def complaint(command):
             else:
                 options.parse_args_and_arch(parser)
         except SystemExit as exit_:
-            return said.getvalue()[-500:] if exit_.code else None
+            return output.getvalue()[-500:] if exit_.code else None
         except Exception as error:
             return f"{type(error).__name__}: {error}"
     return None

@@ -16,7 +16,7 @@ from tests.fairseq_runs import TASK, run
 from tests.repository import ROOT
 from tests.text_models import sentencepiece_model
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "generation.md"
 
 
 def words(*numbers):
@@ -115,9 +115,9 @@ def test_samples(model):
     assert len(model.generate("", min_new_tokens=5, max_new_tokens=5).split()) == 5
 
 
-def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     """Where "checkpoints", "data" and a novel lie in the working directory."""
-    (section,) = re.findall(r"### 6. From Python\n\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (section,) = re.findall(r"## From Python\n\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     for name in ("checkpoints", "data"):
         (tmp_path / name).mkdir()
     sentencepiece_model(tmp_path / "checkpoints")

@@ -6,9 +6,9 @@ from longmem_fairseq.progress import token_bar
 
 
 def shown(capsys):
-    with token_bar(10, "memorising a book", delay=0) as bar:
+    with token_bar(10, "memorizing a book", delay=0) as bar:
         bar.update(10)
-    return "memorising a book" in capsys.readouterr().err
+    return "memorizing a book" in capsys.readouterr().err
 
 
 def test_bars(capsys, monkeypatch):

@@ -1,19 +1,18 @@
-"""The speed of generation: of reading a prompt and of each new token, by memory and beam, beside stock fairseq.
+"""Speed of generation: of reading a prompt and of each new token, by memory size and beam, beside stock fairseq.
 
-    python examples/benchmark/generation_speed.py --path CHECKPOINT --data DATA --json speed.json --markdown speed.md
+    python -m examples.benchmark.generation_speed --path CHECKPOINT --data DATA --json speed.json --markdown speed.md
 
-Two tables. The first continues one prompt with memories of several sizes, each full of text, and with the stock
-generator on the backbone alone, with the same prompt, beam and number of new tokens. What is timed is what
-fairseq-interactive times (its lines W-0): the task's ``inference_step``, called here in one process so that all
-variants can take turns; with numpy 2 stock fairseq-interactive stops before it gets there. The prompt's time ends where
-the model is first asked for a new token, and what is left is that of the new ones.
+There are two tables. The first continues one prompt with memories of several sizes, each full of text, and with the
+stock generator on the backbone alone, with the same prompt, beam and number of new tokens. It times the task's
+``inference_step``, as fairseq-interactive does (its lines W-0), but in one process, so that all variants take turns;
+with numpy 2, stock fairseq-interactive stops before that step. The time of the prompt ends when the model computes the
+first new token, and the rest is the time of the new tokens.
 
-The second compares commands: fairseq-interactive on a prompt of ``--long-prompt`` tokens with fairseq-eval-lm on the
-same tokens, by the seconds that each command reports, in turns.
+The second compares two commands, in turns, by the seconds that they report: fairseq-interactive on a prompt of
+``--long-prompt`` tokens, and fairseq-eval-lm on the same tokens.
 """
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -23,10 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
-if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 if "--threads" in sys.argv[:-1]:  # before torch
     os.environ["OMP_NUM_THREADS"] = sys.argv[sys.argv.index("--threads") + 1]
 
@@ -39,92 +36,113 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.benchmark.tables import lines_of, machine, stop, table, write_json
+from examples.benchmark.command import require_at_least, require_device, stop, synchronize
+from examples.benchmark.machine import describe_machine
+from examples.benchmark.tables import bullet_list, table
 from examples.quickstart.standard_library import standard_library
+from longmem_fairseq.files import write_json, write_text
 from longmem_fairseq.hub import LongMem, find_checkpoint
+from longmem_fairseq.memory.document_memory import DocumentMemory
 from longmem_fairseq.text import read_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Variant:
+class ContinuationVariant:
     """A model that continues the prompt, with or without a memory.
 
     Args:
-        name: in the table.
-        beam: hypotheses.
-        task, model: fairseq's.
-        prompt: tokens behind an end-of-sentence, shape (length,), int64, on the model's device.
-        counts_prompt: whether lengths count the prompt, as stock fairseq's do.
-        library: what is in the memory.
+        name: Name of the variant in the table.
+        beam: Number of hypotheses.
+        task: The fairseq task that the model was built for.
+        model: The fairseq model.
+        prompt: Token ids of the prompt behind an end-of-sentence, shape (length,), int64, on the model's device.
+        counts_prompt: If true, lengths of hypotheses include the prompt, as in stock fairseq.
+        document_memory: Memory that is read; None for no memory.
     """
 
-    def __init__(self, name: str, beam: int, task, model, prompt: Tensor, counts_prompt: bool, document_memory=None):
+    def __init__(
+        self,
+        name: str,
+        beam: int,
+        task,
+        model,
+        prompt: Tensor,
+        counts_prompt: bool,
+        document_memory: Optional[DocumentMemory] = None,
+    ):
         self.name, self.beam, self.task, self.model, self.document_memory = name, beam, task, model, document_memory
-        self.sample = {
-            "net_input": {"src_tokens": prompt[None], "src_lengths": torch.tensor([len(prompt)], device=prompt.device)}
-        }
-        self.forced = len(prompt) - 1 if counts_prompt else 0  # steps that only say the prompt again
+        self.device = prompt.device
+        lengths = torch.tensor([len(prompt)], device=prompt.device)
+        self.sample = {"net_input": {"src_tokens": prompt[None], "src_lengths": lengths}}
+        self.forced = len(prompt) - 1 if counts_prompt else 0  # steps that only repeat the prompt
 
     def run(self, new: int) -> Tuple[float, float]:
-        """Seconds until the prompt is read, and seconds a step of saying ``new`` tokens and an end-of-sentence."""
+        """Generate tokens and measure the time.
+
+        Args:
+            new: Number of new tokens, not counting the end-of-sentence.
+
+        Returns:
+            Seconds until the prompt is read, and seconds per generated token.
+        """
         length = self.forced + new
         options = SimpleNamespace(beam=self.beam, max_len_b=length, min_len=length)
         extra = {"document_memories": [self.document_memory]} if self.document_memory is not None else None
         generator = self.task.build_generator([self.model], options, extra_gen_cls_kwargs=extra)
-        step, calls = generator.model.forward_decoder, []
+        forward, calls = generator.model.forward_decoder, []
 
-        def watched(*args, **kwargs):
-            synchronize()
+        def timed_forward(*args, **kwargs):
+            synchronize(self.device)
             calls.append(time.perf_counter())
-            return step(*args, **kwargs)
+            return forward(*args, **kwargs)
 
-        generator.model.forward_decoder = watched
-        synchronize()
-        began = time.perf_counter()
-        found = self.task.inference_step(generator, [self.model], self.sample)
-        synchronize()
-        ended = time.perf_counter()
-        said = len(found[0][0]["tokens"]) - 1 - self.forced  # less the end-of-sentence
-        if said != new or len(calls) != self.forced + new + 1:
-            stop(f"{self.name} said {said} tokens instead of {new}, so its times say nothing")
-        return calls[self.forced] - began, (ended - calls[self.forced]) / (new + 1)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        generator.model.forward_decoder = timed_forward
+        synchronize(self.device)
+        start = time.perf_counter()
+        hypotheses = self.task.inference_step(generator, [self.model], self.sample)
+        synchronize(self.device)
+        end = time.perf_counter()
+        generated = len(hypotheses[0][0]["tokens"]) - 1 - self.forced  # without the end-of-sentence
+        if generated != new or len(calls) != self.forced + new + 1:
+            stop(f"{self.name} generated {generated} tokens instead of {new}, so its times are not comparable")
+        return calls[self.forced] - start, (end - calls[self.forced]) / (new + 1)
 
 
-def with_memory(options: argparse.Namespace, size: int, tokens: Tensor, prompt: Tensor) -> List[Variant]:
-    """The checkpoint with a memory of ``size`` tokens of text, one variant a beam."""
+def variants_with_memory(
+    options: argparse.Namespace, size: int, tokens: Tensor, prompt: Tensor
+) -> List[ContinuationVariant]:
+    """Load the checkpoint with a memory that is full of text; one variant for each beam.
+
+    Args:
+        options: Options of this command.
+        size: Number of tokens that the memory holds; 0 for no memory.
+        tokens: Token ids of the text, shape (at least size,), int64.
+        prompt: Token ids of the prompt, shape (length,), int64.
+    """
     model = load(options, memory_size=size)
     if size:
-        inputs = behind_eos(tokens[: size - 1], model)
-        model.document_memory.memorize(
-            "text", inputs, model.model.decoder.backbone.encode_for_memory, model.task.args.tokens_per_sample
-        )
+        model.reader.memorize(model.memory, "text", tokens[: size - 1])  # and the end-of-sentence before them
+    name = f"memory of {size:,}" if size else "memory off"
+    inputs = behind_eos(prompt, model)
     return [
-        Variant(
-            f"memory of {size:,}" if size else "memory off",
-            beam,
-            model.task,
-            model.model,
-            behind_eos(prompt, model),
-            False,
-            model.document_memory,
-        )
-        for beam in options.beams
+        ContinuationVariant(name, beam, model.task, model.model, inputs, False, model.memory) for beam in options.beams
     ]
 
 
-def stock(options: argparse.Namespace, model: LongMem, prompt: Tensor) -> List[Variant]:
-    """The backbone alone, in stock fairseq's task and generator, one variant a beam."""
+def stock_variants(options: argparse.Namespace, model: LongMem, prompt: Tensor) -> List[ContinuationVariant]:
+    """Load the backbone alone into stock fairseq's task; one variant of its generator for each beam.
+
+    Args:
+        options: Options of this command.
+        model: Model that the backbone belongs to.
+        prompt: Token ids of the prompt, shape (length,), int64.
+    """
     cfg = OmegaConf.merge(OmegaConf.structured(LanguageModelingConfig), {"data": model.task.args.data})
     task = LanguageModelingTask(cfg, model.task.dictionary, targets=["future"])
     path = options.pretrained_model_path or model.model.cfg.pretrained_model_path
     if not path:
-        stop("the checkpoint names no backbone of its own file: give it with --pretrained-model-path")
+        stop("the checkpoint names no file of its backbone: name it with --pretrained-model-path")
     (backbone,), _ = checkpoint_utils.load_model_ensemble([path], task=task)
     backbone.to(model.model.decoder.device).eval()
     longest = backbone.max_decoder_positions() - options.new_tokens - 1
@@ -133,26 +151,31 @@ def stock(options: argparse.Namespace, model: LongMem, prompt: Tensor) -> List[V
             f"--prompt {len(prompt)} and --new-tokens {options.new_tokens} exceed the backbone's "
             f"{backbone.max_decoder_positions()} positions, which stock fairseq needs: at most --prompt {longest}"
         )
-    return [
-        Variant("stock, backbone alone", beam, task, backbone, behind_eos(prompt, model), True)
-        for beam in options.beams
-    ]
+    inputs = behind_eos(prompt, model)
+    return [ContinuationVariant("stock, backbone alone", beam, task, backbone, inputs, True) for beam in options.beams]
 
 
 def load(options: argparse.Namespace, **settings) -> LongMem:
+    """Load the checkpoint of the options.
+
+    Args:
+        options: Options of this command.
+        settings: Settings in place of the checkpoint's.
+    """
     if options.pretrained_model_path:
         settings["pretrained_model_path"] = options.pretrained_model_path
     return LongMem.from_pretrained(options.path, options.data, device=options.device, **settings)
 
 
 def behind_eos(tokens: Tensor, model: LongMem) -> Tensor:
+    """Prepend an end-of-sentence to token ids (length,) and move them to the model's device."""
     return torch.cat([tokens.new_tensor([model.task.dictionary.eos()]), tokens]).to(model.model.decoder.device)
 
 
-def measure(variants: Sequence[Variant], options: argparse.Namespace) -> List[Dict]:
-    """Rows of the first table, in the order of the variants, which take turns."""
+def measure(variants: Sequence[ContinuationVariant], options: argparse.Namespace) -> List[Dict]:
+    """Measure the variants in turns and return the rows of the first table, in their order."""
     for variant in variants:
-        variant.run(1)  # warm
+        variant.run(1)  # warm up
     times = [[] for _ in variants]
     for _ in tqdm(range(options.rounds), desc="generating", leave=False):
         for variant, taken in zip(variants, times):
@@ -180,7 +203,16 @@ def measure(variants: Sequence[Variant], options: argparse.Namespace) -> List[Di
 
 
 def long_prompt(options: argparse.Namespace, tokens: Tensor, dictionary) -> Dict[str, object]:
-    """fairseq-interactive on a long prompt beside fairseq-eval-lm on the same tokens: the seconds they report."""
+    """Compare fairseq-interactive on a long prompt with fairseq-eval-lm on the same tokens.
+
+    Args:
+        options: Options of this command.
+        tokens: Token ids of the prompt, shape (length,), int64.
+        dictionary: Dictionary of the tokens.
+
+    Returns:
+        Seconds of each run of both commands, their medians, and the ratio of the medians.
+    """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         dictionary.save(str(directory / "dict.txt"))
@@ -207,8 +239,8 @@ def long_prompt(options: argparse.Namespace, tokens: Tensor, dictionary) -> Dict
         evaluation = [*common, "--gen-subset", "test", "--num-workers", "0"]
         generate, evaluate = [], []
         for _ in tqdm(range(options.command_rounds), desc="commands", leave=False):
-            generate.append(reported("interactive", interactive, r"^W-0\t([\d.]+)\tseconds"))
-            evaluate.append(reported("eval_lm", evaluation, r"Evaluated [\d,]+ tokens in ([\d.]+)s"))
+            generate.append(reported_seconds("interactive", interactive, r"^W-0\t([\d.]+)\tseconds"))
+            evaluate.append(reported_seconds("eval_lm", evaluation, r"Evaluated [\d,]+ tokens in ([\d.]+)s"))
     generate_median, evaluate_median = statistics.median(generate), statistics.median(evaluate)
     return {
         "tokens": len(tokens),
@@ -220,29 +252,35 @@ def long_prompt(options: argparse.Namespace, tokens: Tensor, dictionary) -> Dict
     }
 
 
-def reported(program: str, arguments: Sequence[str], pattern: str) -> float:
-    """The seconds that a command of fairseq says its work took."""
+def reported_seconds(program: str, arguments: Sequence[str], pattern: str) -> float:
+    """Run a command of fairseq and return the seconds that it reports.
+
+    Args:
+        program: Name of the module in ``fairseq_cli``.
+        arguments: Arguments of the command.
+        pattern: Regular expression whose group is the number of seconds.
+    """
     done = subprocess.run(
         [sys.executable, "-m", f"fairseq_cli.{program}", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    found = re.search(pattern, done.stdout, re.MULTILINE)
-    if done.returncode or not found:
+    report = re.search(pattern, done.stdout, re.MULTILINE)
+    if done.returncode or not report:
         stop(f"fairseq_cli.{program} ended with {done.returncode}: {done.stdout.strip().splitlines()[-1:]}")
-    return float(found[1])
+    return float(report[1])
 
 
 def markdown(result: Dict, options: argparse.Namespace) -> str:
-    """The result as a report."""
+    """Format the result as a report in Markdown."""
     columns = {
         "variant": "",
         "beam": "beam",
         "prompt_ms": "prompt ms",
         "prompt_tokens_per_second": "prompt tokens/s",
         "prompt_ms_of_stock": "of stock",
-        "token_ms": "ms a new token",
+        "token_ms": "ms per new token",
         "token_ms_of_stock": "of stock",
     }
     heading = f"## Generation: a prompt of {options.prompt} tokens, {options.new_tokens} new ones"
@@ -267,61 +305,61 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.benchmark.generation_speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--path", required=True, help="checkpoint of a LongMem model, or its directory")
     add("--data", help="directory of dict.txt and the tokenizer (default: the checkpoint's, then that of its training)")
-    add("--pretrained-model-path", help="the backbone, where it is not where the checkpoint says")
-    add("--text", help="what is memorised and continued, a UTF-8 file (default: the standard library's modules)")
-    add("--memory-sizes", type=int, nargs="+", default=[0, 16384, 65536], help="tokens; 0: memory off")
-    add("--beams", type=int, nargs="+", default=[1, 4], help="hypotheses (default: 1 and 4)")
-    add("--prompt", type=int, default=200, help="tokens of the prompt (default: %(default)s)")
-    add("--new-tokens", type=int, default=50, help="tokens of the continuation (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="measurements of each variant (default: %(default)s)")
-    add("--long-prompt", type=int, default=65000, help="tokens of the long prompt; 0: none (default: %(default)s)")
-    add("--command-rounds", type=int, default=3, help="measurements of each command (default: %(default)s)")
-    add("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
+    add("--pretrained-model-path", help="path of the backbone, if it is not where the checkpoint expects it")
+    add("--text", help="UTF-8 file to memorize and continue (default: the modules of the standard library)")
+    add("--memory-sizes", type=int, nargs="+", default=[0, 16384, 65536], help="memory sizes in tokens; 0: memory off")
+    add("--beams", type=int, nargs="+", default=[1, 4], help="numbers of hypotheses (default: 1 and 4)")
+    add("--prompt", type=int, default=200, help="number of tokens of the prompt (default: %(default)s)")
+    add("--new-tokens", type=int, default=50, help="number of tokens of the continuation (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="number of measurements of each variant (default: %(default)s)")
+    add("--long-prompt", type=int, default=65000, help="tokens of the long prompt; 0: skip it (default: %(default)s)")
+    add("--command-rounds", type=int, default=3, help="number of measurements of each command (default: %(default)s)")
+    add("--threads", type=int, help="number of threads on the CPU (default: PyTorch's)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    add("--json", help="write the result there")
-    add("--markdown", help="write the tables there, besides printing them")
+    add("--json", help="path of a JSON file for the result")
+    add("--markdown", help="path of a file for the printed tables")
     options = parser.parse_args(arguments)
-    for name, least in (("prompt", 1), ("new_tokens", 1), ("rounds", 1), ("command_rounds", 1), ("long_prompt", 0)):
-        if getattr(options, name) < least:
-            stop(f"--{name.replace('_', '-')} {getattr(options, name)} is less than {least}")
-    for beam in options.beams:
-        if beam < 1:
-            stop(f"--beams {beam} is less than 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: PyTorch finds no GPU here")
+    require_at_least(options, 1, "prompt", "new_tokens", "rounds", "command_rounds", "beams")
+    require_at_least(options, 0, "long_prompt")
+    require_device(torch.device(options.device))
     return options
 
 
-def tokens_of(options: argparse.Namespace, model: LongMem, wanted: int) -> Tensor:
-    """At least ``wanted`` tokens of text."""
+def tokens_of(options: argparse.Namespace, model: LongMem, needed: int) -> Tensor:
+    """Return at least ``needed`` token ids of text, shape (length,), int64."""
     texts = [read_text(options.text)] if options.text else (text for _, text in standard_library())
     parts: List[Tensor] = []
     for text in texts:
         parts.append(model.encode(text))
-        if sum(map(len, parts)) >= wanted:
+        if sum(map(len, parts)) >= needed:
             return torch.cat(parts)
-    stop(f"the text has {sum(map(len, parts)):,} tokens, but {wanted:,} are needed: name a longer one with --text")
+    stop(f"the text has {sum(map(len, parts)):,} tokens, but {needed:,} are needed: name a longer one with --text")
 
 
 def run(options: argparse.Namespace) -> Dict[str, object]:
-    """All measurements."""
+    """Do all measurements of the options."""
     model = load(options)
     options.checkpoint = find_checkpoint(options.path)
     most = max([*options.memory_sizes, options.long_prompt])
     tokens = tokens_of(options, model, most + options.prompt)
-    prompt = tokens[most : most + options.prompt]  # behind what is memorised
-    groups: List[Callable[[], List[Variant]]] = [lambda: stock(options, model, prompt)]
-    groups += [lambda size=size: with_memory(options, size, tokens, prompt) for size in options.memory_sizes]
-    variants = [variant for group in groups for variant in group()]
+    prompt = tokens[most : most + options.prompt]  # follows the text in the memory
+    variants = stock_variants(options, model, prompt)
+    for size in options.memory_sizes:
+        variants += variants_with_memory(options, size, tokens, prompt)
     long = None
     rows = measure(variants, options)
     if options.long_prompt:
         long = long_prompt(options, tokens[: options.long_prompt], model.task.dictionary)
-    return {"machine": machine(), "options": vars(options), "rows": rows, "long_prompt": long}
+    return {"machine": describe_machine(), "options": vars(options), "rows": rows, "long_prompt": long}
 
 
 def main(arguments: List[str]) -> None:
@@ -332,12 +370,12 @@ def main(arguments: List[str]) -> None:
         result = run(options)
     except (ValueError, OSError) as error:
         stop(str(error))
-    text = "\n".join([markdown(result, options), "", *lines_of(result["machine"])])
+    text = "\n".join([markdown(result, options), "", *bullet_list(result["machine"])])
     print(text)
     if options.json:
-        write_json(options.json, json.loads(json.dumps(result)))
+        write_json(options.json, result)
     if options.markdown:
-        Path(options.markdown).write_text(text + "\n")
+        write_text(options.markdown, text + "\n")
 
 
 if __name__ == "__main__":

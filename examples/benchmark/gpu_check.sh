@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# The GPU side of everything in one command: tests, search, throughput at the published shape, a short real training.
+# All GPU checks in one command: tests, search, throughput at the published shape, and a short real training.
 #
-#   bash examples/benchmark/gpu_check.sh OUT           # on a machine with a GPU, under 9 minutes (PYTHON=... names the Python)
+#   bash examples/benchmark/gpu_check.sh OUT           # on a machine with a GPU, under 9 minutes
 #   bash examples/benchmark/gpu_check.sh OUT --tiny    # tiny shapes, on any machine: checks the commands themselves
 #
-# Writes OUT/report.json and OUT/report.md, also when a part fails: each part has its own time limit, its failure is
-# reported and the next part runs. The exit status is 0 only if all parts passed. BUDGET=seconds (default 520) limits
-# the whole; parts that no longer fit are reported as left out. A result that takes 20 minutes is gpu_result.sh's.
+# PYTHON=... chooses the Python. Writes OUT/report.json and OUT/report.md, even if a part fails: each part has its own
+# time limit, its failure is reported and the next part runs. The exit status is 0 only if all parts passed.
+# BUDGET=seconds (default 520) limits the whole run; parts that no longer fit are reported as left out.
 set -uo pipefail
 out=${1:?usage: gpu_check.sh OUT [--tiny]}
 tiny=${2:-}
-[ -z "$tiny" ] || [ "$tiny" = --tiny ] || { echo "gpu_check.sh: $tiny is unknown: it is --tiny or nothing" >&2; exit 2; }
+if [ -n "$tiny" ] && [ "$tiny" != --tiny ]; then
+  echo "gpu_check.sh: $tiny is unknown: the only option is --tiny" >&2
+  exit 2
+fi
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/../.."
@@ -25,11 +28,11 @@ if [ -z "$tiny" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.
   exit 2
 fi
 
-# part NAME LIMIT COMMAND...: run it for at most LIMIT seconds; status, seconds and output are left in $work.
+# part NAME LIMIT COMMAND...: run a command for at most LIMIT seconds; write its status, seconds and output to $work.
 part() {
   local name=$1 limit=$2 began left status
   shift 2
-  [ -z "$tiny" ] || limit=600 # a machine that runs other tests besides may be slow
+  [ -z "$tiny" ] || limit=600 # a machine that also runs other tests may be slow
   began=$(date +%s)
   left=$((deadline - began))
   if [ $left -lt 15 ]; then
@@ -60,7 +63,7 @@ fi
 throughput() { # name, limit, mode, batch, further options
   local name=$1 limit=$2 mode=$3 batch=$4
   shift 4
-  part "throughput-$name" "$limit" "$python" examples/benchmark/throughput.py "${shape[@]}" --device $device \
+  part "throughput-$name" "$limit" "$python" -m examples.benchmark.throughput "${shape[@]}" --device $device \
     --mode "$mode" --batch "$batch" --json "$work/throughput-$name.json" "$@"
 }
 xdist=()
@@ -71,17 +74,17 @@ tests() { # name, limit, what
   part "$name" "$limit" "$python" -m pytest -q -p no:cacheprovider --tb=short "${xdist[@]}" "$@"
 }
 
-part environment 60 bash -c "(nvidia-smi || true); '$python' -m examples.benchmark.report"
+part environment 60 bash -c "(nvidia-smi || true); '$python' -m examples.benchmark.machine"
 tests tests 150 -k "(gpu or cuda) and not commands" tests/gpu tests/memory tests/modules
 throughput eval-8 90 eval 8 --memory-search torch --memory-sizes "${sizes[@]}" --full-windows "${windows[@]}"
-part search 80 "$python" examples/benchmark/search_speed.py --device $device "${search[@]}" --json "$work/search.json"
+part search 80 "$python" -m examples.benchmark.search_speed --device $device "${search[@]}" --json "$work/search.json"
 throughput train-8 80 train 8 --memory-search torch --memory-sizes "${sizes[@]}"
 part training 120 bash examples/benchmark/short_training.sh "$work/training" $tiny
-if [ -z "$tiny" ]; then # the same commands once more, on other shapes
+if [ -z "$tiny" ]; then # the same commands on other shapes
   throughput eval-1 70 eval 1 --memory-search torch --memory-sizes "${sizes[@]}" --full-windows "${windows[@]}"
   throughput train-1 60 train 1 --memory-search torch --memory-sizes "${sizes[@]}"
   throughput eval-8-faiss 60 eval 8 --memory-search faiss --memory-sizes "${sizes[0]}" "${sizes[-1]}"
-  # ALiBi's bias keeps full attention from its fastest kernel; this backbone has none.
+  # ALiBi's bias prevents the fastest kernel of full attention; learned positions have no bias.
   throughput eval-1-learned 60 eval 1 --memory-search torch --positions learned --memory-sizes "${sizes[0]}" \
     "${sizes[-1]}" --full-windows "${windows[@]}"
   tests commands 200 tests/gpu/test_commands.py

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A real result at a size that a GPU trains in about 20 minutes: a backbone of 46 million parameters from scratch on long
-# documents, LongMem adapted on it, perplexity of held-out documents by size of the memory, and recall over 64,000 tokens.
+# A real result at a size that a GPU trains in about 20 minutes: a backbone of 46 million parameters, trained on long
+# documents; LongMem adapted on it; perplexity of held-out documents by memory size; recall over 64,000 tokens.
 #
 #   bash examples/benchmark/gpu_result.sh OUT --train P... --valid P... --test P... [--tiny]
 #
-# P are text files, JSON lines, or directories of them, one file = one document. Writes OUT/report.json, report.md and
-# report.png. What is finished is not done again, and a training that was cut off goes on: where commands may only run
-# for so long, set BUDGET=seconds and call it again until it says that it is done (exit status 0; 3 where time ran out).
-# POSITIONS=alibi takes ALiBi instead of learned positions. --tiny: a few updates of a tiny model, without recall, on any
-# machine.
+# P are text files, JSON lines, or directories of them; one file is one document. Writes OUT/report.json, report.md and
+# report.png. Finished steps are not repeated, and an interrupted training continues. Where a command may only run for a
+# limited time, set BUDGET=seconds and call it again until its exit status is 0 (it is 3 if the time ran out).
+# POSITIONS=alibi uses ALiBi instead of learned positions. --tiny trains a tiny model for a few updates, on any machine
+# and without the recall.
 set -euo pipefail
 usage="usage: gpu_result.sh OUT --train P... --valid P... --test P... [--tiny]"
 out=${1:?$usage}
@@ -43,7 +43,7 @@ else
   rows=64 pretraining=3000 lanes=16 adaptation=600 memories=(0 1024 4096 16384 65536) workers=4 interval=50
 fi
 
-# Run a step that was not finished yet, for as long as there is time; its output goes to a log.
+# Run a step that is not finished yet, until the deadline; its output goes to a log.
 step() { # name, command
   local name=$1 began left status=0
   shift
@@ -64,12 +64,12 @@ step() { # name, command
 }
 
 data=$out/data pre=$out/pretraining
-step data "$python" preprocess/binarize_documents.py --train "${train[@]}" --valid "${valid[@]}" --test "${test[@]}" \
+step data "$python" -m preprocess.binarize_documents --train "${train[@]}" --valid "${valid[@]}" --test "${test[@]}" \
   --tokenizer sentencepiece --vocab-size $vocabulary --destdir "$data" --workers 2
-# Repeated spans make a small model copy (see examples/pretrained/README.md); only the backbone sees them.
+# Repeated spans teach a small model to copy (see examples/pretrained/README.md); only the backbone is trained on them.
 mkdir -p "$pre"
 ln -sf "$data"/{dict.txt,train.bin,train.idx,valid.bin,valid.idx} "$pre"
-step repetitions "$python" examples/pretrained/repetitions.py --data "$pre" --tokens $repetitions
+step repetitions "$python" -m examples.pretrained.repetitions --data "$pre" --tokens $repetitions
 
 architecture=(--arch transformer_lm --decoder-normalize-before --decoder-learned-pos)
 [ "$positions" = learned ] || architecture=(--user-dir longmem_fairseq --arch alibi_lm)
@@ -84,7 +84,7 @@ step backbone fairseq-train "$pre" --task language_modeling --sample-break-mode 
   --min-lr 1e-4 --save-dir "$out/backbone" "${log[@]}" "${device[@]}"
 backbone=$out/backbone/checkpoint_last.pt
 
-step copying "$python" examples/quickstart/copying.py --path "$backbone" --data "$data"
+step copying "$python" -m examples.quickstart.copying --path "$backbone" --data "$data"
 common=("$data" --user-dir longmem_fairseq --task longmem_language_modeling)
 step adaptation fairseq-train "${common[@]}" --arch longmem_gpt2_small --retrieval-layer-index $layer \
   --pretrained-model-path "$backbone" --memory-size $memory --k $k --chunk-size 4 --tokens-per-sample $segment \

@@ -1,11 +1,10 @@
-"""Put what gpu_result.sh made together: report.json, report.md, report.png.
+"""Report of gpu_result.sh: collect its results into report.json, report.md and report.png.
 
 python -m examples.benchmark.gpu_result_report OUT [--tiny]
 """
 
 import json
 import logging
-import os
 import re
 import sys
 from pathlib import Path
@@ -13,39 +12,42 @@ from typing import Dict, List, Optional
 
 import torch
 
-from examples.benchmark.tables import lines_of, machine, table, write_json
+from examples.benchmark.machine import describe_machine
+from examples.benchmark.tables import bullet_list, table
 from examples.quickstart.demo_report import perplexity, plot
+from longmem_fairseq.files import write_json, write_text
 
 
 def documents(out: Path) -> List[Dict]:
-    """Perplexity of each test document: of the backbone, and by size of the memory."""
+    """Read the perplexity of each test document for the backbone and for each memory size."""
     rows: Dict[str, Dict] = {}
     for name in ("backbone", *sizes(out)):
         folder = out / "results" / (name if name == "backbone" else f"memory-{name}")
         for line in (folder / "documents.jsonl").read_text().splitlines():
-            found = json.loads(line)
-            row = rows.setdefault(found["name"], {"name": found["name"], "tokens": found["tokens"]})
-            row[str(name)] = found["perplexity"]
+            document = json.loads(line)
+            row = rows.setdefault(document["name"], {"name": document["name"], "tokens": document["tokens"]})
+            row[str(name)] = document["perplexity"]
     return sorted(rows.values(), key=lambda row: row["tokens"])
 
 
 def sizes(out: Path) -> List[int]:
-    """Memory sizes that were evaluated."""
+    """List the memory sizes that were evaluated."""
     return sorted(int(log.stem.split("-")[-1]) for log in out.glob("eval-memory-*.log"))
 
 
 def last_figure(log: Path, name: str) -> Optional[float]:
-    """The last value of a figure that fairseq-train printed."""
-    found = re.findall(rf"\b{name}=([0-9.e+-]+)", log.read_text())
-    return float(found[-1]) if found else None
+    """Read the last value of a figure from a log of fairseq-train; None if the log has no such figure."""
+    values = re.findall(rf"\b{name}=([0-9.e+-]+)", log.read_text())
+    return float(values[-1]) if values else None
 
 
 def collect(out: Path, tiny: bool) -> Dict:
-    """All results, as report.json holds them."""
+    """Collect all results, in the form of report.json."""
     by_size = {str(size): perplexity(out / f"eval-memory-{size}.log") for size in sizes(out)}
     state = torch.load(out / "checkpoints" / "checkpoint_last.pt", map_location="cpu", weights_only=True)
     gates = next(x for name, x in state["model"].items() if name.endswith("memory_gate"))
     backbone = torch.load(out / "backbone" / "checkpoint_last.pt", map_location="cpu", weights_only=True)["model"]
+    manifest = json.loads((out / "data" / "manifest.json").read_text())
     recall = out / "recall" / "report.json"
     seconds: Dict[str, int] = {}
     for line in (out / "seconds.txt").read_text().splitlines():
@@ -53,9 +55,9 @@ def collect(out: Path, tiny: bool) -> Dict:
         seconds[step] = seconds.get(step, 0) + int(taken)
     return {
         "tiny": tiny,
-        "machine": machine(),
+        "machine": describe_machine(),
         "seconds": seconds,
-        "data": {name: split["tokens"] for name, split in json.loads(manifest(out))["splits"].items()},
+        "data": {name: split["tokens"] for name, split in manifest["splits"].items()},
         "backbone_parameters": sum(x.numel() for x in {x.data_ptr(): x for x in backbone.values()}.values()),
         "copying": (out / "copying.log").read_text().splitlines()[-1],
         "backbone": perplexity(out / "eval-backbone.log"),
@@ -67,12 +69,8 @@ def collect(out: Path, tiny: bool) -> Dict:
     }
 
 
-def manifest(out: Path) -> str:
-    return (out / "data" / "manifest.json").read_text()
-
-
 def markdown(report: Dict) -> str:
-    """The report for readers."""
+    """Format the report in Markdown."""
     off = report["memory"]["0"]
     rows = [{"model": "backbone alone", "perplexity": f"{report['backbone']:.2f}"}]
     for size, value in report["memory"].items():
@@ -109,7 +107,7 @@ def markdown(report: Dict) -> str:
         "",
         "## Machine",
         "",
-        *lines_of(report["machine"]),
+        *bullet_list(report["machine"]),
     ]
     if report["recall"] is not None:
         text += ["", "## Recall", "", "```", json.dumps(report["recall"], indent=1), "```"]
@@ -117,15 +115,19 @@ def markdown(report: Dict) -> str:
 
 
 def main(out: str, tiny: str = "") -> None:
+    """Write the report.
+
+    Args:
+        out: Directory of the results and of the report.
+        tiny: ``--tiny`` for a run on a tiny model.
+    """
     directory = Path(out)
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq, once imported, lets everybody's details through
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq's import lowers the level for all libraries
     report = collect(directory, tiny == "--tiny")
     text = markdown(report)
-    plot({**report, "source": "a backbone trained from scratch"}, directory / "report.part.png")
-    os.replace(directory / "report.part.png", directory / "report.png")
-    (directory / "report.md.part").write_text(text)
-    os.replace(directory / "report.md.part", directory / "report.md")
-    write_json(str(directory / "report.json"), report)
+    plot({**report, "source": "a backbone trained from scratch"}, directory / "report.png")
+    write_text(directory / "report.md", text)
+    write_json(directory / "report.json", report)
     print(text, end="")
 
 

@@ -1,33 +1,107 @@
-"""Real keys and queries for the benchmarks: what a model remembers of a text, and what it asks behind it.
+"""Real keys and queries for the benchmarks: the memory of a text, and the queries of the text that follows.
 
-    python examples/benchmark/real_keys.py --path CHECKPOINT --data DATA --text books/ --output keys.safetensors
+    python -m examples.benchmark.real_keys --path CHECKPOINT --data DATA --text books/ --output keys.safetensors
 
 The file holds ``means``, the mean keys of the chunks of the first ``--tokens`` tokens, shape (H, N, d), and
-``queries``, those of the side network's reading layer for the ``--queries`` tokens behind them, shape (H, T, d); both
+``queries``, the queries of the side network's reading layer for the next ``--queries`` tokens, shape (H, T, d); both
 float32.
+
+Legend: B rows of a batch, H heads, N chunks, T queries, d width of a head.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Sequence, Tuple
 
-if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
-
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from examples.benchmark.tables import stop
+from examples.benchmark.command import require_at_least, stop
 from examples.quickstart.standard_library import standard_library
+from longmem_fairseq.files import write_whole
 from longmem_fairseq.hub import LongMem
+from longmem_fairseq.memory.bank import MemoryBank
+from longmem_fairseq.memory.factory import MemoryFactory
+from longmem_fairseq.memory.search.base import SearchBackend
 from longmem_fairseq.text import read_text
 
+_CHUNKS_AT_ONCE = 1 << 13  # chunks written into a bank at a time
 
-def texts(paths: List[str]) -> Iterator[str]:
-    """The texts of files, and of the files of directories in sorted order; without any, the standard library's."""
+
+class RealKeys:
+    """Chunk means and queries of a real model and text, in place of random ones.
+
+    Args:
+        path: Path of a safetensors file with ``means`` (H, N, d) and ``queries`` (H, T, d), float32. A model with more
+            heads uses the heads of the file in turn.
+    """
+
+    def __init__(self, path: str):
+        tensors = load_file(path)
+        self.means, self.queries = tensors["means"], tensors["queries"]
+
+    def fill(self, bank: MemoryBank) -> None:
+        """Fill a bank; every token of a chunk gets the mean of the chunk as its key."""
+        heads = [head % self.means.size(0) for head in range(bank.heads)]
+        for lane in range(bank.lanes):
+            for begin in range(0, bank.chunks, _CHUNKS_AT_ONCE):
+                means = self.means[heads, begin : min(bank.chunks, begin + _CHUNKS_AT_ONCE)]
+                keys = means.repeat_interleave(bank.chunk_size, dim=1)
+                bank.append(lane, keys, keys)
+
+    def queries_like(self, queries: Tensor) -> Tensor:
+        """Return real queries in the shape (B, H, T, d) and on the device of some queries."""
+        B, H, T, _ = queries.shape
+        heads = [head % self.queries.size(0) for head in range(H)]
+        places = torch.arange(T) % self.queries.size(1)
+        real = self.queries[heads][:, places].to(queries.device)
+        return real[None].expand(B, -1, -1, -1).contiguous()
+
+
+class RealQueriesFactory(MemoryFactory):
+    """A factory of memories that are searched for real queries, whatever the queries of the model are.
+
+    Args:
+        factory: Factory of the same memories, searched for the model's queries.
+        real: Real keys and queries.
+    """
+
+    def __init__(self, factory: MemoryFactory, real: RealKeys):
+        super().__init__(factory.settings, factory.kv_heads, factory.head_dim, factory.attention)
+        self.real = real
+
+    def search(self, device: torch.device) -> SearchBackend:
+        """Return the search of banks for a model on a device, with its queries replaced."""
+        return SearchForRealQueries(super().search(device), self.real)
+
+
+class SearchForRealQueries(SearchBackend):
+    """A search backend that replaces its queries by real ones.
+
+    Args:
+        search: Search backend that finds the chunks.
+        real: Real keys and queries.
+    """
+
+    def __init__(self, search: SearchBackend, real: RealKeys):
+        self.search, self.real = search, real
+        self.name = search.name
+
+    def __call__(self, bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
+        slots = self.search(bank, lanes, self.real.queries_like(queries), n)
+        self.recall = self.search.recall
+        return slots
+
+
+def texts(paths: Sequence[str]) -> Iterator[str]:
+    """Yield the texts of files, and of the files in directories in sorted order.
+
+    Args:
+        paths: Paths of UTF-8 files and of directories; if empty, the modules of the standard library are read.
+    """
     if not paths:
         yield from (text for _, text in standard_library())
     for path in map(Path, paths):
@@ -37,57 +111,73 @@ def texts(paths: List[str]) -> Iterator[str]:
 
 
 def tokens_of(model: LongMem, options: argparse.Namespace) -> Tensor:
-    """As many tokens as are asked for, one text behind the other, each behind an end-of-sentence."""
-    wanted, parts, count = options.tokens + options.queries, [], 0
+    """Return the needed number of token ids, one text after the other, each behind an end-of-sentence."""
+    needed, parts, count = options.tokens + options.queries, [], 0
     eos = torch.tensor([model.task.dictionary.eos()])
     for text in texts(options.text):
         parts += [eos, model.encode(text)]
         count += len(parts[-1]) + 1
-        if count >= wanted:
-            return torch.cat(parts)[:wanted]
-    stop(f"the texts have {count:,} tokens, but {wanted:,} are needed: name more with --text, or lower --tokens")
+        if count >= needed:
+            return torch.cat(parts)[:needed]
+    stop(f"the texts have {count:,} tokens, but {needed:,} are needed: name more with --text, or lower --tokens")
 
 
 @torch.no_grad()
-def keys_and_queries(model: LongMem, tokens: Tensor, options: argparse.Namespace):
-    """Means (H, N, d) and queries (H, T, d)."""
-    decoder, size = model.model.decoder, model.task.args.tokens_per_sample
-    model.document_memory.memorize("texts", tokens[: options.tokens], decoder.backbone.encode_for_memory, size)
-    found: List[Tensor] = []
-    branches = decoder.memory_branches(1, model.document_memory.bank)
-    branches.watch = lambda rows, bank, queries, slots, scaling: found.append(queries[0].clone())
-    for piece in tokens[options.tokens :][None].split(size, dim=1):
-        decoder.side_network(decoder.backbone(piece), branches.reader())
-    return model.document_memory.bank.contents(0)[2].contiguous(), torch.cat(found, dim=1).float()
+def keys_and_queries(model: LongMem, tokens: Tensor, options: argparse.Namespace) -> Tuple[Tensor, Tensor]:
+    """Memorize the first tokens of a text and read the memory for the rest.
+
+    Args:
+        model: Model with an empty memory of ``options.tokens`` tokens.
+        tokens: Token ids of the text, behind an end-of-sentence, shape (tokens + queries,), int64.
+        options: Options of this command.
+
+    Returns:
+        Mean keys (H, N, d) of the chunks in the memory, and queries (H, T, d) of the reading layer.
+    """
+    model.reader.memorize(model.memory, "texts", tokens[1 : options.tokens])  # it adds the first end-of-sentence
+    queries: List[Tensor] = []
+    branches = model.reader.branches(1, model.memory.bank)
+    branches.on_read = lambda event: queries.append(event.queries[0].clone())
+    for segment in model.reader.read(tokens[options.tokens :]):
+        model.model.decoder.side_network(segment.encoded, branches.reader())
+    return model.memory.bank.contents(0)[2].contiguous(), torch.cat(queries, dim=1).float()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.benchmark.real_keys",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--path", required=True, help="checkpoint of a LongMem model, or its directory")
     add("--data", help="directory of dict.txt and the tokenizer (default: the checkpoint's, then that of its training)")
-    add("--pretrained-model-path", help="the backbone, where it is not where the checkpoint says")
-    add("--text", nargs="*", default=[], help="files and directories (default: the standard library's modules)")
-    add("--tokens", type=int, default=1 << 20, help="that are remembered (default: %(default)s)")
-    add("--queries", type=int, default=1024, help="tokens behind them (default: %(default)s)")
-    add("--chunk-size", type=int, default=4, help="tokens of a chunk (default: %(default)s)")
-    add("--output", required=True, help="the file")
-    options = parser.parse_args()
-    if min(options.tokens, options.queries, options.chunk_size) < 1:
-        stop("--tokens, --queries and --chunk-size must be 1 or more")
+    add("--pretrained-model-path", help="path of the backbone, if it is not where the checkpoint expects it")
+    add("--text", nargs="*", default=[], help="files and directories (default: the modules of the standard library)")
+    add("--tokens", type=int, default=1 << 20, help="number of tokens in the memory (default: %(default)s)")
+    add("--queries", type=int, default=1024, help="number of tokens that follow them (default: %(default)s)")
+    add("--chunk-size", type=int, default=4, help="number of tokens in a chunk (default: %(default)s)")
+    add("--output", required=True, help="path of the safetensors file to write")
+    options = parser.parse_args(arguments)
+    require_at_least(options, 1, "tokens", "queries", "chunk_size")
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse(arguments)
     settings = {"memory_size": options.tokens, "chunk_size": options.chunk_size, "k": 16 * options.chunk_size}
     if options.pretrained_model_path:
         settings["pretrained_model_path"] = options.pretrained_model_path
     try:
         model = LongMem.from_pretrained(options.path, options.data, device="cpu", **settings)
         means, queries = keys_and_queries(model, tokens_of(model, options), options)
+        tensors = {"means": means, "queries": queries.contiguous()}
+        write_whole(options.output, lambda temporary: save_file(tensors, temporary))
     except (ValueError, OSError) as error:
         stop(str(error))
-    part = f"{options.output}.part"
-    save_file({"means": means, "queries": queries.contiguous()}, part)
-    os.replace(part, options.output)
     print(f"{options.output}: {means.size(0)} heads, {means.size(1):,} chunks, {queries.size(1):,} queries")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,7 +1,7 @@
-"""What a step needs at least, from the shapes: operations and bytes, and the time that a machine needs for them.
+"""Least work of one step, from its shapes: operations and bytes, and the time that a machine needs for them.
 
-The bound of a part is the larger of its operations at the machine's speed and its bytes at the machine's bandwidth; the
-parts follow each other. A backward pass costs the side network twice its forward pass.
+The bound of a part is the larger of two times: its operations at the machine's speed, and its bytes at the machine's
+bandwidth. The parts run one after the other. A backward pass costs the side network twice its forward pass.
 
 Legend: B lanes, T tokens of a segment, D width, H heads, d = D / H, V symbols, N chunks that a lane holds, S tokens of
 local attention.
@@ -9,15 +9,21 @@ local attention.
 
 import argparse
 import time
-from typing import Dict
+from typing import Callable, Dict
 
 import torch
 
+from examples.benchmark.command import synchronize
 from examples.benchmark.variants import DTYPES, products_only
 
 
 def memory_work(options: argparse.Namespace, memory_size: int) -> Dict[str, float]:
-    """Operations and bytes that a step's exact search and reading need."""
+    """Count the operations and bytes that exact search and reading need in one step.
+
+    Args:
+        options: Options of throughput.py.
+        memory_size: Number of tokens that a lane's memory holds.
+    """
     queries = options.batch * options.heads * _step(options)
     chunks, width = memory_size // options.chunk_size, options.dim // options.heads
     auto = "float32" if products_only(options) else options.dtype
@@ -34,11 +40,11 @@ def memory_work(options: argparse.Namespace, memory_size: int) -> Dict[str, floa
 
 
 def model_work(options: argparse.Namespace) -> Dict[str, float]:
-    """Operations and bytes that a step needs without a memory: backbone, side network, logits."""
+    """Count the operations and bytes that one step needs without a memory: backbone, side network and logits."""
     tokens, D = options.batch * _step(options), options.dim
     side = options.layers // options.reduction
     local = options.segment * (3 / 4 if options.mode == "generate" else 1 / 2)  # keys of a query, on average
-    layer = 2.0 * 12 * D * D + 4.0 * local * D  # a token's: four projections of D, an MLP of 4 D, scores and values
+    layer = 2.0 * 12 * D * D + 4.0 * local * D  # for one token: four projections of D, an MLP of 4 D, scores, values
     backward = 3 if options.mode == "train" else 1
     head = 2.0 * D * options.vocab * (2 if options.mode == "train" else 1)
     weights = (12.0 * D * D * (options.layers + side * backward) + D * options.vocab) * _bytes(options.dtype)
@@ -49,7 +55,7 @@ def model_work(options: argparse.Namespace) -> Dict[str, float]:
 
 
 def full_attention_work(options: argparse.Namespace, window: int) -> Dict[str, float]:
-    """Operations and bytes of the backbone alone over a window."""
+    """Count the operations and bytes of the backbone alone over a window of ``window`` tokens."""
     D = options.dim
     layer = 2.0 * 12 * D * D + 4.0 * window / 2 * D
     return {
@@ -59,9 +65,12 @@ def full_attention_work(options: argparse.Namespace, window: int) -> Dict[str, f
 
 
 def bound(work: Dict[str, float], speed: Dict[str, float]) -> float:
-    """Seconds that the work needs at least, at the machine's ``operations`` and ``bytes`` per second.
+    """Return the least number of seconds that a machine needs for some work.
 
-    Scores of the exact search are float32, at ``search_operations`` per second.
+    Args:
+        work: Operations and bytes of each part, as ``memory_work`` and ``model_work`` count them.
+        speed: ``operations`` per second, ``search_operations`` per second (the scores of exact search are float32), and
+            ``bytes`` per second.
     """
     seconds = 0.0
     for part in ("model", "search", "read"):
@@ -72,41 +81,45 @@ def bound(work: Dict[str, float], speed: Dict[str, float]) -> float:
 
 
 def machine_speed(options: argparse.Namespace) -> Dict[str, float]:
-    """Operations per second of large matrix products, in the model's precision and in float32, and bytes per second of
-    reading memory: as the options say them, or measured here."""
+    """Return the machine's speed, from ``--tflops`` and ``--gbps`` or measured here.
+
+    Returns:
+        Operations per second of large matrix products in the model's precision (``operations``) and in float32
+        (``search_operations``), and bytes per second of reading memory (``bytes``).
+    """
     bandwidth = options.gbps * 1e9 if options.gbps else _bandwidth(options.device)
     if options.tflops:
         return {"operations": options.tflops * 1e12, "search_operations": options.tflops * 1e12, "bytes": bandwidth}
-    own = _products(DTYPES[options.dtype], options.device)
-    search = own if DTYPES[options.dtype] == torch.float32 else _products(torch.float32, options.device)
-    return {"operations": own, "search_operations": search, "bytes": bandwidth}
+    dtype = DTYPES[options.dtype]
+    operations = _products(dtype, options.device)
+    search = operations if dtype == torch.float32 else _products(torch.float32, options.device)
+    return {"operations": operations, "search_operations": search, "bytes": bandwidth}
 
 
 def _products(dtype: torch.dtype, device: torch.device) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2.0 * size**3 / _best(lambda: a @ b, device)
+    return 2.0 * size**3 / _fastest(lambda: a @ b, device)
 
 
 def _bandwidth(device: torch.device) -> float:
     x = torch.ones(1 << 26, device=device)  # 256 MiB, more than caches hold
-    return x.numel() * 4 / _best(lambda: x.sum(), device)
+    return x.numel() * 4 / _fastest(lambda: x.sum(), device)
 
 
-def _best(run, device: torch.device, seconds: float = 0.5) -> float:
-    """Seconds of the fastest of several runs."""
-    found, began = [], time.perf_counter()
-    while len(found) < 3 or time.perf_counter() - began < seconds:
+def _fastest(run: Callable[[], object], device: torch.device, seconds: float = 0.5) -> float:
+    """Return the seconds of the fastest of several runs."""
+    times, began = [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _step(options: argparse.Namespace) -> int:
-    """Tokens of a row in one measured step."""
+    """Return the number of tokens of a row in one measured step."""
     return max(1, options.segment // 4) if options.mode == "generate" else options.segment
 
 

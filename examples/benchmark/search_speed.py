@@ -1,15 +1,15 @@
-"""Milliseconds and recall of every way to search the memory bank, by the number of remembered tokens.
+"""Measure milliseconds and recall of every search of the memory bank, by the number of tokens that the bank holds.
 
-    python examples/benchmark/search_speed.py                                       # on the CPU
-    python examples/benchmark/search_speed.py --keys keys.safetensors --indices IVF1024,Flat:nprobe=64
-    python examples/benchmark/search_speed.py --device cuda --json search.json      # on a GPU
+    python -m examples.benchmark.search_speed                                       # on the CPU
+    python -m examples.benchmark.search_speed --keys keys.safetensors --indices IVF1024,Flat:nprobe=64
+    python -m examples.benchmark.search_speed --device cuda --json search.json      # on a GPU
 
-One lane of a memory that is full, as the published model has it: 16 heads, 1,024 queries, chunks of 4 tokens, width 64,
-the 16 best chunks. Without --keys (made by real_keys.py) keys are noise, on which the time of exact search does not
-depend; an index finds its way in real keys only, so give it these. Figures are medians. Each exact backend's result is
-compared with that of plain ``topk``, by scores; the worst difference is in the table, and one above 0.001 (of scores
-that are about 30) makes the program fail at its end. Each index is compared by its recall: the share of what exact
-search finds. Beside it stand the seconds of making it, and the milliseconds of adding a segment of as many tokens as
+The bank has one full lane, of the published sizes: 16 heads, 1,024 queries, chunks of 4 tokens, width 64, the 16 best
+chunks. Without --keys (made by real_keys.py) keys are noise. The time of exact search does not depend on the keys, but
+the recall of an index does: measure it with real keys. Times are medians. The result of each exact search is compared
+with that of plain ``topk``, by scores; the table has the worst difference, and the program fails at its end if one is
+above 0.001 (scores are about 30). Each index is compared by its recall: the share of the results of exact search that
+it finds. The table also has the seconds to build an index, and the milliseconds to add a segment of as many tokens as
 there are queries.
 """
 
@@ -20,29 +20,32 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional
 
-if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
-
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.benchmark.tables import lines_of, machine, save_plot, stop, table, write_json
-from examples.benchmark.variants import RealKeys
+from examples.benchmark.command import require_at_least, require_device, save_plot, stop, synchronize
+from examples.benchmark.machine import describe_machine
+from examples.benchmark.real_keys import RealKeys
+from examples.benchmark.tables import bullet_list, table
+from longmem_fairseq.files import write_json, write_text
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search.base import faiss_search, has_faiss_gpu, torch_search
-from longmem_fairseq.memory.search.index import IndexSearch, LaneIndex, chunk_products, found_too
-from longmem_fairseq.memory.search.index_spec import IndexSpec, index_spec
-from longmem_fairseq.memory.search.native import Unavailable, load_kernel, native_search
+from longmem_fairseq.memory.search.base import SearchBackend
+from longmem_fairseq.memory.search.faiss import FaissSearch, has_faiss_gpu
+from longmem_fairseq.memory.search.index import IndexSearch, chunk_scores, count_hits
+from longmem_fairseq.memory.search.index_spec import IndexSpec, index_spec, split_index
+from longmem_fairseq.memory.search.lane_index import LaneIndex
+from longmem_fairseq.memory.search.native import NativeSearch
+from longmem_fairseq.memory.search.torch import TorchSearch
 
-_BLOCK = 1 << 26  # scores held at a time by plain topk
+_BLOCK = 1 << 26  # scores that plain topk holds at a time
 
 LANE = np.zeros(1, dtype=np.int64)
 
 
 def filled_bank(options: argparse.Namespace, tokens: int, real: Optional[RealKeys]) -> MemoryBank:
-    """A bank of one full lane. Only its chunk means are needed, so chunks are of one token, in half precision."""
+    """Make a bank of one full lane. Only its chunk means are needed, so chunks are of one token, in half precision."""
     chunks = tokens // options.chunk_size
     bank = MemoryBank(1, options.heads, options.width, chunks, 1, torch.float16, options.device)
     bank.keys = bank.values = torch.zeros(0)
@@ -56,24 +59,24 @@ def filled_bank(options: argparse.Namespace, tokens: int, real: Optional[RealKey
 
 
 def plain_topk(bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
-    """Matrix product and topk over all chunks, in blocks of queries."""
+    """Search by matrix product and topk over all chunks, in blocks of queries."""
     step = max(1, _BLOCK // (bank.heads * bank.chunks))
-    found = [
+    slots = [
         (queries[:, :, t : t + step] @ bank.means.transpose(-1, -2)).topk(n, dim=-1).indices
         for t in range(0, queries.size(2), step)
     ]
-    return torch.cat(found, dim=2)
+    return torch.cat(slots, dim=2)
 
 
 def product_only(bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> None:
-    """The matrix product alone: what selection and everything else adds to."""
+    """Compute the matrix product alone, the least that an exact search takes."""
     step = max(1, _BLOCK // (bank.heads * bank.chunks))
     for t in range(0, queries.size(2), step):
         queries[:, :, t : t + step] @ bank.means.transpose(-1, -2)
 
 
 class FlatIndices:
-    """One ``GpuIndexFlatIP`` a head, which holds its own copy of the means."""
+    """Search by one ``GpuIndexFlatIP`` per head, which holds a copy of the means."""
 
     def __init__(self, bank: MemoryBank, device: torch.device):
         import faiss
@@ -91,56 +94,53 @@ class FlatIndices:
 
 
 def has_native() -> bool:
-    """Whether the native kernel can run here; says why where it cannot."""
-    try:
-        load_kernel()
-    except Unavailable as error:
-        print(f"without the native kernel: {error}", file=sys.stderr)
-        return False
-    return True
+    """Return whether the native kernel can run here; print the reason if it cannot."""
+    reason = NativeSearch.unavailable(torch.device("cpu"))
+    if reason is not None:
+        print(f"without the native kernel: {reason}", file=sys.stderr)
+    return reason is None
 
 
 def backends(bank: MemoryBank, options: argparse.Namespace) -> Dict[str, Callable]:
-    """Name and function of each exact backend that can run here."""
-    found = {"torch product alone": product_only, "torch topk": plain_topk, "torch two-level": torch_search}
+    """Return each exact search that can run here, by its name in the table."""
+    searches = {"torch product alone": product_only, "torch topk": plain_topk, "torch two-level": TorchSearch()}
     if options.device.type == "cpu":
-        found["faiss knn"] = faiss_search
+        searches["faiss knn"] = FaissSearch()
         if has_native():
-            found["native"] = native_search
+            searches["native"] = NativeSearch()
     elif has_faiss_gpu():
-        found["faiss knn_gpu"] = faiss_search
-        found["faiss GpuIndexFlatIP"] = FlatIndices(bank, options.device)
-    return found
+        searches["faiss knn_gpu"] = FaissSearch()
+        searches["faiss GpuIndexFlatIP"] = FlatIndices(bank, options.device)
+    return searches
 
 
 def times(run: Callable[[], object], options: argparse.Namespace) -> List[float]:
-    """Milliseconds of some runs."""
-    cuda = options.device.type == "cuda"
-    taken, began = [], time.perf_counter()
-    while len(taken) < options.steps and (len(taken) < 3 or time.perf_counter() - began < options.seconds):
-        if cuda:
-            torch.cuda.synchronize()
+    """Return the milliseconds of each run."""
+    milliseconds, began = [], time.perf_counter()
+    while len(milliseconds) < options.steps and (
+        len(milliseconds) < 3 or time.perf_counter() - began < options.seconds
+    ):
+        synchronize(options.device)
         start = time.perf_counter()
         run()
-        if cuda:
-            torch.cuda.synchronize()
-        taken.append(1000 * (time.perf_counter() - start))
-    return taken
+        synchronize(options.device)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    return milliseconds
 
 
 def measure(name: str, search: Callable, bank: MemoryBank, queries: Tensor, options: argparse.Namespace) -> Dict:
-    """Check and time one exact backend: its median in milliseconds, and on CUDA the memory it takes beside the bank."""
+    """Check and time one exact search; on CUDA, also measure the memory that it takes in addition to the bank."""
     cuda = options.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         free, held = torch.cuda.mem_get_info()[0], torch.cuda.memory_allocated()
-    found, worst = search(bank, LANE, queries, options.n), None
-    if found is not None:
+    slots, worst = search(bank, LANE, queries, options.n), None
+    if slots is not None:
         few = slice(0, None, max(1, queries.size(2) // 16))
         scores = queries[:, :, few] @ bank.means.transpose(-1, -2)
         best = scores.topk(options.n, dim=-1).values
-        worst = (scores.gather(-1, found[:, :, few]) - best).abs().max().item()
+        worst = (scores.gather(-1, slots[:, :, few]) - best).abs().max().item()
         del scores, best
     if cuda:
         torch.cuda.empty_cache()
@@ -150,61 +150,61 @@ def measure(name: str, search: Callable, bank: MemoryBank, queries: Tensor, opti
     row["recall"] = None if worst is None else 1.0
     if cuda:
         row["torch_peak_mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
-        row["device_mib"] = (free - torch.cuda.mem_get_info()[0]) / 2**20  # also what faiss takes beside PyTorch
+        row["device_mib"] = (free - torch.cuda.mem_get_info()[0]) / 2**20  # includes what faiss takes outside PyTorch
     return row
 
 
-def measure_index(named: str, bank: MemoryBank, queries: Tensor, options: argparse.Namespace) -> Iterator[Dict]:
-    """Recall and times of one index on the CPU, by faiss and by the native kernel where it knows such indices; nothing
-    where the memory is too small to train it."""
+def measure_index(option: str, bank: MemoryBank, queries: Tensor, options: argparse.Namespace) -> Iterator[Dict]:
+    """Measure one index on the CPU, searched by faiss and, where it can, by the native kernel.
+
+    Nothing is measured where the memory is too small to train the index.
+    """
     try:
-        spec = spec_of(named, bank.head_dim, bank.chunks)
+        spec = spec_of(option, bank.head_dim, bank.chunks)
     except ValueError:
         return
     index = LaneIndex(spec)
     bank.indices = {0: index}
-    began = time.perf_counter()
+    start = time.perf_counter()
     index.follow(bank, 0)
-    made = time.perf_counter() - began
-    search = IndexSearch(spec, torch_search, every=0)
-    yield {"backend": str(spec), "made_s": made, **measure_lists(search, bank, queries, options)}
-    if index.is_native(queries.size(2)) and has_native():
-        search = IndexSearch(spec, native_search, every=0)
-        yield {"backend": f"{spec}, native", "made_s": made, **measure_lists(search, bank, queries, options)}
+    seconds = time.perf_counter() - start
+    searches: Dict[str, SearchBackend] = {str(spec): TorchSearch()}
+    if index.can_be_searched_by(NativeSearch(), queries.size(2)) and has_native():
+        searches[f"{spec}, native"] = NativeSearch()
+    for name, exact in searches.items():
+        search = IndexSearch(spec, exact, every=0)
+        yield {"backend": name, "made_s": seconds, **measure_lists(search, bank, queries, options)}
     bank.indices = {}
 
 
 def measure_lists(search: IndexSearch, bank: MemoryBank, queries: Tensor, options: argparse.Namespace) -> Dict:
-    """Recall and times of a search by an index that is made."""
+    """Measure recall and times of a search by an index that is built already."""
     index = bank.indices[0]
     few = slice(0, None, max(1, queries.size(2) // 64))
-    slots = [
-        search(bank, LANE, queries, options.n)[0][:, few],
-        torch_search(bank, LANE, queries[:, :, few], options.n)[0],
-    ]
-    scores = [chunk_products(bank.means[0], queries[0][:, few], x).masked_fill(x < 0, float("-inf")) for x in slots]
+    slots = search(bank, LANE, queries, options.n)[0][:, few]
+    exact = TorchSearch()(bank, LANE, queries[:, :, few], options.n)[0]
+    scores = [chunk_scores(bank.means[0], queries[0][:, few], x) for x in (slots, exact)]
     taken, added = times(lambda: search(bank, LANE, queries, options.n), options), []
-    for _ in range(3):  # a segment is written, over the oldest; that it says the same again makes no difference
+    for _ in range(3):  # a segment is written over the oldest; that its keys are the same makes no difference
         bank.written[0] += max(1, queries.size(2) // options.chunk_size)
-        began = time.perf_counter()
+        start = time.perf_counter()
         index.follow(bank, 0)
-        added.append(1000 * (time.perf_counter() - began))
+        added.append(1000 * (time.perf_counter() - start))
     return {
         "milliseconds": statistics.median(taken),
         "fastest": min(taken),
-        "recall": found_too(*scores) / slots[1].numel(),
+        "recall": count_hits(*scores) / exact.numel(),
         "add_ms": statistics.median(added),
     }
 
 
-def spec_of(named: str, width: int, chunks: int) -> IndexSpec:
-    """The index of FACTORY:PARAMETERS, or FACTORY alone."""
-    factory, _, parameters = named.partition(":")
-    return index_spec(factory, parameters, width, chunks)
+def spec_of(option: str, width: int, chunks: int) -> IndexSpec:
+    """Return the index of a value of --memory-index."""
+    return index_spec(*split_index(option), width, chunks)
 
 
 def draw(axes, result: Dict) -> None:
-    """Recall over time, for the largest memory."""
+    """Draw recall over time, for the largest memory."""
     tokens = max(row["tokens"] for row in result["rows"])
     for row in result["rows"]:
         if row["tokens"] == tokens and row["recall"] is not None:
@@ -216,31 +216,60 @@ def draw(axes, result: Dict) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m examples.benchmark.search_speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--tokens", type=int, nargs="+", default=[4096, 16384, 65536, 262144, 1048576], help="remembered tokens")
-    add("--heads", type=int, default=16)
-    add("--width", type=int, default=64, help="of a head (default: %(default)s)")
-    add("--queries", type=int, default=1024, help="tokens of a segment (default: %(default)s)")
+    add(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[4096, 16384, 65536, 262144, 1048576],
+        help="sizes of the memory, in tokens",
+    )
+    add("--heads", type=int, default=16, help="KV heads of the memory (default: %(default)s)")
+    add("--width", type=int, default=64, help="width of a head (default: %(default)s)")
+    add("--queries", type=int, default=1024, help="queries of each head (default: %(default)s)")
     add("--chunk-size", type=int, default=4, help="tokens of a chunk (default: %(default)s)")
-    add("--n", type=int, default=16, help="chunks wanted (default: %(default)s)")
-    add("--indices", nargs="*", default=[], metavar="INDEX[:PARAMETERS]", help="also these, such as HNSW32:efSearch=64")
-    add("--keys", help="real keys and queries in place of noise (see real_keys.py)")
-    add("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
-    add("--steps", type=int, default=20, help="runs of each, at most (default: %(default)s)")
-    add("--seconds", type=float, default=5.0, help="after which no further run of one backend begins, but 3 are done")
-    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda (default: %(default)s)")
-    add("--json", help="write the result there")
-    add("--markdown", help="write the table there, besides printing it")
-    add("--png", help="draw recall over time there")
+    add("--n", type=int, default=16, help="chunks to find (default: %(default)s)")
+    add(
+        "--indices",
+        nargs="*",
+        default=[],
+        metavar="INDEX[:PARAMETERS]",
+        help="indices to measure as well, such as HNSW32:efSearch=64",
+    )
+    add("--keys", help="path of a file of real keys and queries, made by real_keys.py, in place of noise")
+    add("--threads", type=int, help="number of threads on the CPU (default: PyTorch's)")
+    add("--steps", type=int, default=20, help="most runs of each search (default: %(default)s)")
+    add(
+        "--seconds",
+        type=float,
+        default=5.0,
+        help="time after which a search is not run again, once it has 3 runs (default: %(default)s)",
+    )
+    add(
+        "--device",
+        type=torch.device,
+        default=torch.device("cpu"),
+        help="device of the memory, cpu or cuda (default: %(default)s)",
+    )
+    add("--json", help="path of a file for the result")
+    add("--markdown", help="path of a file for the printed table")
+    add("--png", help="path of a PNG of recall over time")
     options = parser.parse_args()
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: PyTorch finds no GPU here")
+    require_at_least(options, 1, "tokens", "heads", "width", "queries", "chunk_size", "n", "steps")
+    require_device(options.device)
     if min(options.tokens) < options.n * options.chunk_size:
-        stop(f"--tokens {min(options.tokens)} is less than the --n {options.n} chunks wanted")
-    for named in options.indices:
+        stop(
+            f"--tokens {min(options.tokens)} is less than --n {options.n} chunks of --chunk-size "
+            f"{options.chunk_size}: raise --tokens or lower --n"
+        )
+    for option in options.indices:
         try:
-            spec_of(named, options.width, max(options.tokens) // options.chunk_size)
+            spec_of(option, options.width, max(options.tokens) // options.chunk_size)
         except ValueError as error:
             stop(str(error))
     if options.keys is not None and not Path(options.keys).is_file():
@@ -248,8 +277,8 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def asked(options: argparse.Namespace, real: Optional[RealKeys]) -> Tensor:
-    """The queries, shape (1, H, T, d)."""
+def make_queries(options: argparse.Namespace, real: Optional[RealKeys]) -> Tensor:
+    """Return the queries, shape (1, H, T, d), float32."""
     shape = (1, options.heads, options.queries, options.width)
     if real is None:
         generator = torch.Generator(options.device).manual_seed(0)
@@ -258,7 +287,8 @@ def asked(options: argparse.Namespace, real: Optional[RealKeys]) -> Tensor:
     if real.means.size(1) < most or real.means.size(2) != options.width or real.queries.size(1) < options.queries:
         stop(
             f"--keys {options.keys} has {real.means.size(1):,} chunks of width {real.means.size(2)} and "
-            f"{real.queries.size(1):,} queries, not {most:,} of width {options.width} and {options.queries:,}"
+            f"{real.queries.size(1):,} queries, but {most:,} chunks of width {options.width} and {options.queries:,} "
+            "queries are needed: lower --tokens or --queries, change --width, or make larger keys by real_keys.py"
         )
     heads = [head % real.queries.size(0) for head in range(options.heads)]
     return real.queries[heads, : options.queries][None].to(options.device)
@@ -269,7 +299,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     real = None if options.keys is None else RealKeys(options.keys)
-    queries = asked(options, real)
+    queries = make_queries(options, real)
     rows = []
     for tokens in tqdm(options.tokens, desc="memory sizes", mininterval=2):
         bank = filled_bank(options, tokens, real)
@@ -278,8 +308,8 @@ def main() -> None:
         del bank, search
         if options.indices:
             bank = filled_bank(argparse.Namespace(**{**vars(options), "device": torch.device("cpu")}), tokens, real)
-            for named in options.indices:
-                rows += [{"tokens": tokens, **row} for row in measure_index(named, bank, queries.cpu(), options)]
+            for option in options.indices:
+                rows += [{"tokens": tokens, **row} for row in measure_index(option, bank, queries.cpu(), options)]
             del bank
     columns = {
         "tokens": "tokens",
@@ -288,27 +318,27 @@ def main() -> None:
         "fastest": "fastest ms",
         "worst": "worst score off by",
         "recall": "recall",
-        "made_s": "made in s",
+        "made_s": "built in s",
         "add_ms": "a segment added in ms",
         "torch_peak_mib": "PyTorch peak MiB",
         "device_mib": "device MiB taken",
     }
-    shown = {key: name for key, name in columns.items() if any(row.get(key) is not None for row in rows)}
+    headings = {key: name for key, name in columns.items() if any(row.get(key) is not None for row in rows)}
     text = "\n".join(
         [
             f"## Search: {options.heads} heads, {options.queries:,} queries of width {options.width}, "
             f"{options.n} of the chunks of {options.chunk_size} tokens, {options.device.type}"
             + (", real keys" if real is not None else ""),
             "",
-            table(rows, shown),
+            table(rows, headings),
         ]
     )
-    result = {"machine": machine(), "options": {**vars(options), "device": str(options.device)}, "rows": rows}
-    print(text, *lines_of(result["machine"]), sep="\n")
+    result = {"machine": describe_machine(), "options": {**vars(options), "device": str(options.device)}, "rows": rows}
+    print(text, *bullet_list(result["machine"]), sep="\n")
     if options.json:
         write_json(options.json, result)
     if options.markdown:
-        Path(options.markdown).write_text(text + "\n")
+        write_text(options.markdown, text + "\n")
     if options.png:
         save_plot(options.png, lambda axes: draw(axes, result))
     wrong = sorted({row["backend"] for row in rows if (row.get("worst") or 0.0) > 1e-3})

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A short real training in half precision, with the quick start's backbone on some modules of the standard library:
-# train, resume, evaluate on the GPU, evaluate the same checkpoint on the CPU.
+# A short real training in half precision, with the quick start's backbone on some modules of the standard library: it
+# trains, resumes, and evaluates the same checkpoint on the GPU and on the CPU.
 #
-#   bash examples/benchmark/short_training.sh DIR [--tiny]     --tiny: few updates, in float32 on the CPU
+#   bash examples/benchmark/short_training.sh DIR [--tiny]     --tiny: a few updates, in float32 on the CPU
 set -euo pipefail
 dir=${1:?usage: short_training.sh DIR [--tiny]}
 cd "$(dirname "$0")/../.."
@@ -21,9 +21,9 @@ for split, chosen, size in (("train", files[2:50], 60000), ("test", files[:2], 2
     lines = [json.dumps({"text": path.read_text(errors="replace")[:size]}) for path in chosen]
     Path(sys.argv[1], f"{split}.jsonl").write_text("\n".join(lines) + "\n")
 PY
-"$python" preprocess/binarize_documents.py --train "$dir/train.jsonl" --valid "$dir/test.jsonl" \
+"$python" -m preprocess.binarize_documents --train "$dir/train.jsonl" --valid "$dir/test.jsonl" \
   --test "$dir/test.jsonl" --tokenizer $shipped/sentencepiece.model --dict $shipped/dict.txt --destdir "$dir/data"
-"$python" preprocess/convert_safetensors.py $shipped/backbone.safetensors "$dir/backbone.pt"
+"$python" -m preprocess.convert_safetensors $shipped/backbone.safetensors "$dir/backbone.pt"
 common=("$dir/data" --user-dir longmem_fairseq --task longmem_language_modeling)
 train() { # updates, further options
   local updates=$1
@@ -43,7 +43,7 @@ train $last
 perplexity() { sed -n 's/.*Perplexity: \([0-9.]*\)$/\1/p' "$dir/eval.log"; }
 evaluate --cpu >/dev/null
 here=$(perplexity)
-there=$here # where all of it ran on the CPU
+there=$here # with --tiny everything ran on the CPU
 if [ "${2:-}" != --tiny ]; then
   evaluate "${precision[@]}" >/dev/null
   there=$(perplexity)

@@ -1,24 +1,25 @@
 """Tokens per second and peak memory by memory size, with the same weights, beside full attention over longer windows.
 
-    python examples/benchmark/throughput.py                                    # the reference shape, on the CPU
-    python examples/benchmark/throughput.py --mode train --batch 8             # or --mode generate
-    python examples/benchmark/throughput.py --memory-index IVF1024,Flat --memory-sizes 0 1048576 --keys keys.safetensors
-    python examples/benchmark/throughput.py --device cuda --dtype bf16 --layers 24 --dim 1024 --heads 16 \
+    python -m examples.benchmark.throughput                                    # the reference shape, on the CPU
+    python -m examples.benchmark.throughput --mode train --batch 8             # or --mode generate
+    python -m examples.benchmark.throughput --memory-index IVF1024,Flat:nprobe=32 --memory-sizes 0 1048576 --keys KEYS
+    python -m examples.benchmark.throughput --device cuda --dtype bf16 --layers 24 --dim 1024 --heads 16 \
         --vocab 50264 --segment 1024 --retrieval-layer-index 17 --batch 8 --full-windows 4096 8192
 
-The weights are random: the time of exact search, reading and attention does not depend on what is remembered. That of
-an index does, so give it the keys and queries of a real model and text with --keys (made by real_keys.py); then its
-recall is measured too. Without --keys each memory is filled before the measurement by streaming random tokens through
-the backbone. It goes on being written during the measurement. Variants take turns, step by step, so that all see the
-same machine; figures are medians.
+The weights are random, because the time of exact search, reading and attention does not depend on the text. The time of
+an approximate index does: pass the keys and queries of a real model and text with --keys (real_keys.py makes the file),
+and its recall is measured too. Without --keys, each memory is filled before the measurement by streaming random tokens
+through the backbone. The memory is also written during the measurement. The variants take turns, step by step, so that
+all of them see the same machine; figures are medians.
 
-Beside each figure: its ratio to memory off; by how much a token costs more than with the smallest memory; and the share
-of the roofline, the time that the machine needs at least for the operations and bytes of the shapes, at the speed of
-large matrix products (--tflops, otherwise measured) and of reading memory (--gbps, otherwise measured). It counts exact
-search in float32, of which an index needs fewer operations and the native search cheaper ones: they can be above it.
+Each row also has its ratio to memory off, the cost of a token in multiples of that with the smallest memory, and the
+share of the roofline: the least time that the machine needs for the operations and bytes of the shapes, at the speed of
+large matrix products (--tflops, otherwise measured) and of reading memory (--gbps, otherwise measured). The roofline
+counts exact search in float32. An index needs fewer operations, and the native search needs cheaper ones, so both can
+exceed it.
 
-Peak memory: on CUDA what PyTorch allocated at most during a variant's steps, less the memories of the other variants;
-on the CPU the resident memory of a process of its own that does one step.
+Peak memory: on CUDA the most that PyTorch allocated during a variant's steps, without the memories of the other
+variants; on the CPU the resident memory of a separate process that does one step.
 """
 
 import argparse
@@ -31,40 +32,45 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
-if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 if "--threads" in sys.argv[:-1]:  # before torch
     os.environ["OMP_NUM_THREADS"] = sys.argv[sys.argv.index("--threads") + 1]
 
 import torch
 from tqdm import tqdm
 
+from examples.benchmark.command import require_at_least, require_device, save_plot, stop, synchronize
+from examples.benchmark.machine import describe_machine, peak_resident
+from examples.benchmark.real_keys import RealKeys
 from examples.benchmark.roofline import bound, full_attention_work, machine_speed, memory_work, model_work
-from examples.benchmark.tables import lines_of, machine, peak_resident, save_plot, stop, table, write_json
-from examples.benchmark.variants import DTYPES, FullAttention, RealKeys, build_decoder, variant_of
+from examples.benchmark.tables import bullet_list, table
+from examples.benchmark.variants import DTYPES, FullAttentionVariant, build_decoder, build_variant
+from longmem_fairseq.files import write_json, write_text
 from longmem_fairseq.memory.placement import DEVICES, choose_placement
-from longmem_fairseq.memory.search.base import SEARCHES
-from longmem_fairseq.memory.search.index_spec import FLAT, index_spec
-from longmem_fairseq.modules.self_attention import _square_mask
+from longmem_fairseq.memory.search.base import registered_searches
+from longmem_fairseq.memory.search.index_spec import FLAT, index_spec, split_index
+from longmem_fairseq.modules.self_attention import forget_masks
 
 
 def timed(run: Callable[[], None], times: int, device: torch.device) -> float:
-    """Seconds of one run, of ``times`` that are queued together."""
+    """Return the mean number of seconds of a function that is run ``times`` times without waiting in between."""
     synchronize(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(times):
         run()
     synchronize(device)
-    return (time.perf_counter() - began) / times
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times
 
 
 def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
-    """Seconds and tokens per second of each variant, and on CUDA peak memory; rows in the order of the variants."""
+    """Measure seconds, tokens per second and, on CUDA, peak memory of each variant.
+
+    Args:
+        variants: Variants (see variants.py) whose memories are full.
+        options: Options of this command.
+
+    Returns:
+        One row for each variant, in their order.
+    """
     queued = 4 if options.device.type == "cuda" and options.mode != "generate" else 1
     peaks = []
     banks = sum(variant.bank_bytes for variant in variants)
@@ -72,7 +78,7 @@ def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
         for _ in range(2):
             variant.step()
         if options.device.type == "cuda":
-            _square_mask.cache_clear()  # ALiBi's, kept for the windows seen last: each variant has its own
+            forget_masks()  # ALiBi keeps the masks of the last windows, which count for their variant only
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             variant.step()
@@ -99,33 +105,39 @@ def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
 
 
 def names_of(options: argparse.Namespace) -> List[str]:
-    """The variants by name, in the order of the rows."""
+    """List the names of the variants in the order of the rows."""
     return [f"memory:{size}" for size in options.memory_sizes] + [f"window:{w}" for w in options.full_windows]
 
 
 def peaks_in_processes(options: argparse.Namespace, arguments: List[str]) -> List[int]:
-    """Peak resident memory in bytes of one step with each memory size and window, each in a process of its own."""
-    found = []
+    """Measure the peak resident memory, in bytes, of one step of each variant in a separate process."""
+    peaks = []
     for name in tqdm(names_of(options), desc="peak memory", leave=False):
-        run = subprocess.run(
-            [sys.executable, __file__, *arguments, "--peak-of", name], stdout=subprocess.PIPE, text=True, check=True
-        )
-        found.append(int(run.stdout.split()[-1]))
-    return found
+        command = [sys.executable, "-m", "examples.benchmark.throughput", *arguments, "--peak-of", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        peaks.append(int(done.stdout.split()[-1]))
+    return peaks
 
 
 def print_peak(options: argparse.Namespace) -> None:
-    """Do one step of one variant and print this process's peak resident memory."""
-    variant = variant_of(options.peak_of, build_decoder(options), options)
+    """Do one step of the variant ``--peak-of`` and print this process's peak resident memory."""
+    variant = build_variant(options.peak_of, build_decoder(options), options)
     gc.collect()
-    if not isinstance(variant, FullAttention) and variant.memory_size:
-        variant.fill_with_noise()  # what a memory holds has no part in the peak
+    if not isinstance(variant, FullAttentionVariant) and variant.memory_size:
+        variant.fill_with_noise()  # the peak does not depend on what the memory holds
     variant.step()
     print(peak_resident())
 
 
 def compare(rows: List[Dict], full: List[Dict], options: argparse.Namespace, speed: Dict[str, float]) -> None:
-    """Put into each row what it is beside the others and beside the roofline."""
+    """Add to each row its ratios to the other rows and to the roofline.
+
+    Args:
+        rows: Rows by memory size; changed in place.
+        full: Rows of full attention by window; changed in place.
+        options: Options of this command.
+        speed: Speed of the machine (see ``machine_speed``).
+    """
     off = next((row for row in rows if row["memory_size"] == 0), None)
     smallest = min((row for row in rows if row["memory_size"]), key=lambda row: row["memory_size"], default=None)
     for row in rows:
@@ -148,7 +160,7 @@ def compare(rows: List[Dict], full: List[Dict], options: argparse.Namespace, spe
 
 
 def markdown(result: Dict, options: argparse.Namespace) -> str:
-    """The result as a report."""
+    """Format the result as a report in Markdown."""
     for row in [*result["rows"], *result["full_attention"]]:
         row["peak_mib"] = row["peak_memory_bytes"] / 2**20
     columns = {
@@ -172,8 +184,8 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
         "",
         table(result["rows"], shown),
         "",
-        "Roofline: {operations:.3g} and in the search {search_operations:.3g} operations, {bytes:.3g} bytes a "
-        "second.".format(**result["speed"]),
+        "Roofline: {operations:.3g} operations per second, in the search {search_operations:.3g}, and {bytes:.3g} "
+        "bytes per second.".format(**result["speed"]),
     ]
     if result["full_attention"]:
         text += [
@@ -190,13 +202,13 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
                 },
             ),
             "",
-            f"LongMem there: with a memory of {result['rows'][-1]['memory_size']:,} tokens.",
+            f"LongMem has a memory of {result['rows'][-1]['memory_size']:,} tokens there.",
         ]
     return "\n".join(text)
 
 
 def draw(axes, result: Dict) -> None:
-    """Tokens per second by memory size, with a line for each window of full attention."""
+    """Draw tokens per second by memory size, with a line for each window of full attention."""
     rows = result["rows"]
     places = range(len(rows))
     axes.bar(places, [row["tokens_per_second"] for row in rows], color="tab:blue")
@@ -209,75 +221,83 @@ def draw(axes, result: Dict) -> None:
 
 
 def parse(arguments: List[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.benchmark.throughput",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--layers", type=int, default=12, help="layers of the backbone (default: %(default)s)")
-    add("--dim", type=int, default=512, help="width (default: %(default)s)")
-    add("--heads", type=int, default=8, help="attention heads (default: %(default)s)")
-    add("--vocab", type=int, default=8000, help="symbols of the dictionary (default: %(default)s)")
-    add("--positions", choices=("alibi", "learned"), default="alibi", help="kind of the backbone")
+    add("--layers", type=int, default=12, help="number of backbone layers (default: %(default)s)")
+    add("--dim", type=int, default=512, help="width of the model (default: %(default)s)")
+    add("--heads", type=int, default=8, help="number of attention heads (default: %(default)s)")
+    add("--vocab", type=int, default=8000, help="number of symbols in the dictionary (default: %(default)s)")
+    add("--positions", choices=("alibi", "learned"), default="alibi", help="position encoding (default: %(default)s)")
     add("--reduction", type=int, default=2, help="backbone layers per side layer (default: %(default)s)")
-    add("--retrieval-layer-index", type=int, default=9, help="remembered layer, from 0 (default: %(default)s)")
-    add("--segment", type=int, default=512, help="tokens of a segment (default: %(default)s)")
-    add("--batch", type=int, default=1, help="lanes (default: %(default)s)")
-    add("--k", type=int, default=64, help="tokens read per query and head (default: %(default)s)")
-    add("--chunk-size", type=int, default=4, help="tokens of a chunk (default: %(default)s)")
-    add("--memory-sizes", type=int, nargs="+", default=[0, 4096, 65536], help="tokens; 0: memory off")
-    add("--memory-search", choices=SEARCHES, default="auto", help="as in training (default: %(default)s)")
-    add("--memory-dtype", choices=("auto", *DTYPES), default="auto", help="of remembered keys and values")
-    add("--memory-index", default=FLAT, help="as in training; memories too small for it are searched exactly")
-    add("--memory-index-parameters", default="", help="as in training")
+    add("--retrieval-layer-index", type=int, default=9, help="memory layer, counted from 0 (default: %(default)s)")
+    add("--segment", type=int, default=512, help="number of tokens in a segment (default: %(default)s)")
+    add("--batch", type=int, default=1, help="number of lanes (default: %(default)s)")
+    add("--k", type=int, default=64, help="number of tokens read per query and head (default: %(default)s)")
+    add("--chunk-size", type=int, default=4, help="number of tokens in a chunk (default: %(default)s)")
+    add("--memory-sizes", type=int, nargs="+", default=[0, 4096, 65536], help="memory sizes in tokens; 0: memory off")
+    add("--memory-search", choices=registered_searches(), default="auto", help="as in training (default: %(default)s)")
+    add("--memory-dtype", choices=("auto", *DTYPES), default="auto", help="precision of the keys and values in memory")
+    add("--memory-index", default=FLAT, help="as in training; a memory too small for the index is searched exactly")
+    add("--memory-index-parameters", default="", help=argparse.SUPPRESS)
     add("--memory-device", choices=DEVICES, default="auto", help="as in training")
     add("--memory-map", help="as in training")
-    add("--keys", help="fill memories with these real keys and search for these real queries (see real_keys.py)")
-    add("--full-windows", type=int, nargs="*", default=[], help="also the backbone alone over windows of these lengths")
-    add("--threads", type=int, help="threads on the CPU (default: PyTorch's)")
+    add("--keys", help="file of real keys and queries (see real_keys.py) to fill the memories with and to search for")
+    add(
+        "--full-windows",
+        type=int,
+        nargs="*",
+        default=[],
+        help="windows, in tokens, of the backbone alone to measure too",
+    )
+    add("--threads", type=int, help="number of threads on the CPU (default: PyTorch's)")
     add(
         "--dtype",
         choices=tuple(DTYPES),
         default="float32",
-        help="of weights and activations; bf16 on the CPU as with --inference-dtype, except to train",
+        help="precision of weights and activations; bf16 on the CPU as with --inference-dtype, except in training",
     )
     add("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda (default: %(default)s)")
-    add("--steps", type=int, default=10, help="measurements of each variant (default: %(default)s)")
+    add("--steps", type=int, default=10, help="number of measurements of each variant (default: %(default)s)")
     add(
         "--mode",
         choices=("eval", "train", "generate"),
         default="eval",
-        help="forward; forward and backward; or token by token",
+        help="forward pass; forward and backward pass; or token by token (default: %(default)s)",
     )
-    add("--tflops", type=float, help="operations per second of the machine, in 10^12 (default: measured)")
-    add("--gbps", type=float, help="memory bandwidth of the machine, in 10^9 bytes a second (default: measured)")
-    add("--json", help="write the result there")
-    add("--markdown", help="write the tables there, besides printing them")
-    add("--png", help="draw tokens per second there")
+    add("--tflops", type=float, help="speed of the machine in 10^12 operations per second (default: measured)")
+    add("--gbps", type=float, help="memory bandwidth of the machine in 10^9 bytes per second (default: measured)")
+    add("--json", help="path of a JSON file for the result")
+    add("--markdown", help="path of a file for the printed tables")
+    add("--png", help="path of a plot of tokens per second")
     add("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    for name in ("layers", "dim", "heads", "reduction", "segment", "batch", "k", "chunk_size", "steps"):
-        if getattr(options, name) < 1:
-            stop(f"--{name.replace('_', '-')} {getattr(options, name)} is less than 1")
+    require_at_least(options, 1, "layers", "dim", "heads", "reduction", "segment", "batch", "k", "chunk_size", "steps")
     if options.dim % options.heads or options.layers % options.reduction or options.k % options.chunk_size:
         stop("--dim must be a multiple of --heads, --layers of --reduction, and --k of --chunk-size")
     if options.full_windows and options.mode != "eval":
-        stop(f"--full-windows compares reading: leave it out with --mode {options.mode}")
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda: PyTorch finds no GPU here")
+        stop(f"--full-windows needs --mode eval: leave it out with --mode {options.mode}")
+    require_device(options.device)
     for size in options.memory_sizes:
         if 0 < size < options.segment:
             stop(f"--memory-sizes {size} is smaller than one segment of {options.segment} tokens")
     try:
-        if options.memory_index != FLAT:
+        index, parameters = split_index(options.memory_index, options.memory_index_parameters)
+        if index != FLAT:
             chunks = max(options.memory_sizes) // options.chunk_size
-            width = options.dim // options.heads
-            index_spec(options.memory_index, options.memory_index_parameters, width, chunks)
-        choose_placement(options.memory_device, options.memory_map, options.device, options.memory_index != FLAT)
+            index_spec(index, parameters, options.dim // options.heads, chunks)
+        choose_placement(options.memory_device, options.memory_map, options.device, index != FLAT)
     except ValueError as error:
         stop(str(error))
     return options
 
 
-def real_keys(options: argparse.Namespace) -> Optional[RealKeys]:
-    """Those of --keys."""
+def load_real_keys(options: argparse.Namespace) -> Optional[RealKeys]:
+    """Load the file of ``--keys`` and check that it fits the shapes; None without the option."""
     if options.keys is None:
         return None
     if not Path(options.keys).is_file():
@@ -299,10 +319,10 @@ def main(arguments: List[str]) -> None:
     if options.peak_of:
         print_peak(options)
         return
-    real = real_keys(options)
+    real = load_real_keys(options)
     speed = machine_speed(options)
     decoder = build_decoder(options)
-    variants = [variant_of(name, decoder, options, real) for name in names_of(options)]
+    variants = [build_variant(name, decoder, options, real) for name in names_of(options)]
     for variant in variants[: len(options.memory_sizes)]:
         variant.fill()
     measured = measure(variants, options)
@@ -311,19 +331,19 @@ def main(arguments: List[str]) -> None:
             row["peak_memory_bytes"] = peak
     rows, full = measured[: len(options.memory_sizes)], measured[len(options.memory_sizes) :]
     for row, variant in zip(rows, variants):
-        index = variant.decoder.cfg.memory_index if variant.memory_size else None
+        index = variant.decoder.memory_factory.settings.index if variant.memory_size else None
         row.update(memory_size=variant.memory_size, index=index, bank_bytes=variant.bank_bytes)
     for row, window in zip(full, options.full_windows):
         row["window"] = window
     compare(rows, full, options, speed)
     settings = {name: str(value) if name == "device" else value for name, value in vars(options).items()}
-    result = {"machine": machine(), "options": settings, "speed": speed, "rows": rows, "full_attention": full}
+    result = {"machine": describe_machine(), "options": settings, "speed": speed, "rows": rows, "full_attention": full}
     text = markdown(result, options)
-    print(text, *lines_of(result["machine"]), sep="\n")
+    print(text, *bullet_list(result["machine"]), sep="\n")
     if options.json:
         write_json(options.json, result)
     if options.markdown:
-        Path(options.markdown).write_text(text + "\n")
+        write_text(options.markdown, text + "\n")
     if options.png:
         save_plot(options.png, lambda axes: draw(axes, result))
 

@@ -1,5 +1,8 @@
-"""What throughput.py measures: one decoder with memories of several sizes, reading, training or generating, and the
-backbone alone over longer windows.
+"""Variants that throughput.py measures: one decoder with memories of several sizes that reads, trains or generates, and
+the backbone alone over longer windows.
+
+Every variant has ``step()``, the ``tokens`` of a step, ``bank_bytes`` and ``recall``; one with a memory also has
+``memory_size``, ``banks``, ``fill()`` and ``fill_with_noise()``.
 
 Legend: B lanes, T tokens of a segment, H heads, d width of a head, N chunks that a lane holds, C tokens of a chunk.
 """
@@ -7,31 +10,35 @@ Legend: B lanes, T tokens of a segment, H heads, d width of a head, N chunks tha
 import argparse
 import copy
 from contextlib import nullcontext
-from typing import Dict, Optional
+from dataclasses import replace
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from fairseq.data import Dictionary
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from longmem_fairseq.backbones.loading import Backbone, build_backbone
+from examples.benchmark.real_keys import RealKeys, RealQueriesFactory
+from longmem_fairseq.backbones.base import Backbone
+from longmem_fairseq.backbones.loading import build_backbone
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search.index_spec import FLAT, index_spec
-from longmem_fairseq.models.live_window import WINDOW, LiveWindow
-from longmem_fairseq.models.longmem_decoder import MEMORY_DTYPES, LongMemDecoder
+from longmem_fairseq.memory.factory import MemoryFactory
+from longmem_fairseq.memory.search.index_spec import FLAT
+from longmem_fairseq.memory.settings import MEMORY_DTYPES, MemorySettings
+from longmem_fairseq.memory.split_memories import SplitMemories
+from longmem_fairseq.models.live_window import WINDOW, new_window
+from longmem_fairseq.models.longmem_decoder import LongMemDecoder
 from longmem_fairseq.models.longmem_lm import LongMemConfig
 from longmem_fairseq.modules.mixed_precision import compute_products_in
 
 DTYPES = {**MEMORY_DTYPES, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_FILLED = 1 << 13  # chunks of real keys written at a time
 
 
 def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
-    """A decoder with random weights in the shape that the options ask for."""
+    """Build a decoder with random weights in the shape of the options."""
     dictionary = Dictionary()
     for i in range(options.vocab - len(dictionary)):
         dictionary.add_symbol(f"w{i}")
@@ -72,7 +79,8 @@ def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
             "memory_scope": "document",
         },
     )
-    decoder = LongMemDecoder(cfg, dictionary, backbone)
+    factory = MemoryFactory(MemorySettings.from_config(cfg), backbone.num_kv_heads, backbone.head_dim)
+    decoder = LongMemDecoder(cfg, dictionary, backbone, factory)
     decoder.start_from_backbone()
     if products_only(options):
         compute_products_in(decoder, DTYPES[options.dtype])
@@ -82,108 +90,95 @@ def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
 
 
 def products_only(options: argparse.Namespace) -> bool:
-    """Whether ``--dtype`` is that of the weights' products alone, as with --inference-dtype: bfloat16 on the CPU."""
+    """Return whether only matrix products have ``--dtype``, as with --inference-dtype: for bfloat16 on the CPU."""
     return DTYPES[options.dtype] == torch.bfloat16 and options.mode != "train" and options.device.type == "cpu"
 
 
-def with_memory_size(decoder: LongMemDecoder, memory_size: int) -> LongMemDecoder:
-    """The same modules, and so the same weights, with memories of another size; exact if too small for the index."""
+def with_memory_size(decoder: LongMemDecoder, memory_size: int, real: Optional[RealKeys] = None) -> LongMemDecoder:
+    """Return a decoder that shares all modules with another and has memories of another size.
+
+    A memory that is too small for the index is searched exactly.
+
+    Args:
+        decoder: Decoder whose modules and weights are shared.
+        memory_size: Number of tokens that a lane's memory holds; 0 for no memory.
+        real: Real keys and queries; the memories are searched for these queries.
+    """
+    factory = decoder.memory_factory
+    settings = replace(factory.settings, size=memory_size)
+    if settings.indexed and not can_index(settings, factory.head_dim):
+        settings = replace(settings, index=FLAT, index_parameters="")
+    factory = MemoryFactory(settings, factory.kv_heads, factory.head_dim, factory.attention)
     other = copy.copy(decoder)
-    other._memories = {}
-    other.cfg = OmegaConf.merge(decoder.cfg, {"memory_size": memory_size})
-    if other.cfg.memory_index != FLAT and not can_index(other.cfg, decoder.backbone.head_dim):
-        other.cfg.memory_index, other.cfg.memory_index_parameters = FLAT, ""
+    other.memory_factory = factory if real is None else RealQueriesFactory(factory, real)
+    other.memories = SplitMemories(other.memory_factory)
     return other
 
 
-def can_index(cfg, width: int) -> bool:
-    """Whether a memory of this size can train the index."""
+def can_index(settings: MemorySettings, head_dim: int) -> bool:
+    """Return whether a memory of these settings has enough chunks to train its index."""
     try:
-        index_spec(cfg.memory_index, cfg.memory_index_parameters, width, cfg.memory_size // cfg.chunk_size)
+        settings.index_spec(head_dim)
     except ValueError:
         return False
     return True
 
 
-class RealKeys:
-    """Chunk means and queries of a real model and text (see ``real_keys.py``), in place of random ones.
+class StreamVariant:
+    """A decoder that reads a stream of random tokens in each lane, segment by segment.
 
     Args:
-        path: a safetensors file with ``means`` (H', N', d) and ``queries`` (H', T', d), float32, each of at least as
-            many heads as there are; d is the same.
+        decoder: Decoder whose weights are used.
+        memory_size: Number of tokens that a lane's memory holds; 0 for no memory.
+        options: Options of throughput.py.
+        real: Real keys and queries in place of those of the random tokens.
     """
-
-    def __init__(self, path: str):
-        tensors = load_file(path)
-        self.means, self.queries = tensors["means"], tensors["queries"]
-
-    def fill(self, bank: MemoryBank) -> None:
-        """Fill a bank: the tokens of a chunk all have its mean as their key. Heads of the file serve in turn."""
-        heads = [head % self.means.size(0) for head in range(bank.heads)]
-        for lane in range(bank.lanes):
-            for begin in range(0, bank.chunks, _FILLED):
-                means = self.means[heads, begin : min(bank.chunks, begin + _FILLED)]
-                keys = means.repeat_interleave(bank.chunk_size, dim=1)
-                bank.append(lane, keys, keys)
-
-    def searched_by(self, search):
-        """The search, asked the real queries, whatever it is asked."""
-
-        def asked(bank, lanes, queries, n):
-            B, H, T, _ = queries.shape
-            heads = [head % self.queries.size(0) for head in range(H)]
-            places = torch.arange(T) % self.queries.size(1)
-            real = self.queries[heads][:, places].to(queries.device)
-            found = search(bank, lanes, real[None].expand(B, -1, -1, -1).contiguous(), n)
-            asked.recall = getattr(search, "recall", None)
-            return found
-
-        return asked
-
-
-class Stream:
-    """A decoder with one memory size, and a stream of random tokens for each of its lanes."""
 
     def __init__(
         self, decoder: LongMemDecoder, memory_size: int, options: argparse.Namespace, real: Optional[RealKeys] = None
     ):
-        self.decoder = with_memory_size(decoder, memory_size)
+        self.decoder = with_memory_size(decoder, memory_size, real)
         self.memory_size, self.options, self.real, self.start = memory_size, options, real, 0
         self.lanes = torch.arange(options.batch).numpy()
-        self.hits = self.wanted = 0.0
+        self.hits = self.total = 0.0
 
     def fill(self) -> None:
-        """Read until the memory is full, by the layers of the backbone that the memory needs; or take real keys."""
+        """Fill the memory with random tokens, encoded up to the memory layer, or with real keys."""
         if self.real is not None and self.memory_size:
-            self.decoder.memorize(*self._next())
-            memory = next(iter(self.decoder._memories.values()))
-            memory.flush()
-            self.real.fill(memory.bank)
-            memory.search = self.real.searched_by(memory.search)
+            self.real.fill(self._allocated_bank())
             return
         segments = -(-self.memory_size // self.options.segment) + 1 if self.memory_size else 0
         for _ in tqdm(range(segments), desc=f"filling {self.memory_size:,}", leave=False, mininterval=2):
             self.decoder.memorize(*self._next())
 
     def fill_with_noise(self) -> None:
-        """As if it had read much: what a memory holds has no part in what it costs."""
+        """Fill the memory with noise, which is enough where the cost does not depend on what the memory holds."""
+        fill_with_noise(self._allocated_bank())
+
+    def _allocated_bank(self) -> MemoryBank:
+        """Return the bank after the first segment was written."""
         self.decoder.memorize(*self._next())
-        memory = next(iter(self.decoder._memories.values()))
+        (memory,) = self.decoder.memories
         memory.flush()
-        fill_with_noise(memory.bank)
+        return memory.bank
+
+    @property
+    def banks(self) -> List[MemoryBank]:
+        """Memory banks of all lanes."""
+        return [memory.bank for memory in self.decoder.memories]
 
     @property
     def bank_bytes(self) -> int:
-        """Bytes that the memory takes."""
-        return sum(memory.bank.nbytes for memory in self.decoder._memories.values())
+        """Number of bytes of the memory."""
+        return sum(bank.nbytes for bank in self.banks)
 
     @property
     def recall(self) -> Optional[float]:
-        """Share of what exact search finds, 0 to 1; None where the search is exact."""
-        return self.hits / self.wanted if self.wanted else None
+        """Share of the chunks of exact search that the index finds, 0 to 1; None where the search is exact."""
+        return self.hits / self.total if self.total else None
 
     def step(self) -> None:
-        """One segment of every lane: logits, and in training the side network's gradients."""
+        """Read one segment of every lane; in training also compute the gradients of the side network."""
         tokens, segments = self._next()
         with nullcontext() if self.options.mode == "train" else torch.no_grad():
             logits, extra = self.decoder(tokens, segments=segments)
@@ -192,15 +187,16 @@ class Stream:
                 for parameter in self.decoder.parameters():
                     parameter.grad = None
         if extra["memory"] is not None and extra["memory"].recall is not None:
-            hits, wanted = extra["memory"].recall
-            self.hits, self.wanted = self.hits + hits, self.wanted + wanted
+            hits, total = extra["memory"].recall
+            self.hits, self.total = self.hits + hits, self.total + total
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Number of tokens in one step."""
         return self.options.batch * self.options.segment
 
-    def _next(self):
+    def _next(self) -> Tuple[Tensor, Segments]:
+        """Return the next segment of every lane: token ids (B, T) and their places."""
         tokens = random_tokens(self.options, self.options.segment)
         segments = Segments(
             self.lanes, self.lanes, self.lanes * 0 + self.start, self.lanes * 0 + self.options.segment, len(self.lanes)
@@ -209,11 +205,17 @@ class Stream:
         return tokens, segments
 
 
-class Generation:
-    """A decoder that says one token after the other in every row, each row with a memory of its own.
+class GenerationVariant:
+    """A decoder that generates token by token in every row; each row has its own memory.
 
-    When a window is full its older half moves into the memory, as in generation; a step is a quarter of a window, so
-    that every other step has such a move.
+    The older half of a full window moves into the memory, as in generation. A step is a quarter of a window, so every
+    other step includes such a move.
+
+    Args:
+        decoder: Decoder whose weights are used.
+        memory_size: Number of tokens that a row's memory holds; 0 for no memory.
+        options: Options of throughput.py.
+        real: Real keys and queries in place of those of the random tokens.
     """
 
     recall = None
@@ -221,62 +223,73 @@ class Generation:
     def __init__(
         self, decoder: LongMemDecoder, memory_size: int, options: argparse.Namespace, real: Optional[RealKeys] = None
     ):
-        self.decoder = with_memory_size(decoder, memory_size)
+        self.decoder = with_memory_size(decoder, memory_size, real)
         self.memory_size, self.options, self.real = memory_size, options, real
-        self.state: Dict = {WINDOW: {"window": LiveWindow(self.decoder, options.segment, options.batch)}}
-
-    @property
-    def _window(self) -> LiveWindow:
-        return self.state[WINDOW]["window"]
+        self.window = new_window(self.decoder, options.segment, options.batch)
+        self.state: Dict = {WINDOW: {"window": self.window}}
 
     @torch.no_grad()
     def fill(self) -> None:
-        """Fill the memories with what the backbone makes of random tokens, and half the windows."""
-        branches, T = self._window.branches, self.options.segment
+        """Fill the memories with encoded random tokens or real keys, and half of each window with random tokens."""
+        branches, T = self.window.branches, self.options.segment
         if branches is not None:
-            branches.banks = [self.decoder.new_bank() for _ in range(self.options.batch)]
+            branches.banks = [branches.new_bank() for _ in range(self.options.batch)]
             if self.real is not None:
                 for bank in branches.banks:
                     self.real.fill(bank)
-                branches.search = self.real.searched_by(branches.search)
             else:
                 for _ in tqdm(range(-(-self.memory_size // T)), desc=f"filling {self.memory_size:,}", leave=False):
                     encoded = self.decoder.backbone.encode_for_memory(random_tokens(self.options, T))
                     for bank, keys, values in zip(branches.banks, encoded.keys, encoded.values):
                         bank.append(0, keys, values)
-        pieces = random_tokens(self.options, T // 2)
-        self._window.fill(list(pieces), self.state)
+        self._fill_half_window()
 
     def fill_with_noise(self) -> None:
-        branches = self._window.branches
-        branches.banks = [self.decoder.new_bank() for _ in range(self.options.batch)]
+        """Fill the memories with noise, and half of each window with random tokens."""
+        branches = self.window.branches
+        branches.banks = [branches.new_bank() for _ in range(self.options.batch)]
         for bank in branches.banks:
             fill_with_noise(bank)
-        self._window.fill(list(random_tokens(self.options, self.options.segment // 2)), self.state)
+        self._fill_half_window()
+
+    def _fill_half_window(self) -> None:
+        self.window.fill(list(random_tokens(self.options, self.options.segment // 2)), self.state)
+
+    @property
+    def banks(self) -> List[MemoryBank]:
+        """Memory bank of each row."""
+        return [] if self.window.branches is None else list(self.window.branches.banks)
 
     @property
     def bank_bytes(self) -> int:
-        branches = self._window.branches
-        return 0 if branches is None else sum(bank.nbytes for bank in branches.banks)
+        """Number of bytes of the memories of all rows."""
+        return sum(bank.nbytes for bank in self.banks)
 
     @property
     def tokens(self) -> int:
+        """Number of tokens in one step."""
         return self.options.batch * self.steps
 
     @property
     def steps(self) -> int:
-        """Tokens of a row in one step."""
+        """Number of tokens of a row in one step."""
         return max(1, self.options.segment // 4)
 
     @torch.no_grad()
     def step(self) -> None:
-        """The logits behind some more tokens, one after the other."""
+        """Compute the logits of a quarter of a window, one token after the other."""
         for _ in range(self.steps):
             self.decoder(random_tokens(self.options, 1), incremental_state=self.state)
 
 
-class FullAttention:
-    """The backbone alone over a longer window."""
+class FullAttentionVariant:
+    """The backbone alone over a longer window.
+
+    Args:
+        backbone: Backbone of the other variants.
+        window: Number of tokens in the window.
+        options: Options of throughput.py.
+    """
 
     bank_bytes = 0
     recall = None
@@ -286,18 +299,20 @@ class FullAttention:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens in one step."""
         return self.options.batch * self.window
 
     @torch.no_grad()
     def step(self) -> None:
-        """The logits of one window for each row; hidden states are dropped as soon as they are used."""
+        """Compute the logits of one window of each row; hidden states are dropped as soon as they are used."""
         x = self.backbone.embed(random_tokens(self.options, self.window))
-        for layer in self.backbone.decoder.layers:
+        for layer in self.backbone.layers:
             x = layer(x)[0]
-        self.backbone.output_layer(self.backbone.decoder.layer_norm(x).transpose(0, 1))
+        self.backbone.output(self.backbone.final_norm(x).transpose(0, 1))
 
 
 def fill_with_noise(bank: MemoryBank) -> None:
+    """Make a bank full of random keys, values and means."""
     for buffer in (bank.keys, bank.values, bank.means):
         buffer.normal_()
     bank.written[:] = bank.chunks + bank.written
@@ -306,13 +321,21 @@ def fill_with_noise(bank: MemoryBank) -> None:
 
 
 def random_tokens(options: argparse.Namespace, length: int) -> Tensor:
-    """Random symbols, shape (batch, length), made where they are used."""
+    """Draw random token ids, shape (batch, length), int64, on the device of the model."""
     return torch.randint(4, options.vocab, (options.batch, length), device=options.device)
 
 
-def variant_of(name: str, decoder: LongMemDecoder, options: argparse.Namespace, real: Optional[RealKeys] = None):
-    """The variant that ``memory:SIZE`` or ``window:LENGTH`` names."""
+def build_variant(name: str, decoder: LongMemDecoder, options: argparse.Namespace, real: Optional[RealKeys] = None):
+    """Build the variant of a name.
+
+    Args:
+        name: ``memory:SIZE`` or ``window:LENGTH``, in tokens.
+        decoder: Decoder whose weights are used.
+        options: Options of throughput.py.
+        real: Real keys and queries in place of those of random tokens.
+    """
     kind, size = name.split(":")
     if kind == "window":
-        return FullAttention(decoder.backbone, int(size), options)
-    return (Generation if options.mode == "generate" else Stream)(decoder, int(size), options, real)
+        return FullAttentionVariant(decoder.backbone, int(size), options)
+    variant = GenerationVariant if options.mode == "generate" else StreamVariant
+    return variant(decoder, int(size), options, real)

@@ -1,34 +1,38 @@
-"""Continue a book from one of its pages: without a memory, with all that comes before, and with the whole book.
+"""Continue a book from one of its pages: without a memory, with all pages before it, and with the whole book.
 
-    python examples/book/continue.py --path CHECKPOINT --data DATA --text novel.txt --page 200
+    python -m examples.book.continue --path CHECKPOINT --data DATA --text novel.txt --page 200
 
-The model is given the page (`--page-length` characters) and continues it. Three times: with the memory off, so that it
-sees its window only; with the memory of all pages before; and with the memory of the whole book, in which it can look
-up what follows. Printed are the continuations, how likely each memory makes the page that really follows (perplexity;
-lower is better), and what everything took. Without `--text` the book is the longest module of Python's standard
-library, which the quick start holds out for its test.
+The prompt is the page (`--page-length` characters). It is continued three times: with the memory off, so that the
+model sees its window only; with the memory of all pages before; and with the memory of the whole book, which contains
+the page that follows. The command prints the continuations, the perplexity of the page that really follows (lower is
+better) and the time of each part. Without `--text`, the book is the longest module of Python's standard library, which
+the quick start holds out for its test.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence
 
 import torch
 
-if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
-
 from examples.quickstart.standard_library import standard_library
+from longmem_fairseq.files import write_json
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.text import read_text
 
 
 class Book(NamedTuple):
-    """A book, opened at a page."""
+    """A book that is open at a page.
+
+    Attributes:
+        name: Name of the book and number of the page.
+        text: Text of the whole book.
+        before: Text of all pages before the page.
+        page: Text of the page.
+        following: Text of the page that follows.
+    """
 
     name: str
     text: str
@@ -38,40 +42,58 @@ class Book(NamedTuple):
 
 
 def pages(text: str, length: int) -> List[str]:
-    """A text in pages of so many characters; one that is shorter than half a page joins the page before."""
+    """Cut a text into pages; a last page shorter than half a page is joined to the page before.
+
+    Args:
+        text: Text of the book.
+        length: Number of characters of a page.
+    """
     cut = [text[begin : begin + length] for begin in range(0, len(text), length)]
-    return cut if len(cut) == 1 or len(cut[-1]) >= length / 2 else [*cut[:-2], cut[-2] + cut[-1]]
+    if len(cut) == 1 or len(cut[-1]) >= length / 2:
+        return cut
+    return [*cut[:-2], cut[-2] + cut[-1]]
 
 
-def surprise(model: LongMem, page: str, following: str) -> float:
-    """Perplexity of the page that follows, behind a page and what is remembered."""
-    both, first = model.score(page + following), len(model.encode(page))
-    return float(torch.exp(-both.log_probabilities[first:].mean()))
+def next_page_perplexity(model: LongMem, book: Book) -> float:
+    """Compute the perplexity of the page that follows, given the page and the model's memory."""
+    score, first = model.score(book.page + book.following), len(model.encode(book.page))
+    return float(torch.exp(-score.log_probabilities[first:].mean()))
 
 
-def continued(model: LongMem, memory: str, name: str, book: Book, options: Dict) -> Dict[str, object]:
-    """One row of the result: the continuation with the text ``memory`` memorised, and what it took."""
+def continue_page(model: LongMem, name: str, memory: str, book: Book, options: Dict) -> Dict[str, object]:
+    """Continue the page with a memory.
+
+    Args:
+        model: Model whose memory is replaced by the text ``memory``.
+        name: Name of the memory in the report.
+        memory: Text to memorize first; may be empty.
+        book: Book that is continued.
+        options: Arguments of :meth:`LongMem.generate`.
+
+    Returns:
+        One row of the result: the continuation, the perplexity of the next page, and the time of each part.
+    """
     row = {"memory": name, "memory_tokens": 0, "memorise_seconds": 0.0}
     if memory:
         model.forget()
-        began = time.perf_counter()
+        start = time.perf_counter()
         model.memorize(memory, name)
-        row.update(memory_tokens=model.document_memory.tokens, memorise_seconds=time.perf_counter() - began)
+        row.update(memory_tokens=model.memory.tokens, memorise_seconds=time.perf_counter() - start)
     torch.manual_seed(1)
-    began = time.perf_counter()
+    start = time.perf_counter()
     row["continuation"] = model.generate(book.page, **options)
-    row["generate_seconds"] = time.perf_counter() - began
-    row["perplexity"] = surprise(model, book.page, book.following)
+    row["generate_seconds"] = time.perf_counter() - start
+    row["perplexity"] = next_page_perplexity(model, book)
     return row
 
 
 def report(rows: Sequence[Dict], book: Book) -> str:
-    """The continuations, and a table of figures in Markdown."""
+    """Format the continuations as text, and their figures as a table in Markdown."""
     lines = [book.name, "", "... " + book.page[-200:].strip(), ""]
     for row in rows:
         lines += [f"--- memory: {row['memory']}", str(row["continuation"]).rstrip(), ""]
-    lines += ["--- the book goes on", book.following[:400].rstrip(), ""]
-    lines += ["| memory | tokens in it | memorising | generating | perplexity of the next page |"]
+    lines += ["--- the book continues", book.following[:400].rstrip(), ""]
+    lines += ["| memory | tokens in it | memorizing | generating | perplexity of the next page |"]
     lines += ["| --- | ---: | ---: | ---: | ---: |"]
     for row in rows:
         lines.append(
@@ -82,20 +104,25 @@ def report(rows: Sequence[Dict], book: Book) -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.book.continue",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--path", required=True, help="checkpoint of a LongMem model, or its directory")
     add("--data", help="directory of dict.txt and the tokenizer (default: the checkpoint's, then that of its training)")
-    add("--text", help="the book, a UTF-8 file (default: the longest module of the standard library)")
-    add("--page", type=int, help="page to continue, from 1 (default: that in the middle)")
-    add("--page-length", type=int, default=1800, help="characters of a page (default: %(default)s)")
-    add("--memory-size", type=int, default=65536, help="tokens that the memory holds (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=100, help="length of the continuation (default: %(default)s)")
-    add("--beam", type=int, default=1, help="hypotheses (default: %(default)s)")
-    add("--top-p", type=float, help="sample from the likeliest tokens that make up this share, instead of searching")
-    add("--no-repeat-ngram-size", type=int, default=0, help="n-grams that a continuation may have only once")
-    add("--pretrained-model-path", help="the backbone, where it is not where the checkpoint says")
-    add("--json", help="write the result there")
+    add("--text", help="UTF-8 file of the book (default: the longest module of the standard library)")
+    add("--page", type=int, help="number of the page to continue, from 1 (default: the page in the middle)")
+    add("--page-length", type=int, default=1800, help="number of characters of a page (default: %(default)s)")
+    add("--memory-size", type=int, default=65536, help="number of tokens that the memory holds (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=100, help="length of the continuation in tokens (default: %(default)s)")
+    add("--beam", type=int, default=1, help="number of hypotheses (default: %(default)s)")
+    add("--top-p", type=float, help="sample from the likeliest tokens that have this total probability, without a beam")
+    add("--no-repeat-ngram-size", type=int, default=0, help="length of n-grams that may occur only once; 0: no limit")
+    add("--pretrained-model-path", help="path of the backbone, if it is not where the checkpoint expects it")
+    add("--json", help="path of a JSON file for the result")
     add("--cpu", action="store_true", help="do not use a GPU")
     options = parser.parse_args(arguments)
     for name in ("page_length", "memory_size", "max_new_tokens"):
@@ -104,12 +131,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def choose(options: argparse.Namespace) -> Book:
-    """The book that the options name, at their page.
+def open_book(options: argparse.Namespace) -> Book:
+    """Open the book of the options at their page.
 
     Raises:
-        ValueError: it has no such page.
-        OSError: it cannot be read.
+        ValueError: The book has no such page.
+        OSError: The file cannot be read.
     """
     if options.text:
         name, text = os.path.basename(options.text), read_text(options.text)
@@ -120,7 +147,7 @@ def choose(options: argparse.Namespace) -> Book:
     if not 2 <= page < len(cut):
         raise ValueError(
             f"--page {page} is not from 2 to {len(cut) - 1}: {name} has {len(cut)} pages of {options.page_length} "
-            "characters (--page-length), and one must come before and one after"
+            "characters (--page-length), and the page needs one before and one after it"
         )
     return Book(f"{name}, page {page} of {len(cut)}", text, "".join(cut[: page - 1]), cut[page - 1], cut[page])
 
@@ -130,26 +157,26 @@ def main(arguments: Sequence[str]) -> None:
     settings = {"device": "cpu" if options.cpu else None}
     if options.pretrained_model_path:
         settings["pretrained_model_path"] = options.pretrained_model_path
-    how = {"max_new_tokens": options.max_new_tokens, "beam": options.beam}
-    how["no_repeat_ngram_size"] = options.no_repeat_ngram_size
+    generation = {
+        "max_new_tokens": options.max_new_tokens,
+        "beam": options.beam,
+        "no_repeat_ngram_size": options.no_repeat_ngram_size,
+    }
     if options.top_p is not None:
-        how.update(sampling=True, top_p=options.top_p)
+        generation.update(sampling=True, top_p=options.top_p)
     try:
-        book = choose(options)
-        off = LongMem.from_pretrained(options.path, options.data, memory_size=0, **settings)
-        on = LongMem.from_pretrained(options.path, options.data, memory_size=options.memory_size, **settings)
+        book = open_book(options)
+        model = LongMem.from_pretrained(options.path, options.data, memory_size=options.memory_size, **settings)
         rows = [
-            continued(off, "", "off", book, how),
-            continued(on, book.before, "the pages before", book, how),
-            continued(on, book.text, "the whole book", book, how),
+            continue_page(model.without_memory(), "off", "", book, generation),
+            continue_page(model, "the pages before", book.before, book, generation),
+            continue_page(model, "the whole book", book.text, book, generation),
         ]
+        print(report(rows, book))
+        if options.json:
+            write_json(options.json, {"book": book.name, "rows": rows})
     except (ValueError, OSError) as error:
         sys.exit(f"continue.py: {error}")
-    print(report(rows, book))
-    if options.json:
-        part = f"{options.json}.part"
-        Path(part).write_text(json.dumps({"book": book.name, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, options.json)
 
 
 if __name__ == "__main__":

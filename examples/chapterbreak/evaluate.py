@@ -1,17 +1,13 @@
-"""Suffix identification: the true next-chapter beginning against false ones, given the chapters so far.
+"""Suffix identification: the true beginning of the next chapter against false ones, given the chapters so far.
 
-    python examples/chapterbreak/evaluate.py --path CHECKPOINT --data chapterbreak_test.jsonl \
+    python -m examples.chapterbreak.evaluate --path CHECKPOINT --data chapterbreak_test.jsonl \
         --valid chapterbreak_valid.jsonl --results-path DIR
 
---data is the official ChapterBreak JSON or our JSON lines (README, "Evaluations").
+--data is the official ChapterBreak JSON or JSON lines (documentation, "Evaluation").
 """
 
-import os
-import sys
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
-from longmem_fairseq.evaluation.chapterbreak import ChapterBreak  # noqa: E402
-from longmem_fairseq.evaluation.command import main  # noqa: E402
+from longmem_fairseq.evaluation.chapterbreak import ChapterBreak
+from longmem_fairseq.evaluation.command import main
 
 if __name__ == "__main__":
     print(main(ChapterBreak()))

@@ -1,29 +1,26 @@
 """All evaluations for several checkpoints, in one report with paired bootstrap intervals between them.
 
-    python examples/compare/evaluate.py --path backbone=BACKBONE.pt longmem=CHECKPOINT --data DATA --results-path DIR
+    python -m examples.compare.evaluate --path backbone=BACKBONE.pt longmem=CHECKPOINT --data DATA --results-path DIR
 
---data is a directory that holds what plan.json, beside this file, says; another plan is given with --plan. Each
-evaluation is one of those in the other folders, with its own options (README, "Evaluations").
+--data is a directory of the data that plan.json, beside this file, names; --plan names another plan. Each evaluation is
+one of those in the other folders, with its own options (documentation, "Evaluation").
 """
 
 import os
-import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.join(HERE, "..", ".."), os.path.join(HERE, "..", "recall")]
-from needle import make_haystack  # noqa: E402
+from examples.books.evaluate import read_texts
+from examples.recall.needle import make_haystack
+from longmem_fairseq.evaluation.books import Books
+from longmem_fairseq.evaluation.chapterbreak import ChapterBreak
+from longmem_fairseq.evaluation.compare import main
+from longmem_fairseq.evaluation.dialogue import Dialogue
+from longmem_fairseq.evaluation.in_context import InContext
+from longmem_fairseq.evaluation.needle import Needle
+from longmem_fairseq.evaluation.qa import QuestionAnswering
 
-from longmem_fairseq.evaluation.books import Books  # noqa: E402
-from longmem_fairseq.evaluation.chapterbreak import ChapterBreak  # noqa: E402
-from longmem_fairseq.evaluation.compare import main  # noqa: E402
-from longmem_fairseq.evaluation.dialogue import Dialogue  # noqa: E402
-from longmem_fairseq.evaluation.in_context import InContext  # noqa: E402
-from longmem_fairseq.evaluation.needle import Needle  # noqa: E402
-from longmem_fairseq.evaluation.qa import QuestionAnswering  # noqa: E402
-from preprocess.documents import iter_documents  # noqa: E402
-
+PLAN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "plan.json")
 EVALUATIONS = {
-    "books": lambda: Books(lambda paths: ((document.name, document.text) for document in iter_documents(paths))),
+    "books": lambda: Books(read_texts),
     "in_context": InContext,
     "chapterbreak": ChapterBreak,
     "dialogue": Dialogue,
@@ -32,4 +29,4 @@ EVALUATIONS = {
 }
 
 if __name__ == "__main__":
-    print(main(EVALUATIONS, os.path.join(HERE, "plan.json")))
+    print(main(EVALUATIONS, PLAN))

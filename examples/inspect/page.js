@@ -1,5 +1,5 @@
 "use strict";
-// What the model read for each token; see page.py for what the data holds.
+// Shows what the model read for each token; payload() in page.py describes the data.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
@@ -21,13 +21,13 @@
   const stored = numbers("text", Uint32Array);
   const gain = logp.map((x, i) => x - without[i]);
 
-  // ---- texts: runs of the stream, of which only those are here that are shown
+  // ---- texts: only the runs of the stream that are shown
   const offsets = [];
   data.runs.reduce((sum, [, length]) => (offsets.push(sum), sum + length), 0);
   function textAt(place) {
     let low = 0;
     let high = data.runs.length;
-    while (low < high) { // the first run that begins after the place
+    while (low < high) { // find the first run that begins after the place
       const middle = (low + high) >> 1;
       if (data.runs[middle][0] <= place) low = middle + 1;
       else high = middle;
@@ -49,17 +49,17 @@
   const whole = (x) => x.toLocaleString("en");
 
   // ---- the text
-  const text = byId("text");
+  const textBox = byId("text");
   const spans = [];
   const all = document.createDocumentFragment();
   for (let i = 0; i < data.length; i++) {
-    const own = textAt(first + i);
-    const span = element("span", visible(own), own === "" ? "mark" : "");
+    const text = textAt(first + i);
+    const span = element("span", visible(text), text === "" ? "mark" : "");
     span.number = i;
     spans.push(span);
     all.append(span);
   }
-  text.append(all);
+  textBox.append(all);
 
   // ---- colours
   const SCALES = { strongest: "gate × mass of the chunk read most, all heads", gain: "gain: log p with − without memory" };
@@ -75,7 +75,7 @@
     const name = select.value;
     const values = valuesOf(name);
     const sorted = Float32Array.from(values, Math.abs).sort();
-    const top = Math.max(sorted[Math.floor(0.995 * (sorted.length - 1))], 1e-6); // a few may be darker than the scale
+    const top = Math.max(sorted[Math.floor(0.995 * (sorted.length - 1))], 1e-6); // the darkest 0.5 % exceed the scale
     for (let i = 0; i < spans.length; i++) {
       const share = Math.min(1, Math.abs(values[i]) / top);
       const rgb = name !== "gain" ? "232,89,12" : values[i] > 0 ? "24,140,60" : "150,60,180";
@@ -102,13 +102,13 @@
   function excerpt(place) {
     const code = element("code");
     const run = (from, to) => {
-      let found = "";
-      for (let p = from; p < to; p++) found += textAt(p);
-      return found;
+      let text = "";
+      for (let p = from; p < to; p++) text += textAt(p);
+      return text;
     };
     const end = place + data.chunk;
     const inside = documentOf(place);
-    // What lies before a document's start, or after its end, is not its text.
+    // Text before a document's start, or after its end, belongs to another document.
     const low = Math.max(place - data.around, inside ? inside[1] : place < data.position ? 0 : data.position);
     const high = inside ? Math.min(end + data.around, inside[2]) : end + data.around;
     const starts = inside ? inside[1] === place : place === data.position;
@@ -140,20 +140,20 @@
       const bar = element("span", undefined, "bar");
       bar.style.width = `${figure(100 * share, 1)}%`;
       item.append(bar, excerpt(place));
-      const own = Array.from({ length: data.chunk }, (_, c) => place + c - first);
-      if (own[0] >= 0 && own[0] < spans.length) {
-        outline(own, "read");
+      const inText = Array.from({ length: data.chunk }, (_, c) => place + c - first);
+      if (inText[0] >= 0 && inText[0] < spans.length) {
+        outline(inText, "read");
         item.classList.add("here");
         item.title = "go there";
-        item.addEventListener("click", () => spans[own[0]].scrollIntoView({ block: "center" }));
+        item.addEventListener("click", () => spans[inText[0]].scrollIntoView({ block: "center" }));
       }
       list.append(item);
     }
-    if (!list.children.length) panel.append(element("p", "There was nothing in the memory to read yet."));
+    if (!list.children.length) panel.append(element("p", "The memory was still empty at this token."));
     panel.append(list);
   }
 
-  // ---- hover previews, a click keeps, Escape lets go
+  // ---- hovering shows a token, a click keeps it, Escape releases it
   let kept = -1;
   const target = (event) => (event.target.number === undefined ? -1 : event.target.number);
   function keep(i, scroll) {
@@ -161,8 +161,8 @@
     show(i);
     if (scroll) spans[i].scrollIntoView({ block: "center" });
   }
-  text.addEventListener("mouseover", (event) => { if (kept < 0 && target(event) >= 0) show(target(event)); });
-  text.addEventListener("click", (event) => { if (target(event) >= 0) keep(target(event), false); });
+  textBox.addEventListener("mouseover", (event) => { if (kept < 0 && target(event) >= 0) show(target(event)); });
+  textBox.addEventListener("click", (event) => { if (target(event) >= 0) keep(target(event), false); });
   document.addEventListener("keydown", (event) => {
     if (event.target === select) return;
     if (event.key === "Escape") kept = -1;
@@ -190,9 +190,9 @@
     element("b", document.title), ` · tokens ${whole(data.begin)} to ${whole(data.begin + data.length - 1)} · perplexity `,
     element("b", figure(s.perplexity, 2)), ", without memory ", element("b", figure(s.without, 2)),
     ` · read ${whole(s.distance)} tokens back on average · window ${whole(s.window)}, memory ${whole(s.memory)}, ` +
-    `${whole(s.k)} tokens a query and head in chunks of ${data.chunk}, layer ${s.layer}, ${H} heads`,
+    `${whole(s.k)} tokens per query and head in chunks of ${data.chunk}, layer ${s.layer}, ${H} heads`,
   );
-  panel.append(element("p", "Point at a token to see what was read when it was to be predicted; click to keep it, arrows to go on."),
-    element("p", "A head gives (1 − gate) × window + gate × memory, and its masses over all chunks it reads sum to 1: so gate × mass is the share of what a head says that is from one chunk. Dark tokens read one place sharply; pale ones read many a little."));
+  panel.append(element("p", "Point at a token to see what was read to predict it; click to keep it; use the arrow keys to move on."),
+    element("p", "A head outputs (1 − gate) × window + gate × memory, and its masses over all chunks that it reads sum to 1. So gate × mass is the share of a head's output that comes from one chunk. A dark token reads mostly one chunk; a pale one reads a little of many."));
   paint();
 })();

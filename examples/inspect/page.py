@@ -1,11 +1,11 @@
-"""One HTML page that shows what a text reads from the memory: its tokens coloured, and for each the chunks it read.
+"""One HTML page that shows what a text reads from the memory: coloured tokens, and the chunks that each of them read.
 
-    python examples/inspect/page.py --path CHECKPOINT --data DATA --text novel.txt --output novel.html
+    python -m examples.inspect.page --path CHECKPOINT --data DATA --text novel.txt --output novel.html
 
-Open the page in any browser; it is one file and loads nothing. The colour of a token is how much of what the reading
-layer said, when the token was to be predicted, came from one chunk of the memory (gate x mass); a click shows the
-chunks. `--memory-text FILE` memorises other documents first; `--from N --tokens M` shows a part of a long text, all of
-which is read. The colour can also show by how many nats the memory made each token more likely.
+Open the page in any browser; it is one file and loads nothing else. The colour of a token shows how much of the reading
+layer's output, at the step that predicts the token, came from one chunk of the memory (gate x mass); a click shows the
+chunks. The colour can also show by how many nats the memory made each token more likely. `--memory-text FILE` memorizes
+other documents first. `--from N --tokens M` shows a part of a long text; the whole text is read in any case.
 """
 
 import argparse
@@ -17,14 +17,12 @@ import re
 import sys
 from html import escape
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-if not __package__:  # run as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
-
+from longmem_fairseq.files import write_text
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.models.trace import Trace
 from longmem_fairseq.text import read_text
@@ -33,45 +31,84 @@ AROUND = 10  # tokens of context shown on both sides of a chunk
 MOST_TOKENS = 50_000  # more in one page make browsers slow
 
 
-class Stream:
-    """The texts of the tokens that lie in the memory's stream: memorised documents, then the text itself."""
+class Run(NamedTuple):
+    """Consecutive tokens that the page shows.
+
+    Attributes:
+        begin: Place of the first token in the memory's stream.
+        texts: Text of each token.
+    """
+
+    begin: int
+    texts: List[str]
+
+
+class StreamTexts:
+    """Texts of the tokens in the memory's stream: the memorized documents, then the text that is shown.
+
+    Args:
+        model: Model that tokenized the texts.
+
+    Attributes:
+        texts: Text of each token, by its place in the stream; an end-of-sentence has an empty text.
+    """
 
     def __init__(self, model: LongMem):
-        self.model, self.texts = model, {}
+        self.model = model
+        self.texts: Dict[int, str] = {}
 
     def add(self, begin: int, tokens: Tensor) -> None:
-        """Tokens (n,) of a document that begins, with an end-of-sentence, at ``begin``."""
+        """Add a document.
+
+        Args:
+            begin: Place of the document's first input, an end-of-sentence, in the stream.
+            tokens: Token ids of the document, shape (length,), int64.
+        """
         self.texts[begin] = ""
         self.texts.update(enumerate(self.model.token_texts(tokens), begin + 1))
 
-    def parts(self, trace: Trace) -> List[Tuple[int, List[str]]]:
-        """Runs of tokens that the page shows, (place in the stream, texts): the text, and what is around its reads."""
-        read = trace.chunks[trace.heads >= 0].unique()
+    def shown(self, trace: Trace) -> List[Run]:
+        """Return the runs of tokens that the page shows: the traced text, and the surroundings of what it read."""
+        chunks = trace.chunks[trace.heads >= 0].unique()
         around = torch.arange(-AROUND, trace.chunk_size + AROUND)
         first = trace.position + trace.begin + 1
-        own = torch.arange(first, first + len(trace.tokens))
-        wanted = torch.cat([(read[:, None] + around).flatten(), own]).unique().tolist()
-        runs: List[Tuple[int, List[str]]] = []
-        for place in wanted:
+        text = torch.arange(first, first + len(trace.tokens))
+        places = torch.cat([(chunks[:, None] + around).flatten(), text]).unique().tolist()
+        runs: List[Run] = []
+        for place in places:
             if place not in self.texts:
                 continue
-            if not runs or runs[-1][0] + len(runs[-1][1]) != place:
-                runs.append((place, []))
-            runs[-1][1].append(self.texts[place])
+            if not runs or runs[-1].begin + len(runs[-1].texts) != place:
+                runs.append(Run(place, []))
+            runs[-1].texts.append(self.texts[place])
         return runs
 
 
 def packed(x: Tensor, dtype: str) -> str:
-    """The numbers of a tensor as little-endian bytes in base64."""
+    """Encode the numbers of a tensor as little-endian bytes in base64.
+
+    Args:
+        x: Numbers, any shape.
+        dtype: Type of the numbers in numpy's notation, such as ``f4``.
+    """
     return base64.b64encode(x.numpy().astype(f"<{dtype}").tobytes()).decode("ascii")
 
 
-def payload(trace: Trace, stream: Stream, settings: Dict[str, object]) -> Dict[str, object]:
-    """All that the page's script is given."""
-    runs = stream.parts(trace)
-    texts = sorted({text for _, run in runs for text in run})
+def payload(trace: Trace, stream: StreamTexts, settings: Dict[str, object]) -> Dict[str, object]:
+    """Build the data of the page's script.
+
+    Args:
+        trace: What the text read.
+        stream: Texts of the memory's stream.
+        settings: Settings and figures of the page's head.
+
+    Returns:
+        A dictionary of plain JSON types; tensors are packed in base64.
+    """
+    runs = stream.shown(trace)
+    texts = sorted({text for run in runs for text in run.texts})
     numbers = {text: i for i, text in enumerate(texts)}
-    every = torch.tensor([numbers[text] for _, run in runs for text in run], dtype=torch.int64)
+    every = torch.tensor([numbers[text] for run in runs for text in run.texts], dtype=torch.int64)
     return {
         "settings": settings,
         "position": trace.position,
@@ -83,7 +120,7 @@ def payload(trace: Trace, stream: Stream, settings: Dict[str, object]) -> Dict[s
         "gates": [round(gate, 4) for gate in trace.gates.tolist()],
         "reads": trace.heads.size(1),
         "texts": texts,
-        "runs": [[begin, len(run)] for begin, run in runs],
+        "runs": [[run.begin, len(run.texts)] for run in runs],
         "text": packed(every, "u4"),
         "logp": packed(trace.log_probabilities, "f4"),
         "without": packed(trace.without_memory, "f4"),
@@ -96,11 +133,16 @@ def payload(trace: Trace, stream: Stream, settings: Dict[str, object]) -> Dict[s
     }
 
 
-def page(title: str, content: Dict[str, object]) -> str:
-    """The page, with style, script and data inside."""
+def render_page(title: str, content: Dict[str, object]) -> str:
+    """Render the page with its style, script and data inside.
+
+    Args:
+        title: Name of the text.
+        content: Data of the page's script.
+    """
     here = Path(__file__).parent
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    # In a script element only "<" can begin something else ("</script>", "<!--"); in JSON it may be written so:
+    # In a script element only "<" can begin something else ("</script>", "<!--"); JSON allows this spelling of it:
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     parts = {
         "title": escape(title),
@@ -109,12 +151,13 @@ def page(title: str, content: Dict[str, object]) -> str:
         "data": data,
     }
     template = (here / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], template)  # what is put in is not looked at again
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], template)  # the inserted texts are not searched again
 
 
 def summary(trace: Trace, model: LongMem) -> Dict[str, object]:
-    """Settings and figures of the page's head."""
-    cfg = model.model.decoder.cfg
+    """Collect the settings and figures of the page's head."""
+    decoder = model.model.decoder
+    memory = decoder.memory_factory.settings
     read = trace.heads >= 0
     places = trace.position + trace.begin + 1 + torch.arange(len(trace.tokens))[:, None]
     weights = trace.masses * trace.gates[trace.heads.clamp(min=0)] * read
@@ -123,49 +166,61 @@ def summary(trace: Trace, model: LongMem) -> Dict[str, object]:
         "perplexity": round(math.exp(-float(trace.log_probabilities.mean())), 3),
         "without": round(math.exp(-float(trace.without_memory.mean())), 3),
         "distance": round(distance),
-        "memory": cfg.memory_size,
-        "k": cfg.k,
-        "layer": cfg.retrieval_layer_index,
+        "memory": memory.size,
+        "k": memory.tokens_per_query,
+        "layer": decoder.backbone.memory_layer,
         "window": model.task.args.tokens_per_sample,
     }
 
 
-def write(path: str, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = f"{path}.part"
-    Path(part).write_text(text, encoding="utf-8")
-    os.replace(part, path)
+def make_page(model: LongMem, title: str, text: str, documents: Sequence[Tuple[str, str]], **part) -> str:
+    """Memorize documents, trace a text behind them and render its page.
 
-
-def make(model: LongMem, title: str, text: str, memorised: Sequence[Tuple[str, str]], **part) -> str:
-    """The page of a text behind memorised documents (name, text); ``part`` is as in :meth:`LongMem.trace`.
+    Args:
+        model: Model with an empty memory.
+        title: Name of the text.
+        text: Text to trace.
+        documents: Name and text of each document to memorize first.
+        part: The part of the text to show, as in :meth:`LongMem.trace`.
 
     Raises:
-        ValueError: a text is empty, or there is no such part of it.
+        ValueError: A text is empty, or the text has no such part.
     """
-    stream = Stream(model)
-    for name, document in memorised:
+    stream = StreamTexts(model)
+    for name, document in documents:
         model.memorize(document, name)
-        placed = model.document_memory.documents[-1]
+        placed = model.memory.documents[-1]
         stream.add(placed.begin, model.encode(document))
     trace = model.trace(text, **part)
     stream.add(trace.position, model.encode(text))
-    return page(title, payload(trace, stream, summary(trace, model)))
+    return render_page(title, payload(trace, stream, summary(trace, model)))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.inspect.page",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--path", required=True, help="checkpoint of a LongMem model, or its directory")
     add("--data", help="directory of dict.txt and the tokenizer (default: the checkpoint's, then that of its training)")
-    add("--text", required=True, help="the text to look at, a UTF-8 file; - is standard input")
-    add("--output", required=True, help="the page")
-    add("--memory-text", action="append", default=[], metavar="FILE", help="memorise a document first (repeatable)")
-    add("--from", dest="begin", type=int, default=0, metavar="N", help="first token to show (default: %(default)s)")
-    add("--tokens", type=int, help=f"tokens to show (default: all from there; {MOST_TOKENS:,} at most)")
-    add("--reads", type=int, default=8, help="chunks kept of each token (default: %(default)s)")
-    add("--memory-size", type=int, help="tokens that the memory holds, in place of the checkpoint's")
-    add("--pretrained-model-path", help="the backbone, where it is not where the checkpoint says")
+    add("--text", required=True, help="UTF-8 file of the text to show; - is standard input")
+    add("--output", required=True, help="path of the HTML page to write")
+    add("--memory-text", action="append", default=[], metavar="FILE", help="memorize this document first (repeatable)")
+    add(
+        "--from",
+        dest="begin",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of the first token to show (default: %(default)s)",
+    )
+    add("--tokens", type=int, help=f"number of tokens to show (default: all that follow; at most {MOST_TOKENS:,})")
+    add("--reads", type=int, default=8, help="number of chunks shown for each token (default: %(default)s)")
+    add("--memory-size", type=int, help="number of tokens that the memory holds (default: the checkpoint's)")
+    add("--pretrained-model-path", help="path of the backbone, if it is not where the checkpoint expects it")
     add("--cpu", action="store_true", help="do not use a GPU")
     options = parser.parse_args(arguments)
     if options.tokens is not None and not 0 < options.tokens <= MOST_TOKENS:
@@ -187,22 +242,22 @@ def main(arguments: Sequence[str]) -> None:
         length = len(model.encode(text)) - options.begin
         if options.tokens is None and length > MOST_TOKENS:
             raise ValueError(
-                f"the text has {length:,} tokens from {options.begin} on, more than the {MOST_TOKENS:,} that a page "
-                "can show: choose a part with --from and --tokens"
+                f"the text has {length:,} tokens from {options.begin} on, but a page shows at most {MOST_TOKENS:,}: "
+                "choose a part with --from and --tokens"
             )
-        memorised = [(path, read_text(path)) for path in options.memory_text]
-        content = make(
+        documents = [(path, read_text(path)) for path in options.memory_text]
+        content = make_page(
             model,
             os.path.basename(options.text),
             text,
-            memorised,
+            documents,
             begin=options.begin,
             tokens=options.tokens,
             reads=options.reads,
         )
+        write_text(options.output, content)
     except (ValueError, OSError) as error:
         sys.exit(f"page.py: {error}")
-    write(options.output, content)
     print(f"{options.output}: {len(content.encode()) / 2**20:.1f} MiB")
 
 

@@ -1,21 +1,23 @@
-"""What a source file must pass to enter the pretraining corpus, and the licences a package may have."""
+"""Filters that decide which source files enter the pretraining corpus, and the licences that a package may have."""
 
 import email
 import re
 import sys
 import sysconfig
 import tokenize
+import zipfile
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
+from typing import Dict, Optional, Set
 
 from tqdm import tqdm
 
 MIN_CHARS = 1500  # shorter files are mostly imports and re-exports
-LONG_LINE = 30  # characters, stripped: lines as long as this tell one file from another
+LONG_LINE = 30  # characters, stripped; shorter lines occur in many unrelated files
 MAX_STDLIB_SHARE = 0.08  # of a file's distinct long lines
-RUN = 6, 120  # so many consecutive lines, of so many characters together, are taken over from the standard library
-MAX_REPEATED_SHARE = 0.6  # of a file's distinct long lines, seen in files kept before it
+RUN = 6, 120  # this many consecutive lines with this many characters in total count as copied
+MAX_REPEATED_SHARE = 0.6  # of a file's distinct long lines that occur in files kept before it
 
 _LICENCE_NAMES = {
     "MIT": r"\bMIT\b",
@@ -31,7 +33,7 @@ _LICENCE_TEXTS = {
     "Apache-2.0": r"Apache License",
 }
 _REFUSED = re.compile(r"\b[AL]?GPL|GNU |Mozilla|\bMPL|\bEPL|Eclipse|\bCC.BY", re.IGNORECASE)
-# A file under other terms than its package's says so in one of these ways.
+# A file under other terms than its package states them in one of these ways.
 _FOREIGN_LICENCE = re.compile(
     r"GNU\s+(?:\w+\s+)?General\s+Public|\b[AL]?GPL(?:v?[23])?\b|Mozilla\s+Public|\bMPL.?2|CC.BY.(?:SA|NC)"
 )
@@ -40,17 +42,19 @@ _DATA_LINE = re.compile(r"""[(\[{]*[ubr]{0,2}(['"]).*\1[)\]}]*,?|[-+0-9.,xXeEjJL
 
 
 class Licence:
-    """The licence of a wheel, read from its metadata; where that names none, from its licence file.
+    """The licence of a wheel, read from its metadata or, if they name no known one, from its licence file.
+
+    Args:
+        wheel: The open wheel.
 
     Attributes:
-        names: the permissive licences found, e.g. ``["BSD"]``.
+        names: Names of the permissive licences, such as ``["BSD"]``.
 
     Raises:
-        ValueError: a licence that is not permissive, or none that is known.
+        ValueError: The licence is not permissive, or not known.
     """
 
-    def __init__(self, wheel):
-        """wheel: an open ``zipfile.ZipFile``."""
+    def __init__(self, wheel: zipfile.ZipFile):
         info = [name for name in wheel.namelist() if ".dist-info/" in name]
         metadata = email.message_from_bytes(
             wheel.read(next(n for n in info if n.count("/") == 1 and n.endswith("/METADATA")))
@@ -60,7 +64,7 @@ class Licence:
         stated = "\n".join(stated)
         if _REFUSED.search(stated):
             raise ValueError(
-                f"{wheel.filename} is under '{stated.strip()}', which is not permissive: take it off the list"
+                f"{wheel.filename} is under '{stated.strip()}', which is not permissive: remove it from the list"
             )
         self.names = [name for name, pattern in _LICENCE_NAMES.items() if re.search(pattern, stated)]
         if not self.names:
@@ -68,11 +72,11 @@ class Licence:
             text = "\n".join(wheel.read(n).decode("utf-8", "replace") for n in files)
             self.names = [name for name, pattern in _LICENCE_TEXTS.items() if re.search(pattern, text)]
             if not self.names or re.search(r"GNU\s+(?:\w+\s+)?General\s+Public", text):
-                raise ValueError(f"{wheel.filename} names no known permissive licence: take it off the list")
+                raise ValueError(f"{wheel.filename} names no known permissive licence: remove it from the list")
 
 
-def decode(data):
-    """Source bytes as text with Unix line ends, or None where they are not text in the encoding they declare."""
+def decode(data: bytes) -> Optional[str]:
+    """Decode the bytes of a source file to text with Unix line ends; None if they are not text in their encoding."""
     try:
         encoding, _ = tokenize.detect_encoding(BytesIO(data).readline)
         text = data.decode(encoding)
@@ -82,22 +86,22 @@ def decode(data):
     return None if "\0" in text else text
 
 
-def long_lines(text):
-    """The distinct stripped lines of at least ``LONG_LINE`` characters, as 8-byte digests."""
+def long_lines(text: str) -> Set[bytes]:
+    """Return 8-byte digests of the distinct stripped lines of at least ``LONG_LINE`` characters."""
     stripped = {line.strip() for line in text.split("\n")}
     return {blake2b(line.encode(), digest_size=8).digest() for line in stripped if len(line) >= LONG_LINE}
 
 
-def line_runs(text):
-    """The runs of consecutive stripped non-blank lines that ``RUN`` describes, as 8-byte digests."""
+def line_runs(text: str) -> Set[bytes]:
+    """Return 8-byte digests of the runs of consecutive stripped non-blank lines that ``RUN`` describes."""
     count, chars = RUN
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     runs = ("\n".join(lines[i : i + count]) for i in range(len(lines) - count + 1))
     return {blake2b(run.encode(), digest_size=8).digest() for run in runs if len(run) >= chars + count - 1}
 
 
-def is_data(text):
-    """True for tables and generated files: very long lines, mostly digits, escapes, quoted items or non-ASCII."""
+def is_data(text: str) -> bool:
+    """Detect tables and generated files: very long lines, mostly digits, escapes, quoted items or non-ASCII."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines or max(map(len, lines)) > 2000 or sum(map(len, lines)) / len(lines) > 110:
         return True
@@ -112,11 +116,14 @@ def is_data(text):
 
 
 class Filters:
-    """Decides file by file, in order, and counts the reasons.
+    """Filters that decide file by file, in order, and count the reasons for dropping files.
 
     Attributes:
-        dropped: reason -> number of files.
-        stdlib_files: number of files of the running Python's standard library that were read.
+        dropped: Number of dropped files by reason.
+        stdlib_files: Number of files of the running Python's standard library that were read.
+
+    Raises:
+        FileNotFoundError: The sources of the standard library are not installed.
     """
 
     def __init__(self):
@@ -126,41 +133,53 @@ class Filters:
         )
         if len(paths) < 500:
             raise FileNotFoundError(
-                f"{root} holds {len(paths)} files of the standard library, too few to tell its code by: "
-                "run a Python that is installed with its sources"
+                f"{root} holds {len(paths)} files of the standard library, fewer than 500: run a Python that is "
+                "installed with its sources"
             )
-        self._stdlib, self._stdlib_runs = set(), set()
+        self._stdlib: Set[bytes] = set()
+        self._stdlib_runs: Set[bytes] = set()
         for path in tqdm(paths, desc=f"Python {sys.version_info.major}.{sys.version_info.minor} stdlib", unit="file"):
             text = decode(path.read_bytes())
             if text is not None:
                 self._stdlib |= long_lines(text)
                 self._stdlib_runs |= line_runs(text)
         self.stdlib_files = len(paths)
-        self._kept = set()
-        self.dropped = {}
+        self._kept: Set[bytes] = set()
+        self.dropped: Dict[str, int] = {}
 
-    def _drop(self, reason):
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+    def accept(self, data: bytes) -> Optional[str]:
+        """Decide about the next file.
 
-    def accept(self, data):
-        """The text of the source file ``data`` (bytes), or None where it is dropped."""
+        Args:
+            data: Content of the source file.
+
+        Returns:
+            The text of the file, or None if the file is dropped.
+        """
         text = decode(data)
+        reason = self._reason_to_drop(text)
+        if reason:
+            self.dropped[reason] = self.dropped.get(reason, 0) + 1
+            return None
+        self._kept |= long_lines(text)
+        return text
+
+    def _reason_to_drop(self, text: Optional[str]) -> Optional[str]:
         if text is None:
-            return self._drop("not text")
+            return "not text"
         if len(text) < MIN_CHARS:
-            return self._drop(f"under {MIN_CHARS} characters")
+            return f"under {MIN_CHARS} characters"
         if _FOREIGN_LICENCE.search(text):
-            return self._drop("names another licence")
+            return "names another licence"
         if is_data(text):
-            return self._drop("generated or data")
+            return "generated or data"
         lines = long_lines(text)
         if not lines:
-            return self._drop("generated or data")
+            return "generated or data"
         if len(lines & self._stdlib) > MAX_STDLIB_SHARE * len(lines):
-            return self._drop("overlaps with the standard library")
+            return "overlaps with the standard library"
         if not self._stdlib_runs.isdisjoint(line_runs(text)):
-            return self._drop("has a run of lines of the standard library")
+            return "has a run of lines of the standard library"
         if len(lines & self._kept) > MAX_REPEATED_SHARE * len(lines):
-            return self._drop("repeats files kept before")
-        self._kept |= lines
-        return text
+            return "repeats files kept before"
+        return None

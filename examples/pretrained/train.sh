@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Pretrain the backbone of the quick start: 6 layers of width 256 on code, books and repetitions (see README.md here).
+# Pretrain the backbone of the quick start: 6 layers of width 256, on code, books and repetitions (see README.md).
 #
 #   bash examples/pretrained/train.sh DATA SAVE_DIR [further fairseq-train options, such as --fp16]
 #
-# Minutes on one GPU. It is an ordinary fairseq training of an ordinary transformer_lm.
+# Takes minutes on one GPU. This is a plain fairseq training of a plain transformer_lm.
 set -euo pipefail
 data=$1 save=$2
 shift 2

@@ -1,10 +1,9 @@
-"""Put the quick start's results together: report.json, report.md, report.png, and a table.
+"""Report of the demo: collect its results into report.json, report.md and report.png, and print the table.
 
-python examples/quickstart/demo_report.py --demo demo --seconds 600
+python -m examples.quickstart.demo_report --demo demo --seconds 600
 """
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -12,17 +11,31 @@ from pathlib import Path
 
 import torch
 
+from longmem_fairseq.files import write_json, write_text, write_whole
+
 
 def perplexity(log: Path) -> float:
-    """The perplexity that a log of fairseq-eval-lm ends with."""
-    found = re.findall(r"Loss \(base 2\): ([0-9.]+)", log.read_text())
-    if not found:
+    """Read the perplexity at the end of a log of fairseq-eval-lm.
+
+    Args:
+        log: Path of the log.
+
+    Raises:
+        SystemExit: The log reports no loss.
+    """
+    losses = re.findall(r"Loss \(base 2\): ([0-9.]+)", log.read_text())
+    if not losses:
         raise SystemExit(f"{log} reports no loss: remove it and run the demo again")
-    return round(2 ** float(found[-1]), 3)
+    return round(2 ** float(losses[-1]), 3)
 
 
 def collect(demo: Path, seconds: int) -> dict:
-    """All results, as report.json holds them."""
+    """Collect all results, in the form of report.json.
+
+    Args:
+        demo: Directory of the demo.
+        seconds: Duration of the run in seconds.
+    """
     memory = {int(log.stem.split("-")[1]): perplexity(log) for log in demo.glob("eval/memory-*.log")}
     training = re.findall(r"train_inner .*? gate=([0-9.]+), .*?ppl=([0-9.]+)", (demo / "logs/train.log").read_text())
     return {
@@ -39,8 +52,8 @@ def collect(demo: Path, seconds: int) -> dict:
     }
 
 
-def table(report: dict) -> str:
-    """The results as a table in Markdown."""
+def results_table(report: dict) -> str:
+    """Format the results as a table in Markdown."""
     rows = [("backbone alone", report["backbone"], "")]
     for size, value in report["memory"].items():
         gain = f"-{report['gain_percent'][size]} %" if size in report["gain_percent"] else ""
@@ -50,7 +63,12 @@ def table(report: dict) -> str:
 
 
 def plot(report: dict, path: Path) -> None:
-    """Perplexity by size of the memory."""
+    """Draw the perplexity by memory size and write it as a PNG, whole or not at all.
+
+    Args:
+        report: Results, as ``collect`` returns them.
+        path: Path of the PNG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,24 +84,28 @@ def plot(report: dict, path: Path) -> None:
     axes.set_title(report["source"], fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    plt.close(figure)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--demo", type=Path, required=True)
-    parser.add_argument("--seconds", type=int, default=0, help="what the run took")
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart.demo_report", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--demo", type=Path, required=True, help="directory of the demo")
+    parser.add_argument("--seconds", type=int, default=0, help="duration of the run in seconds")
     args = parser.parse_args()
     demo, report = args.demo, collect(args.demo, args.seconds)
-    text = f"# {report['source']}\n\n{table(report)}\n\nBackbone: {report['copying']}\n\nMachine: {report['machine']}\n"
-    plot(report, demo / "report.png.part.png")
-    for name, content in (("report.md", text), ("report.json", json.dumps(report, indent=2) + "\n")):
-        (demo / f"{name}.part").write_text(content)
-        os.replace(demo / f"{name}.part", demo / name)
-    os.replace(demo / "report.png.part.png", demo / "report.png")
-    print(f"\n{table(report)}\n\n{report['seconds']} s; report: {demo}/report.md, report.json, report.png\n")
+    results = results_table(report)
+    plot(report, demo / "report.png")
+    write_text(
+        demo / "report.md",
+        f"# {report['source']}\n\n{results}\n\nBackbone: {report['copying']}\n\nMachine: {report['machine']}\n",
+    )
+    write_json(demo / "report.json", report)
+    print(f"\n{results}\n\n{report['seconds']} s; report: {demo}/report.md, report.json, report.png\n")
     base = f"{demo}/data --user-dir longmem_fairseq --task longmem_language_modeling"
-    print(f"""To go on (source .venv/bin/activate):
+    print(f"""To continue (source .venv/bin/activate):
   # each document's perplexity, with and without memory: in out/documents.csv
   fairseq-eval-lm {base} --path {demo}/checkpoints/checkpoint_last.pt --results-path out
   # train on, to 1,000 updates

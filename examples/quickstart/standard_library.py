@@ -1,11 +1,11 @@
-"""The documents of the quick start, split into train, valid and test.
+"""The standard library of the running Python as documents, and the quick start's split into train, valid and test.
 
-    python examples/quickstart/standard_library.py --destdir DIR [--text FILE-OR-DIRECTORY]
+    python -m examples.quickstart.standard_library --destdir DIR [--text FILE-OR-DIRECTORY]
 
-writes DIR/train.jsonl, DIR/valid.jsonl and DIR/test.jsonl, one document a line (``name``, ``text``). Without --text
-the documents are the modules of the running Python's standard library. The split depends on nothing but their
-lengths: of the long ones, longest first, every third is held out, for test or (every ninth) for valid; all others are
-for training. Fewer than nine documents are cut instead: 70 % of each for training, 10 % for valid, the end for test.
+writes DIR/train.jsonl, DIR/valid.jsonl and DIR/test.jsonl, one document a line (``name``, ``text``). With --text, the
+documents are read from there instead. The split depends on the lengths of the documents only: of the long ones, longest
+first, every third is held out, for test or (every ninth) for valid; all others are for training. Fewer than nine
+documents are cut instead: 70 % of each for training, 10 % for valid and the end for test.
 """
 
 import argparse
@@ -14,10 +14,11 @@ import os
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Dict, Iterator, List, Sequence, Tuple
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
-from preprocess.documents import iter_documents  # noqa: E402
-from preprocess.errors import InputError  # noqa: E402
+from longmem_fairseq.files import write_text
+from preprocess.documents import iter_documents
+from preprocess.errors import InputError
 
 # Tests and their data, installed packages, programs rather than library, and modules that are tables.
 LEFT_OUT = {
@@ -38,9 +39,11 @@ LEFT_OUT = {
 }
 LONG, SHORT = 50_000, 400  # characters
 
+NamedText = Tuple[str, str]
 
-def standard_library():
-    """(name, text) of each module, in order of name."""
+
+def standard_library() -> Iterator[NamedText]:
+    """Yield the name and text of each module, in order of name."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
@@ -50,9 +53,16 @@ def standard_library():
                 yield str(name), text
 
 
-def split(documents):
-    """{"train": [...], "valid": [...], "test": [...]} of (name, text)."""
-    splits = {"train": [], "valid": [], "test": []}
+def split(documents: Sequence[NamedText]) -> Dict[str, List[NamedText]]:
+    """Split documents into train, valid and test by their lengths.
+
+    Args:
+        documents: Name and text of each document.
+
+    Returns:
+        The documents, or parts of them, of ``train``, ``valid`` and ``test``.
+    """
+    splits: Dict[str, List[NamedText]] = {"train": [], "valid": [], "test": []}
     if len(documents) < 9:
         for name, text in documents:
             first, second = (line_end(text, len(text) * share // 10) for share in (7, 8))
@@ -70,30 +80,29 @@ def split(documents):
     return splits
 
 
-def line_end(text, at):
-    """Where the line that holds character ``at`` ends."""
+def line_end(text: str, at: int) -> int:
+    """Return the index behind the line that contains character ``at``."""
     end = text.find("\n", at)
     return len(text) if end < 0 else end + 1
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--destdir", required=True)
-    parser.add_argument("--text", help="a text file, a directory of them, or JSON lines")
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart.standard_library", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--destdir", required=True, help="directory of the three files")
+    parser.add_argument("--text", help="a text file, a directory of text files, or JSON lines")
     args = parser.parse_args()
     try:
         documents = [(d.name, d.text) for d in iter_documents([args.text])] if args.text else list(standard_library())
     except (OSError, InputError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+        sys.exit(f"standard_library.py: {error}")
     os.makedirs(args.destdir, exist_ok=True)
     for name, part in split(documents).items():
         if not part:
-            sys.exit(f"{parser.prog}: {args.text} is too little text: nothing is left for {name}")
-        path = os.path.join(args.destdir, f"{name}.jsonl")
-        with open(path + ".part", "w", encoding="utf-8") as file:
-            for document, text in part:
-                file.write(json.dumps({"name": document, "text": text}) + "\n")
-        os.replace(path + ".part", path)
+            sys.exit(f"standard_library.py: {args.text} is too little text: nothing is left for {name}")
+        lines = [json.dumps({"name": document, "text": text}) + "\n" for document, text in part]
+        write_text(os.path.join(args.destdir, f"{name}.jsonl"), "".join(lines))
         print(f"{name}: {len(part)} documents, {sum(len(text) for _, text in part):,} characters")
 
 

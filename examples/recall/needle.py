@@ -1,25 +1,28 @@
-"""The needle test: how many facts are recalled, over their distance, the size of the memory and how many there are.
+"""The needle test: how many facts are recalled, by their distance, the size of the memory and their number.
 
-    python examples/recall/needle.py --path CHECKPOINT --results-path DIR
+    python -m examples.recall.needle --path CHECKPOINT --results-path DIR
 
-asks for facts as those of facts.py, one at a time at the end of documents of 60,000 tokens, and draws a heat map for
-each number of facts. evaluate.py, beside it, reads the questions as part of the document instead.
+queries facts such as those of facts.py, one at a time at the end of documents of 60,000 tokens, and draws a heat map
+for each number of facts. evaluate.py, beside it, reads the questions as part of the document instead.
 """
 
-import os
-import sys
-
 import numpy as np
+from fairseq.data import Dictionary
 
-sys.path[:0] = [os.path.join(os.path.dirname(__file__), "..", ".."), os.path.dirname(__file__)]
-from facts import spread, symbols  # noqa: E402
-
-from longmem_fairseq.evaluation.command import main  # noqa: E402
-from longmem_fairseq.evaluation.needle import Haystack, Needle  # noqa: E402
+from examples.recall.facts import spread, symbols
+from longmem_fairseq.evaluation.command import main
+from longmem_fairseq.evaluation.needle import Haystack, Needle
 
 
-def make_haystack(dictionary, facts: int, length: int, seed: int) -> Haystack:
-    """Facts at random places amid filler, in the symbols of facts.py."""
+def make_haystack(dictionary: Dictionary, facts: int, length: int, seed: int) -> Haystack:
+    """Put facts at random places in filler, with the kinds of symbols of facts.py.
+
+    Args:
+        dictionary: Dictionary of the model.
+        facts: Number of facts.
+        length: Number of tokens of the document.
+        seed: Seed of the random choices.
+    """
     names, values, fillers = symbols(dictionary)
     rng = np.random.default_rng([seed, facts])
     stated = np.stack([rng.choice(names, facts, replace=False), rng.choice(values, facts)], axis=1)  # (facts, 2)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Does the memory recall? Facts stated up to 60,000 tokens back, asked for at the end (see facts.py, evaluate.py).
+# Does the memory recall? Facts stated up to 60,000 tokens back, queried at the end (see facts.py, evaluate.py).
 #
 #   bash examples/recall/run.sh [DIR] [--quick]        DIR: recall by default; --quick: up to 8,000 tokens, two minutes
 #
-# The shipped backbone, which copies in its window, is adapted by fairseq-train on documents of 2,600 and 9,000 tokens and
-# then asked about documents of 64,000. A finished training is not repeated.
+# The shipped backbone, which copies in its window, is adapted by fairseq-train on documents of 2,600 and 9,000 tokens,
+# then evaluated on documents of 64,000. A finished training is not repeated.
 set -euo pipefail
 dir=recall quick=()
 for argument; do
@@ -18,8 +18,8 @@ updates=600
 device=(--cpu)
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
 
-python examples/recall/facts.py --destdir "$dir/data" "${quick[@]}" 2>/dev/null
-python preprocess/convert_safetensors.py examples/pretrained/mini/backbone.safetensors "$dir/backbone.pt" 2>/dev/null
+python -m examples.recall.facts --destdir "$dir/data" "${quick[@]}" 2>/dev/null
+python -m preprocess.convert_safetensors examples/pretrained/mini/backbone.safetensors "$dir/backbone.pt" 2>/dev/null
 if [ ! -e "$dir/checkpoints/checkpoint_last.pt" ]; then
   echo "adapting: $updates updates (log: $dir/train.log)"
   fairseq-train "$dir/data" --user-dir longmem_fairseq --task longmem_language_modeling --arch longmem_gpt2_mini \
@@ -30,5 +30,5 @@ if [ ! -e "$dir/checkpoints/checkpoint_last.pt" ]; then
     --log-interval 5 --log-format simple --without-memory-interval 5 --seed 1 "${device[@]}" >"$dir/train.log" 2>&1 ||
     { tail -n 20 "$dir/train.log" >&2; exit 1; }
 fi
-python examples/recall/evaluate.py --path "$dir/checkpoints/checkpoint_last.pt" --data "$dir/data" \
+python -m examples.recall.evaluate --path "$dir/checkpoints/checkpoint_last.pt" --data "$dir/data" \
   --results-path "$dir" "${device[@]}" 2>"$dir/evaluate.log" || { tail -n 20 "$dir/evaluate.log" >&2; exit 1; }

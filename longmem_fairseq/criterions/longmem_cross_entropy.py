@@ -1,4 +1,4 @@
-"""Cross-entropy of the side network's predictions, and what shows whether the memory is of use."""
+"""Cross-entropy of the model's predictions, and figures that show whether the memory is of use."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,14 +11,27 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from fairseq.logging import metrics
 
+# Sums that describe the use of the memory, in the order in which they are logged.
+_FIGURES = (
+    "memory_batches",
+    "gate",
+    "memory_fill",
+    "memory_reads",
+    "memory_distance",
+    "memory_hits",
+    "memory_compared",
+)
+
 
 @dataclass
 class LongMemCrossEntropyConfig(CrossEntropyCriterionConfig):
+    """Options of ``longmem_cross_entropy``; see each option's help."""
+
     without_memory_interval: int = field(
         default=50,
         metadata={
-            "help": "every so many updates, also measure the loss without reading the memory (0: never); "
-            "validation always does"
+            "help": "number of updates between two measurements of the loss without reading the memory (0: never); "
+            "validation always measures it"
         },
     )
 
@@ -28,10 +41,15 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
     """fairseq's cross-entropy with figures of the memory beside it.
 
     Logged besides ``loss`` and ``ppl`` (base 2): ``gate``, the mean of sigmoid(g) over heads; ``mem_fill``, the share
-    of the memory in use; ``mem_dist``, tokens between a query and what it reads; on sampled steps ``ppl_no_mem``, the
-    perplexity of the same side network when it reads nothing, and ``mem_gain``, by how much (in percent) reading
-    lowers it; and with an approximate index (``--memory-index``), on sampled steps, ``mem_recall``, the percentage of
-    what exact search finds that the index finds too.
+    of the memory in use; ``mem_dist``, the mean number of tokens between a query and the chunks it reads; on sampled
+    updates ``ppl_no_mem``, the perplexity of the same side network when it reads nothing, and ``mem_gain``, the
+    percentage by which reading lowers it; and with an approximate index (``--memory-index``), on sampled updates,
+    ``mem_recall``, the percentage of the chunks found by exact search that the index finds too.
+
+    Args:
+        task: The fairseq task.
+        sentence_avg: If true, gradients are averaged over rows instead of tokens.
+        without_memory_interval: Number of updates between two measurements of the loss without memory; 0 for never.
     """
 
     def __init__(self, task, sentence_avg, without_memory_interval=50):
@@ -39,18 +57,26 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
         self.without_memory_interval = without_memory_interval
 
     def forward(self, model, sample, reduce=True):
-        """Loss, its denominator and sums to log, as fairseq's criteria return them.
+        """Compute the loss of a batch.
+
+        Args:
+            model: A model with a memory, in training or evaluation mode.
+            sample: Collated batch.
+            reduce: If true, sum the loss over tokens; otherwise return that of each token.
+
+        Returns:
+            The loss, its denominator and sums to log, as fairseq's criteria return them.
 
         Raises:
-            ValueError: for a model without a memory.
+            ValueError: The model has no memory.
         """
         if not hasattr(model, "memorize"):
             raise ValueError(
-                "--criterion longmem_cross_entropy measures what a memory does, and this model can have none: use "
-                "--criterion cross_entropy"
+                "--criterion longmem_cross_entropy measures a memory, and this model has none: use --criterion "
+                "cross_entropy"
             )
         interval = self.without_memory_interval
-        # By the number of the update, not by a count of our own, so that a resumed training takes the same steps.
+        # By the number of the update, so that a resumed training measures at the same updates.
         compare = not model.training or (interval > 0 and model.num_updates % interval == 0)
         logits, extra = model(**sample["net_input"], without_memory=compare)
         target = sample["target"]
@@ -83,7 +109,11 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs) -> None:
-        """Aggregate the logged sums of all ranks and batches."""
+        """Aggregate the logged sums of all ranks and batches.
+
+        Args:
+            logging_outputs: Sums that :meth:`forward` returned, one dictionary per rank and batch.
+        """
         CrossEntropyCriterion.reduce_metrics(logging_outputs)
 
         def total(key):
@@ -96,9 +126,9 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
         reads = total("memory_reads")
         if reads:
             metrics.log_scalar("mem_dist", total("memory_distance") / reads, reads, round=0)
-        wanted = total("memory_wanted")
-        if wanted:
-            metrics.log_scalar("mem_recall", 100 * total("memory_hits") / wanted, wanted, round=1)
+        compared = total("memory_compared")
+        if compared:
+            metrics.log_scalar("mem_recall", 100 * total("memory_hits") / compared, compared, round=1)
         tokens = total("tokens_compared")
         if tokens:
             with_memory = total("loss_compared") / tokens / math.log(2)
@@ -110,45 +140,41 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
-        """All figures are sums."""
+        """Return True: all figures are sums."""
         return True
 
 
 def _perplexity(loss) -> Optional[float]:
-    """2^loss; None while nothing was measured since the last line of the log."""
+    """Return 2^loss; None while nothing was measured since the last line of the log."""
     return None if loss is None else utils.get_perplexity(loss)
 
 
 def _gain(with_memory, without) -> Optional[float]:
-    """By how much reading lowers the perplexity, in percent, from two losses in base 2."""
+    """Return the percentage by which reading lowers the perplexity, from two losses in base 2."""
     return None if without is None else round(100 * (1 - 2 ** (float(with_memory) - float(without))), 2)
 
 
 def memory_figures(model, reader, zero) -> dict:
-    """Sums that describe one batch's use of the memory; all zero where there is none."""
+    """Describe one batch's use of the memory.
+
+    Args:
+        model: The model.
+        reader: Reader of the batch's memory; None where there is none.
+        zero: The number 0, scalar float32 on the model's device.
+
+    Returns:
+        Sums by name, scalars; all zero where there is no memory.
+    """
     if reader is None:
-        return dict.fromkeys(
-            (
-                "memory_batches",
-                "gate",
-                "memory_fill",
-                "memory_reads",
-                "memory_distance",
-                "memory_hits",
-                "memory_wanted",
-            ),
-            zero,
-        )
+        return dict.fromkeys(_FIGURES, zero)
     distance, reads = reader.distance()
-    hits, wanted = reader.recall or (0.0, 0.0)
-    decoder = model.decoder
-    gate = decoder.gates.mean()
+    hits, compared = reader.recall or (0.0, 0.0)
     return {
         "memory_batches": zero + 1,
-        "gate": zero + gate,
+        "gate": zero + model.decoder.gates.mean(),
         "memory_fill": zero + reader.fill,
         "memory_reads": zero + reads,
         "memory_distance": zero + distance,
         "memory_hits": zero + hits,
-        "memory_wanted": zero + wanted,
+        "memory_compared": zero + compared,
     }

@@ -15,15 +15,16 @@ def _batches_of_epoch(dataset: LaneDataset, epoch: int):
 
 
 class LaneIterator(EpochBatchIterator):
-    """Yields this rank's batches in order; its state also says how the lanes lay.
+    """Iterate over one rank's batches in order; the iterator's state also records the layout of the lanes.
 
     Args:
-        dataset: the segments; ``dataset.n_ranks`` shards are read by as many ranks.
-        rank: which of them this is.
-        epoch: the epoch to begin with, from 1.
-        num_workers: processes that read; 0 reads in this one.
-        buffer_size: batches that the workers read ahead.
-        begins: told whenever an epoch begins, with this object and whether it is one of training.
+        dataset: Segments to read; its ``n_ranks`` shards are read by as many ranks.
+        rank: Number of this rank.
+        epoch: Number of the epoch to start with, from 1.
+        num_workers: Number of processes that read; 0 reads in this one.
+        buffer_size: Number of batches that the workers read ahead.
+        on_epoch: Function called at the start of each epoch with this iterator, and whether the epoch is one of
+            training.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class LaneIterator(EpochBatchIterator):
         epoch: int = 1,
         num_workers: int = 0,
         buffer_size: int = 0,
-        begins: Optional[Callable[["LaneIterator", bool], None]] = None,
+        on_epoch: Optional[Callable[["LaneIterator", bool], None]] = None,
     ):
         super().__init__(
             dataset=dataset,
@@ -46,21 +47,30 @@ class LaneIterator(EpochBatchIterator):
             buffer_size=buffer_size,
             disable_shuffling=True,
         )
-        self._begins = begins
+        self._on_epoch = on_epoch
 
     def next_epoch_itr(
         self, shuffle: bool = True, fix_batches_to_gpus: bool = False, set_dataset_epoch: bool = True
     ) -> CountingIterator:
-        """Batches of the next epoch; fairseq asks for those of a validation with ``set_dataset_epoch`` off."""
+        """Start the next epoch.
+
+        Args:
+            shuffle: Ignored; lanes are never shuffled.
+            fix_batches_to_gpus: Ignored.
+            set_dataset_epoch: Whether the epoch is one of training; fairseq passes False for validation.
+
+        Returns:
+            Iterator over this rank's batches.
+        """
         batches = super().next_epoch_itr(shuffle, fix_batches_to_gpus, set_dataset_epoch)
-        if self._begins is not None:
-            self._begins(self, set_dataset_epoch)
+        if self._on_epoch is not None:
+            self._on_epoch(self, set_dataset_epoch)
         return batches
 
     def _get_iterator_for_epoch(
         self, epoch: int, shuffle: bool, fix_batches_to_gpus: bool = False, offset: int = 0
     ) -> Optional[CountingIterator]:
-        """Batches of this rank from the ``offset``-th on.
+        """Iterate over this rank's batches from number ``offset`` on.
 
         Unlike fairseq's own, the loader holds no reference back to this object: in such a cycle it is destroyed in an
         order that leaves its workers waiting, which costs five seconds for each worker at every validation.
@@ -80,7 +90,11 @@ class LaneIterator(EpochBatchIterator):
         return CountingIterator(loader, start=offset)
 
     def layout(self) -> Dict[str, Any]:
-        """All that decides which token stands where in an epoch, and the option that sets it."""
+        """Describe all that decides which token is where in an epoch.
+
+        Returns:
+            Values of plain JSON types by the options that set them.
+        """
         data = self.dataset
         return {
             "documents": len(data.documents),
@@ -93,28 +107,34 @@ class LaneIterator(EpochBatchIterator):
         }
 
     def state_dict(self) -> Dict[str, Any]:
+        """Return fairseq's state of the iterator, and the layout of the lanes."""
         return {**super().state_dict(), "lanes": self.layout()}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Continue where another iterator stopped.
 
+        Args:
+            state_dict: State of that iterator, as :meth:`state_dict` returns it.
+
         Raises:
-            ValueError: it stopped amid an epoch, and its lanes lay otherwise than these.
+            ValueError: It stopped within an epoch, and its lanes had another layout.
         """
         if state_dict.get("iterations_in_epoch", 0) > 0:
-            saved, here = state_dict.get("lanes"), self.layout()
+            saved, current = state_dict.get("lanes"), self.layout()
             if saved is None:
                 raise ValueError(
-                    "the checkpoint stopped amid an epoch of another task, so its place in the data means nothing to "
-                    "lanes of documents: add --reset-dataloader to begin the epoch anew"
+                    "the checkpoint stopped within an epoch of another task, which has no lanes of documents: add "
+                    "--reset-dataloader to start the epoch again"
                 )
             changed = [
-                f"{name} was {saved.get(name)} and is {now}" for name, now in here.items() if saved.get(name) != now
+                f"{name} was {saved.get(name)} and is {value}"
+                for name, value in current.items()
+                if saved.get(name) != value
             ]
             if changed:
                 raise ValueError(
-                    f"the checkpoint stopped amid an epoch in which the lanes lay otherwise ({'; '.join(changed)}): "
-                    "set these as they were, or add --reset-dataloader to begin the epoch anew"
+                    f"the checkpoint stopped within an epoch of other lanes ({'; '.join(changed)}): set these as they "
+                    "were, or add --reset-dataloader to start the epoch again"
                 )
         if state_dict["epoch"] != self.epoch:
             self._frozen_batches = None  # of another epoch

@@ -16,17 +16,17 @@ import numpy as np
 def lay_documents(costs: np.ndarray, n_lanes: int, seed: Optional[int]) -> List[np.ndarray]:
     """Distribute documents over lanes so that the lanes end at nearly the same time.
 
-    Without a seed documents stay in their order, each going to the lane that is free first. With a seed the longest
-    are laid first (roughly: costs are blurred by a factor of up to two, so that epochs differ), because a long document
+    Without a seed documents stay in their order, each on the lane that is free first. With a seed the longest are laid
+    first (roughly: costs are blurred by a factor of up to two, so that epochs differ), because a long document that is
     laid last would be read alone; then each lane's documents are shuffled.
 
     Args:
-        costs: what a document costs its lane, shape (documents,).
-        n_lanes: L.
-        seed: of the shuffle; ``None`` keeps the order.
+        costs: Time that each document takes on its lane, shape (documents,).
+        n_lanes: Number of lanes, L.
+        seed: Seed of the shuffle; None keeps the order.
 
     Returns:
-        the documents of each lane, in the order in which it reads them.
+        Numbers of the documents of each lane, in the order in which it reads them; L arrays of int64.
     """
     rng = None if seed is None else np.random.default_rng(seed)
     order = np.arange(len(costs)) if rng is None else np.argsort(-costs * rng.uniform(1, 2, len(costs)), kind="stable")
@@ -42,22 +42,34 @@ def lay_documents(costs: np.ndarray, n_lanes: int, seed: Optional[int]) -> List[
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens ``start`` to ``stop - 1`` of one document."""
+    """A part of one document in a segment.
+
+    Attributes:
+        document: Number of the document.
+        start: Position of the part's first token in the document.
+        stop: Position behind its last token.
+    """
 
     document: int
     start: int
     stop: int
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
 
 class Lane:
-    """What one lane reads in one epoch.
+    """The documents, streams and segments of one lane in one epoch.
 
     Args:
-        documents: the lane's documents in order, shape (n,).
-        sizes: tokens of each of them, shape (n,).
-        tokens_per_sample: T.
-        joined: all documents are one stream, instead of each a stream of its own.
-        stream: identity of that one stream.
+        documents: Numbers of the lane's documents in order, shape (n,).
+        sizes: Length of each of them in tokens, shape (n,).
+        tokens_per_sample: Number of tokens of a segment, T.
+        joined: If true, all documents are one stream; otherwise each is a stream.
+        stream: Number of that one stream.
+
+    Attributes:
+        stream_tokens: Length of each stream in tokens, shape (streams,).
     """
 
     def __init__(self, documents: np.ndarray, sizes: np.ndarray, tokens_per_sample: int, joined: bool, stream: int):
@@ -68,11 +80,18 @@ class Lane:
         self.segment_ends = np.cumsum(-(-per_stream // tokens_per_sample))  # segments up to the end of each stream
 
     def __len__(self) -> int:
-        """Segments of the lane."""
+        """Return the number of segments of the lane."""
         return int(self.segment_ends[-1]) if len(self.segment_ends) else 0
 
     def segment(self, step: int) -> Tuple[int, int, int]:
-        """The stream, the start within it and the length of segment ``step``."""
+        """Locate a segment.
+
+        Args:
+            step: Number of the segment, from 0.
+
+        Returns:
+            Number of its stream, its start within the stream, and its length, both in tokens.
+        """
         s = int(np.searchsorted(self.segment_ends, step, side="right"))
         first = int(self.segment_ends[s - 1]) if s else 0
         start = (step - first) * self.T
@@ -80,7 +99,14 @@ class Lane:
         return (self.stream if self.joined else int(self.documents[s])), start, length
 
     def pieces(self, step: int) -> List[Piece]:
-        """The parts of documents that make up segment ``step``."""
+        """List the parts of documents that make up a segment.
+
+        Args:
+            step: Number of the segment, from 0.
+
+        Returns:
+            Parts in reading order; one, unless documents are joined.
+        """
         stream, start, length = self.segment(step)
         if not self.joined:
             return [Piece(stream, start, start + length)]

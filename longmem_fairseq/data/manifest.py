@@ -1,7 +1,7 @@
-"""What a data directory says about itself: ``manifest.json``, written by preprocess/ and checked when data is loaded.
+"""Description of a data directory, ``manifest.json``: written by preprocess/, and checked when the data is loaded.
 
 The cheap check (sizes, counts, dictionary) reads a few kilobytes and the index; the full one reads every byte.
-A directory without a manifest, as stock ``fairseq-preprocess`` makes it, is not checked.
+A directory without a manifest, as stock ``fairseq-preprocess`` writes it, is not checked.
 """
 
 from __future__ import annotations
@@ -9,37 +9,44 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..files import write_json
+from .mmap_index import MmapIndexError, read_index
+
 MANIFEST = "manifest.json"
 FORMAT = "longmem documents, version 1"
-
-# fairseq's mmap index begins with this, then come int32 lengths and int64 offsets in bytes
-INDEX_HEADER = struct.Struct("<9sQBQ")  # magic, version, dtype code, documents
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_DTYPES = {4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32}
 _READ_BYTES = 1 << 22
 
 
 class ManifestError(ValueError):
-    """Data is not what its manifest says; the message is one sentence that names the file and both values."""
+    """Data differs from its manifest; the message is one sentence that names the file and both values."""
 
 
 def dictionary_fingerprint(symbols: Iterable[str]) -> str:
-    """SHA-256 over the symbols in order, special ones included; counts do not matter.
+    """Hash the symbols of a dictionary in order, special ones included; counts do not matter.
 
     Args:
-        symbols: ``Dictionary.symbols`` of fairseq.
+        symbols: Symbols of the dictionary (``Dictionary.symbols`` of fairseq).
+
+    Returns:
+        SHA-256 in hexadecimal.
     """
     return hashlib.sha256("\n".join(symbols).encode("utf-8")).hexdigest()
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file of any size, in hexadecimal."""
+    """Hash a file of any size.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while data := stream.read(_READ_BYTES):
@@ -48,7 +55,17 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def read_manifest(directory: str | os.PathLike) -> dict | None:
-    """The manifest of a data directory, None if there is none; raises ManifestError if it is damaged."""
+    """Read the manifest of a data directory.
+
+    Args:
+        directory: Path of the data directory.
+
+    Returns:
+        The manifest, or None if the directory has none.
+
+    Raises:
+        ManifestError: The manifest is damaged or has another format.
+    """
     path = Path(directory, MANIFEST)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -56,25 +73,39 @@ def read_manifest(directory: str | os.PathLike) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path} cannot be read ({error}): make the data again") from None
-    wanted = {"tokenizer", "dictionary", "splits"}
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not wanted <= manifest.keys():
+    required = {"tokenizer", "dictionary", "splits"}
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not required <= manifest.keys():
         raise ManifestError(f'{path} is not of the format "{FORMAT}": make the data again with this version')
     return manifest
+
+
+def write_manifest(path: str | os.PathLike, manifest: dict) -> None:
+    """Write a manifest, whole or not at all.
+
+    Args:
+        path: Path of the file to write.
+        manifest: Content of the manifest, plain JSON types, without its format.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    write_json(path, {"format": FORMAT, **manifest})
 
 
 def verify(directory: str | os.PathLike, split: str, full: bool = False) -> dict | None:
     """Check one split of a data directory against its manifest.
 
     Args:
-        directory: holds ``manifest.json``, ``dict.txt``, ``<split>.bin`` and ``<split>.idx``.
-        split: ``train``, ``valid``, ``test``.
-        full: also read every file and compare its SHA-256; otherwise sizes, counts and the dictionary.
+        directory: Path of a data directory that contains ``manifest.json``, ``dict.txt``, ``<split>.bin`` and
+            ``<split>.idx``.
+        split: Name of the split: ``train``, ``valid`` or ``test``.
+        full: If true, also read every file and compare its SHA-256; otherwise compare sizes, counts and the dictionary.
 
     Returns:
         The manifest, or None if the directory has none.
 
     Raises:
-        ManifestError: anything differs.
+        ManifestError: Anything differs.
     """
     manifest = read_manifest(directory)
     if manifest is None:
@@ -82,7 +113,7 @@ def verify(directory: str | os.PathLike, split: str, full: bool = False) -> dict
     directory = Path(directory)
     described = manifest["splits"].get(split)
     if described is None:
-        raise ManifestError(f"{directory / MANIFEST} knows {', '.join(manifest['splits'])} but no split {split}")
+        raise ManifestError(f"{directory / MANIFEST} lists {', '.join(manifest['splits'])} but no split {split}")
     _verify_dictionary(directory / "dict.txt", manifest["dictionary"])
     for name, expected in described["files"].items():
         path = directory / name
@@ -102,18 +133,28 @@ def verify(directory: str | os.PathLike, split: str, full: bool = False) -> dict
 
 
 def verify_shards(directories: Sequence[str | os.PathLike], split: str, full: bool = False) -> list[dict | None]:
-    """``verify`` for each of several data directories that are read as one, and that they were encoded alike.
+    """Check several data directories that are read as one: each by itself, and that all were encoded alike.
+
+    Args:
+        directories: Paths of the data directories.
+        split: Name of the split.
+        full: If true, also read every file and compare its SHA-256.
+
+    Returns:
+        The manifest of each directory, None where there is none.
 
     Raises:
-        ManifestError: a directory is damaged, or two differ in tokenizer or dictionary.
+        ManifestError: A directory is damaged, or two differ in tokenizer or dictionary.
     """
     manifests = [verify(directory, split, full) for directory in directories]
-    known = [(directory, manifest) for directory, manifest in zip(directories, manifests) if manifest]
-    for directory, manifest in known[1:]:
+    described = [(directory, manifest) for directory, manifest in zip(directories, manifests) if manifest]
+    for directory, manifest in described[1:]:
+        first_directory, first = described[0]
         for part in ("tokenizer", "dictionary"):
-            if manifest[part]["fingerprint"] != known[0][1][part]["fingerprint"]:
+            if manifest[part]["fingerprint"] != first[part]["fingerprint"]:
                 raise ManifestError(
-                    f"{directory} was made with another {part} than {known[0][0]}: shards read together must share it"
+                    f"{directory} was made with another {part} than {first_directory}: shards read together must "
+                    "share it"
                 )
     return manifests
 
@@ -139,29 +180,19 @@ def _verify_index(directory: Path, split: str, described: dict) -> None:
 
 
 def read_sizes(path: str | os.PathLike) -> tuple[type, np.ndarray]:
-    """The dtype of the tokens and the documents' lengths, shape (documents,) int32, in a fairseq mmap index.
+    """Read the lengths of the documents from the index of a split.
+
+    Args:
+        path: Path of the ``.idx`` file.
+
+    Returns:
+        The NumPy type of the tokens, and the lengths in tokens, shape (documents,), int32.
 
     Raises:
-        ManifestError: the file is no such index, or is truncated.
+        ManifestError: The file has another format, or is truncated.
     """
-    with open(path, "rb") as stream:
-        header = stream.read(INDEX_HEADER.size)
-    fields = INDEX_HEADER.unpack(header) if len(header) == INDEX_HEADER.size else None
-    if fields is None or fields[0] != INDEX_MAGIC or fields[1] != 1 or fields[2] not in INDEX_DTYPES:
-        raise ManifestError(f"{path} is not the index of a fairseq mmap dataset: make the data again")
-    documents = fields[3]
-    expected = INDEX_HEADER.size + documents * 12  # int32 length and int64 offset each
-    if os.path.getsize(path) != expected:
-        raise ManifestError(f"{path} has {os.path.getsize(path):,} bytes, {documents:,} documents need {expected:,}")
-    return INDEX_DTYPES[fields[2]], np.fromfile(path, dtype=np.int32, count=documents, offset=INDEX_HEADER.size)
-
-
-def write_manifest(path: str | os.PathLike, manifest: dict) -> None:
-    """Write a manifest, whole or not at all."""
-    temporary = Path(f"{os.fspath(path)}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump({"format": FORMAT, **manifest}, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        index = read_index(path)
+    except MmapIndexError as error:
+        raise ManifestError(str(error)) from None
+    return index.dtype, index.sizes

@@ -1,31 +1,30 @@
 """A pair of fairseq's memory-mapped data files (``PREFIX.bin``, ``PREFIX.idx``), checked once and read by slices."""
 
 import os
-import struct
 from typing import Tuple
 
 import numpy as np
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQ")  # magic, version, code of the token type, number of items
-OTHER_FORMATS = {b"TNTIDX\x00\x00": "cached or lazy", b"HUFFIDX\x00": "huffman"}
-TOKEN_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32}
+from .mmap_index import read_index
 
 
 class TokenFile:
-    """The items of one ``.bin``/``.idx`` pair, without fairseq's reading of the whole file at the start.
+    """Items of one ``.bin``/``.idx`` pair, read by slices; fairseq's own reader reads the whole file at the start.
 
     Args:
-        prefix: path without ``.bin`` and ``.idx``.
+        prefix: Path of the pair without ``.bin`` and ``.idx``.
 
     Attributes:
-        offsets: where each item starts, in tokens, and where the last ends, shape (items + 1,), int64. Taken from what
-            agrees with the length of the ``.bin`` file, because both columns of the index can be wrong: sizes are 32
-            bits wide, and pointers overflow where fairseq merges the files of several workers under numpy 2.
+        prefix: As above.
+        dtype: NumPy dtype of the stored tokens.
+        offsets: Offset of each item in tokens, and the end of the last, shape (items + 1,), int64. Taken from the
+            column of the index that agrees with the length of the ``.bin`` file, because both columns can be wrong:
+            sizes are 32 bits wide, and pointers overflow where fairseq merges the files of several workers under
+            NumPy 2.
 
     Raises:
-        FileNotFoundError: one of the files is missing.
-        ValueError: the files are not of this format, are truncated, or do not belong together.
+        FileNotFoundError: One of the files is missing.
+        ValueError: The files have another format, are truncated, or do not belong together.
     """
 
     def __init__(self, prefix: str):
@@ -33,7 +32,7 @@ class TokenFile:
         for end in (".bin", ".idx"):
             if not os.path.isfile(prefix + end):
                 raise FileNotFoundError(f"data file {prefix + end} is missing")
-        dtype, self.offsets = _read_index(prefix)
+        dtype, self.offsets = _read_offsets(prefix)
         self._open(dtype)
 
     def _open(self, dtype: np.dtype) -> None:
@@ -44,49 +43,42 @@ class TokenFile:
         return len(self.offsets) - 1
 
     def read(self, item: int, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start`` to ``stop - 1`` of an item, shape (stop - start,), int64 (a copy)."""
+        """Copy a slice of an item.
+
+        Args:
+            item: Number of the item, from 0.
+            start: Position of the first token in the item.
+            stop: Position behind the last token.
+
+        Returns:
+            Token ids, shape (stop - start,), int64.
+        """
         begin = self.offsets[item]
         return self._tokens[begin + start : begin + stop].astype(np.int64)
 
     def __getstate__(self):
         return {"prefix": self.prefix, "offsets": self.offsets, "dtype": self.dtype}
 
-    def __setstate__(self, state):  # a memory map would be pickled as all of its data
+    def __setstate__(self, state):  # a memory map would be pickled with all of its data
         self.prefix, self.offsets = state["prefix"], state["offsets"]
         self._open(state["dtype"])
 
 
-def _read_index(prefix: str) -> Tuple[type, np.ndarray]:
-    """The token type and the offsets, shape (items + 1,), that agree with the length of the data file."""
+def _read_offsets(prefix: str) -> Tuple[type, np.ndarray]:
+    """Return the token type and the offsets, shape (items + 1,), that agree with the length of the data file."""
     index, data = prefix + ".idx", prefix + ".bin"
-    with open(index, "rb") as f:
-        head = f.read(HEADER.size)
-        if head[:8] in OTHER_FORMATS:
-            raise ValueError(
-                f"{index} is in fairseq's {OTHER_FORMATS[head[:8]]} format, but only memory-mapped data can be read "
-                "by slices: write it with --dataset-impl mmap"
-            )
-        if len(head) < HEADER.size or head[:9] != MAGIC:
-            raise ValueError(f"{index} is not an index of fairseq's memory-mapped data, or is cut short: write it anew")
-        _, version, code, items = HEADER.unpack(head)
-        if version != 1 or code not in TOKEN_TYPES:
-            raise ValueError(f"{index} has version {version} and token type {code}, which fairseq does not write")
-        expected = HEADER.size + items * 12
-        actual = os.path.getsize(index)
-        if actual != expected:
-            raise ValueError(f"{index} has {actual} bytes, but {items} items need {expected}: write it anew")
-        sizes = np.fromfile(f, dtype="<i4", count=items).astype(np.int64)
-        pointers = np.fromfile(f, dtype="<i8", count=items)
+    dtype, sizes, pointers = read_index(index)
+    items = len(sizes)
     if items == 0:
         raise ValueError(f"{index} lists no items: there is nothing to read")
-    dtype = TOKEN_TYPES[code]
+    sizes = sizes.astype(np.int64)
     width = np.dtype(dtype).itemsize
     total = os.path.getsize(data)
 
     by_size = np.concatenate([[0], np.cumsum(sizes)])
     by_pointer = np.append(pointers, total) // width
     lengths = np.diff(by_pointer)
-    wrapped = np.array_equal(lengths & 0xFFFFFFFF, sizes & 0xFFFFFFFF)  # what is left of sizes still tells
+    wrapped = np.array_equal(lengths & 0xFFFFFFFF, sizes & 0xFFFFFFFF)  # the lower 32 bits of a size still agree
     if sizes.min() >= 0 and by_size[-1] * width == total:
         offsets = by_size
     elif total % width == 0 and by_pointer[0] == 0 and lengths.min() >= 0 and wrapped:
@@ -94,7 +86,7 @@ def _read_index(prefix: str) -> Tuple[type, np.ndarray]:
     else:
         raise ValueError(
             f"{data} has {total} bytes, but {index} describes {by_size[-1] * width}: "
-            "one of the two is truncated or belongs to other data; write both anew"
+            "one of the two is truncated or belongs to other data; write both again"
         )
     empty = np.flatnonzero(np.diff(offsets) == 0)
     if len(empty):

@@ -1,6 +1,6 @@
-"""Evaluation of language models with and without a long-term memory: what the examples' ``evaluate.py`` share.
+"""Evaluation of language models with and without a long-term memory, as the examples' ``evaluate.py`` run it.
 
-:class:`.scorer.Scorer` loads any checkpoint, memorises a long text once and scores many continuations against it;
-:mod:`.cache` is the baseline that every report carries; :mod:`.command` runs an evaluation that can be interrupted and
-writes its report.
+:class:`.scoring.scorer.Scorer` loads a checkpoint, memorizes a long text once and scores many continuations of it.
+:mod:`.reporting` turns scores into tables with intervals and plots. :class:`.base.Evaluation` is the contract of an
+evaluation, and :mod:`.command` runs one: it can be interrupted, and writes a report.
 """

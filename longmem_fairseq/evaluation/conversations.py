@@ -8,18 +8,23 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth")  # Conversation Chro
 
 
 class Turn(NamedTuple):
-    """Who says what."""
+    """An utterance.
+
+    Attributes:
+        speaker: Name of the speaker.
+        text: Text of the utterance, on one line.
+    """
 
     speaker: str
     text: str
 
 
 class Session(NamedTuple):
-    """A conversation without a break.
+    """A part of a conversation without a break.
 
     Attributes:
-        turns: in order.
-        when: its date, or the time since the session before; None where that is not known.
+        turns: Utterances, in order.
+        when: Date of the session, or time since the session before; None if unknown.
     """
 
     turns: List[Turn]
@@ -27,42 +32,50 @@ class Session(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """Sessions of the same speakers, in order."""
+    """A conversation of several sessions.
+
+    Attributes:
+        name: Name of the conversation.
+        sessions: Sessions of the same speakers, in order.
+    """
 
     name: str
     sessions: List[Session]
 
 
 def read_conversations(path: str) -> List[Conversation]:
-    """The conversations of a file, whose layout is seen from its keys.
+    """Read the conversations of a file; its keys tell the layout.
+
+    The layouts are
+
+    * ours: ``id``, ``sessions`` of ``turns`` of ``speaker`` and ``text``;
+    * MSC (ParlAI's ``session_N/*.txt``): ``previous_dialogs``, ``dialog``, ``metadata``;
+    * LoCoMo (``locomo10.json``): ``sample_id``, ``conversation`` of ``session_1``, ``session_1_date_time``...;
+    * Conversation Chronicles: ``dataID``, ``time_interval``, ``first_session_dialogue``...
 
     Args:
-        path: JSON, or JSON lines (one conversation a line):
-            ours: ``id``, ``sessions`` of ``turns`` of ``speaker`` and ``text``;
-            MSC (ParlAI's ``session_N/*.txt``): ``previous_dialogs``, ``dialog``, ``metadata``;
-            LoCoMo (``locomo10.json``): ``sample_id``, ``conversation`` of ``session_1``, ``session_1_date_time``...;
-            Conversation Chronicles: ``dataID``, ``time_interval``, ``first_session_dialogue``...
+        path: Path of a JSON file, or of JSON lines with one conversation each.
 
     Raises:
-        ValueError: the file is of none of these layouts, or a name stands in it twice.
+        ValueError: The file has none of these layouts, or two conversations of one name.
     """
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    found: List[Conversation] = []
+    conversations: List[Conversation] = []
     try:
         rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(None, text.split("\n")))
         for row in rows:
-            found.append(_read(row, len(found)))
+            conversations.append(_read(row, len(conversations)))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"{path}, conversation {len(found) + 1}, is in no known layout (MSC, LoCoMo, Conversation Chronicles or "
-            "lines of id and sessions)"
+            f"{path}, conversation {len(conversations) + 1}, has no known layout (MSC, LoCoMo, Conversation Chronicles "
+            "or lines of id and sessions)"
         ) from error
-    names = [conversation.name for conversation in found]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"{path} has two conversations of the name {twice[0]}: give each its own")
-    return found
+    names = [conversation.name for conversation in conversations]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{path} has two conversations of the name {repeated[0]}: rename one")
+    return conversations
 
 
 def _read(row: Dict[str, Any], number: int) -> Conversation:
@@ -79,23 +92,23 @@ def _read(row: Dict[str, Any], number: int) -> Conversation:
 
 
 def _turns(rows: Iterable[Dict[str, Any]]) -> List[Turn]:
-    found = []
+    turns = []
     for row in rows:
         caption = row.get("image_caption") or row.get("blip_caption")
         text = " ".join(filter(None, [row["text"].strip(), f"(shows {caption.strip()})" if caption else None]))
-        found.append(Turn(row["speaker"], " ".join(text.split())))  # a turn is one line
-    return [turn for turn in found if turn.text]
+        turns.append(Turn(row["speaker"], " ".join(text.split())))  # a turn is one line
+    return [turn for turn in turns if turn.text]
 
 
 def _msc(row: Dict[str, Any]) -> List[Session]:
-    """The sessions before, whose speakers take turns, and the one that the file is of."""
+    """Return the sessions before, where speakers take turns, and the session of the file."""
 
     def alternating(lines: List[Dict[str, Any]]) -> List[Turn]:
         speakers = [line.get("id", f"Speaker {i % 2 + 1}") for i, line in enumerate(lines)]
         return _turns({"speaker": speaker, "text": line["text"]} for speaker, line in zip(speakers, lines))
 
     previous, times = row["previous_dialogs"], [None]
-    # Each says how long before the *next* session it was.
+    # Each one's time is that before the *next* session.
     times += [f"{x['time_num']} {x['time_unit']} later" if "time_num" in x else None for x in previous]
     dialogs = [x["dialog"] for x in previous] + [row["dialog"]]
     return [Session(alternating(dialog), time) for dialog, time in zip(dialogs, times)]

@@ -1,88 +1,52 @@
-"""Dialogue of several sessions: the earlier ones in the memory, the current one in the window; what is said next?"""
+"""Dialogue of several sessions: the earlier ones in the memory, the current one in the window; what comes next?"""
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .command import Evaluation, name_of
+from .base import Evaluation
+from .bleu import Bleu
+from .command_line import check_max_new_tokens, name_of
 from .conversations import Conversation, Session, read_conversations
 from .reporting.finished_items import digest
-from .reporting.statistics import PERPLEXITY, Sample, Statistic
+from .reporting.statistic import PERPLEXITY
+from .reporting.system_scores import SystemScores
 from .reporting.table import Table
-from .scoring.system_decoder import generate
+from .scoring.generate import generate
+from .scoring.text_state import TextState
 
 DISTANCES = ((0, "0"), (1, "1"), (2, "2"), (3, "3"), (4, "4-7"), (8, "8-15"), (16, "16 and more"))
-
-
-class Bleu:
-    """BLEU-4 of sacrebleu with its defaults, from counts that can be summed over responses."""
-
-    def __init__(self):
-        try:
-            from sacrebleu.metrics import BLEU
-        except ImportError:
-            raise ValueError("BLEU needs sacrebleu: pip install it, or leave BLEU out with --generate none") from None
-        self._metric = BLEU()
-        self.statistic = Statistic("BLEU-4", "", self._compute, digits=2)
-        self.counts("a", "a")  # the signature says how many references there were
-        self.signature = str(self._metric.get_signature())
-
-    def counts(self, answer: str, reference: str) -> List[int]:
-        """Lengths of answer and reference in sacrebleu's tokens, n-grams that match (n = 1 to 4), and all n-grams."""
-        score = self._metric.corpus_score([answer], [[reference]])
-        return [score.sys_len, score.ref_len, *score.counts, *score.totals]
-
-    def _compute(self, sums: np.ndarray) -> np.ndarray:
-        """Sums (..., 10) to BLEU (...)."""
-        rows = np.rint(sums).astype(int).reshape(-1, 10)
-        scores = [
-            self._metric.compute_bleu(
-                correct=row[2:6],
-                total=row[6:],
-                sys_len=row[0],
-                ref_len=row[1],
-                smooth_method=self._metric.smooth_method,
-                smooth_value=self._metric.smooth_value,
-            ).score
-            for row in rows.tolist()
-        ]
-        return np.array(scores).reshape(sums.shape[:-1])
+_EXAMPLES = 20  # in the report
 
 
 class Dialogue(Evaluation):
-    """Scores the true responses, and generates others in their place."""
+    """Score the true responses, and generate others in their place."""
 
     name, title = "dialogue", "Responses in dialogues of several sessions"
 
     def __init__(self):
-        self._at, self._past = (None, 0), None
+        self._memorized, self._state = (None, 0), None  # conversation and number of sessions that the state has read
 
     def add_arguments(self, parser) -> None:
         parser.add_argument(
             "--data", required=True, metavar="FILE", help="MSC, LoCoMo, Conversation Chronicles, or our JSON lines"
         )
-        parser.add_argument("--valid", metavar="FILE", help="the same, for tuning the neural cache")
+        parser.add_argument("--valid", metavar="FILE", help="conversations to tune the neural cache on")
         parser.add_argument(
             "--generate",
             choices=("last", "all", "none"),
             default="last",
             help="sessions whose responses are generated for BLEU: the last of each conversation, all, or none",
         )
-        parser.add_argument("--max-new-tokens", type=int, default=60, metavar="N", help="of a response (60)")
+        parser.add_argument(
+            "--max-new-tokens", type=int, default=60, metavar="N", help="maximum number of tokens of a response (60)"
+        )
         parser.add_argument("--beam", type=int, default=1, metavar="N", help="hypotheses (1: greedy)")
 
     def prepare(self, args, scorer) -> None:
         self.args, self.scorer = args, scorer
-        for option in ("max_new_tokens", "beam"):
-            if getattr(args, option) < 1:
-                raise ValueError(f"--{option.replace('_', '-')} {getattr(args, option)} is less than 1")
-        if args.max_new_tokens >= scorer.size // 2:
-            raise ValueError(
-                f"--max-new-tokens {args.max_new_tokens} leaves less than half of the window of {scorer.size} tokens: "
-                f"lower it to {scorer.size // 2 - 1}"
-            )
+        check_max_new_tokens(args, scorer)
         self.bleu = None if args.generate == "none" else Bleu()
         self.conversations = {c.name: c for c in read_conversations(args.data)[: args.limit]}
 
@@ -99,16 +63,13 @@ class Dialogue(Evaluation):
 
     def tuning_documents(self) -> List[Tensor]:
         conversations = [] if self.args.valid is None else read_conversations(self.args.valid)
-        return [
-            torch.cat([torch.cat(self._pieces(session, i)) for i, session in enumerate(conversation.sessions)])
-            for conversation in conversations
-        ]
+        return [self._encode(conversation, len(conversation.sessions)) for conversation in conversations]
 
     def items(self) -> List[str]:
         return [f"{c.name} session {i}" for c in self.conversations.values() for i in range(len(c.sessions))]
 
     def _pieces(self, session: Session, number: int) -> List[Tensor]:
-        """Tokens of a session: its heading, then of each turn the speaker and the response, a line each."""
+        """Encode a session: its heading, then for each turn the speaker and the response, a line each."""
         tokenizer, when = self.scorer.tokenizer, "" if session.when is None else f", {session.when}"
         heading = f"[Session {number + 1}{when}]\n"
         pieces = [tokenizer.encode_continuation("\n" + heading) if number else tokenizer.encode(heading)]
@@ -117,33 +78,40 @@ class Dialogue(Evaluation):
             pieces.append(tokenizer.encode_continuation(f" {turn.text}\n"))
         return pieces
 
-    def _before(self, conversation: Conversation, number: int):
-        """The past that holds the sessions before one; from one session to the next it goes on."""
-        name, held = self._at
-        if name != conversation.name or held > number:
-            length = sum(len(x) for i, s in enumerate(conversation.sessions) for x in self._pieces(s, i))
-            self._past, held = self.scorer.new_past(at_most=length), 0
-        for i in range(held, number):
-            self.scorer.memorize(self._past, torch.cat(self._pieces(conversation.sessions[i], i)))
-        self._at = (conversation.name, number)
-        return self._past
+    def _encode(self, conversation: Conversation, end: int, begin: int = 0) -> Tensor:
+        """Encode the sessions of a conversation from number ``begin`` to before ``end``."""
+        pieces: List[Tensor] = []
+        for number in range(begin, end):
+            pieces += self._pieces(conversation.sessions[number], number)
+        return torch.cat(pieces)
+
+    def _state_before(self, conversation: Conversation, number: int) -> TextState:
+        """Return the state behind the sessions before one; it is kept for the next session."""
+        name, memorized = self._memorized
+        if name != conversation.name or memorized > number:
+            length = len(self._encode(conversation, len(conversation.sessions)))
+            self._state, memorized = self.scorer.new_state(at_most=length), 0
+        for i in range(memorized, number):
+            self.scorer.memorize(self._state, self._encode(conversation, i + 1, begin=i))
+        self._memorized = (conversation.name, number)
+        return self._state
 
     def score(self, item: str) -> Dict[str, Any]:
         name, number = item.rsplit(" session ", 1)
         conversation, number = self.conversations[name], int(number)
-        session, past = conversation.sessions[number], self._before(conversation, number)
+        session, state = conversation.sessions[number], self._state_before(conversation, number)
         pieces = self._pieces(session, number)
         turns, prompts = [], []
         for i, turn in enumerate(session.turns):
             prompt = torch.cat(pieces[: 2 * i + 2])
             response = pieces[2 * i + 2][: self.scorer.size // 2]
-            (found,) = self.scorer.window(past, prompt, len(response)).score([response])
-            losses = {system: round(-float(x.double().sum()), 4) for system, x in found.items()}
+            (scores,) = self.scorer.window(state, prompt, len(response)).score([response])
+            losses = {system: round(-float(x.double().sum()), 4) for system, x in scores.items()}
             turns.append({"reference": turn.text, "tokens": len(response), "loss": losses})
             prompts.append(prompt)
         if self.args.generate == "all" or (self.args.generate == "last" and number == len(conversation.sessions) - 1):
             for system in self.scorer.systems:
-                answers = generate(self.scorer, system, past, prompts, self.args.max_new_tokens, self.args.beam)
+                answers = generate(self.scorer, system, state, prompts, self.args.max_new_tokens, self.args.beam)
                 for turn, answer in zip(turns, answers):
                     text = self.scorer.tokenizer.decode(answer).strip()
                     turn.setdefault("answers", {})[system] = text
@@ -151,17 +119,19 @@ class Dialogue(Evaluation):
         return {"earlier_sessions": number, "turns": turns}
 
     def tables(self, results: Dict[str, Any]) -> List[Table]:
-        perplexity: Dict[str, Sample] = {}
-        bleu: Dict[str, Sample] = {}
-        distances: Dict[str, Dict[str, Sample]] = {title: {} for _, title in DISTANCES}
+        perplexity: Dict[str, SystemScores] = {}
+        bleu: Dict[str, SystemScores] = {}
+        distances: Dict[str, Dict[str, SystemScores]] = {title: {} for _, title in DISTANCES}
         for item, result in results.items():
-            earlier = [title for begin, title in DISTANCES if result["earlier_sessions"] >= begin][-1]
+            distance = [title for begin, title in DISTANCES if result["earlier_sessions"] >= begin][-1]
             for i, turn in enumerate(result["turns"]):
                 for system, loss in turn["loss"].items():
-                    for place in (perplexity, distances[earlier]):
-                        place.setdefault(system, Sample({}, PERPLEXITY)).items[f"{item} {i}"] = (loss, turn["tokens"])
+                    for column in (perplexity, distances[distance]):
+                        scores = column.setdefault(system, SystemScores({}, PERPLEXITY))
+                        scores.items[f"{item} {i}"] = (loss, turn["tokens"])
                 for system, counts in turn.get("bleu", {}).items():
-                    bleu.setdefault(system, Sample({}, self.bleu.statistic)).items[f"{item} {i}"] = counts
+                    scores = bleu.setdefault(system, SystemScores({}, self.bleu.statistic))
+                    scores.items[f"{item} {i}"] = counts
         columns = {"perplexity of the true response": perplexity, **({"BLEU-4": bleu} if bleu else {})}
         by_distance = {title: rows for title, rows in distances.items() if rows}
         return [
@@ -176,7 +146,7 @@ class Dialogue(Evaluation):
             f"{len(self.conversations):,} conversations of {name_of(self.args.data)}, {sessions:,} sessions, {turns:,} "
             "responses; each is predicted from all turns before it.",
             f"Earlier sessions are in the memory and the cache; the window of {self.scorer.size} tokens holds the "
-            "current one. What does not fit into it is memorised too; the backbone and memory off do not see it.",
+            "current one. What does not fit into it is memorized too; the backbone and memory off do not see it.",
         ]
         if self.bleu is not None:
             notes.append(
@@ -187,8 +157,10 @@ class Dialogue(Evaluation):
         return notes
 
     def figures(self, results: Dict[str, Any]) -> Dict[str, Any]:
-        """Some answers, to look at."""
-        examples: List[Tuple[str, Any]] = []
+        """Return the first generated responses of some sessions."""
+        examples: List[Dict[str, Any]] = []
         for item, result in results.items():
-            examples += [(item, turn) for turn in result["turns"][:1] if "answers" in turn]
-        return {"examples": [{"item": item, "reference": t["reference"], **t["answers"]} for item, t in examples[:20]]}
+            for turn in result["turns"][:1]:
+                if "answers" in turn:
+                    examples.append({"item": item, "reference": turn["reference"], **turn["answers"]})
+        return {"examples": examples[:_EXAMPLES]}

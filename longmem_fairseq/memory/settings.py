@@ -8,6 +8,7 @@ from fairseq.utils import safe_getattr
 
 from .placement import Placement, choose_placement
 from .policies import memory_policy
+from .search.base import check_search
 from .search.faiss import has_faiss_gpu
 from .search.index_spec import FLAT, IndexSpec, index_spec, split_index
 
@@ -75,7 +76,7 @@ class MemorySettings:
     @property
     def enabled(self) -> bool:
         """Whether there is a memory."""
-        return self.size > 0
+        return self.size != 0  # a negative size is refused by check
 
     @property
     def indexed(self) -> bool:
@@ -142,6 +143,7 @@ class MemorySettings:
                 "lower the second"
             )
         memory_policy(self.scope)
+        check_search(self.search)
         if self.indexed:
             self.index_spec(head_dim)
         self.placement(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -50,6 +50,11 @@ def causal_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: to
     return (_square_mask if T == S else _new_mask)(alibi_heads, T, S, dtype, device)
 
 
+def forget_masks() -> None:
+    """Free the square masks that are kept."""
+    _square_mask.cache_clear()
+
+
 def _new_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
     slopes = alibi_slopes(alibi_heads) if alibi_heads else torch.zeros(1)

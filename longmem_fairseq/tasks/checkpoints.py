@@ -1,4 +1,4 @@
-"""What is made sure of before a checkpoint is read (there, whole, of this dictionary) or written (there is room)."""
+"""Checks before a checkpoint is read (it exists, is whole, has this dictionary) or written (the disk has room)."""
 
 import argparse
 import collections
@@ -18,11 +18,20 @@ from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 
 from ..data.manifest import dictionary_fingerprint
-from ..safe_load import load_safely, why_unreadable
+from ..files import write_whole
+from ..safe_load import load_safely, namespaces_allowed, why_unreadable
 
 logger = logging.getLogger(__name__)
 
 LAST = "checkpoint_last.pt"  # fairseq's default of --restore-file; it may be missing
+
+# Names of files that a killed process leaves: fairseq's checkpoints, and files of write_whole.
+_UNFINISHED = (
+    "checkpoint*.pt.tmp",
+    "checkpoint*.part.*.pt",
+    "memory_epoch*.safetensors.tmp*",
+    "memory_epoch*.part.*.safetensors",
+)
 
 
 class DamagedCheckpoint(ValueError):
@@ -34,9 +43,9 @@ class Restored:
     """The checkpoint that training continues from, and its place in the data.
 
     Attributes:
-        path: of the checkpoint.
-        epoch: that training is in.
-        batches: of this epoch that each rank has read; 0 where training begins it.
+        path: Path of the checkpoint.
+        epoch: Number of the epoch that training continues, from 1.
+        batches: Number of batches of this epoch that each rank has read; 0 at its start.
     """
 
     path: str
@@ -50,15 +59,21 @@ def prepare_restore(
     """Check the checkpoint that fairseq-train is about to load, before anything is built.
 
     fairseq writes a checkpoint whole or not at all, but ``checkpoint_last.pt`` is mostly a copy of one, and a copy is
-    cut short where the process is killed or the disk is full. It is then made again from the newest whole checkpoint.
+    truncated where the process is killed or the disk is full. It is then copied again from the newest whole checkpoint.
+
+    Args:
+        restore_file: Value of ``--restore-file``.
+        save_dir: Value of ``--save-dir``.
+        finetune_from_model: Value of ``--finetune-from-model``, or None.
+        dictionary: Dictionary of the data.
 
     Returns:
-        which it is, or ``None`` if training starts anew.
+        The checkpoint and its place in the data, or None if training starts from scratch.
 
     Raises:
-        FileNotFoundError: the user named one that does not exist (fairseq itself would start from scratch).
-        DamagedCheckpoint: it cannot be read, and there is no other.
-        ValueError: it was made with another dictionary.
+        FileNotFoundError: The user named a checkpoint that does not exist (fairseq itself would start from scratch).
+        DamagedCheckpoint: The checkpoint cannot be read, and there is no other.
+        ValueError: The checkpoint was made with another dictionary.
     """
     distributed = torch.distributed.is_initialized()
     if distributed:
@@ -68,7 +83,7 @@ def prepare_restore(
         if not os.path.isfile(restore_file):
             raise FileNotFoundError(
                 f"--restore-file {restore_file} does not exist: name an existing checkpoint, or leave the option out "
-                f"to continue from {last} or start anew"
+                f"to continue from {last} or start from scratch"
             )
         path = restore_file
     elif os.path.isfile(last):
@@ -89,17 +104,24 @@ def prepare_restore(
         state = read_checkpoint(path)
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(
-            f"{error}: continue from another one with --restore-file, or move it away to start anew"
+            f"{error}: continue from another one with --restore-file, or move it away to start from scratch"
         ) from error
     check_dictionary(state.get("task_state") or {}, dictionary, path)
     return Restored(path, *(_place_of(state) if path in (last, restore_file) else (1, 0)))
 
 
 def place_in(checkpoint: str) -> Optional[Tuple[int, int]]:
-    """Epoch and batch at which a checkpoint was written; None where it cannot be read. Its tensors stay on disk."""
+    """Read at which place in the data a checkpoint was written; its tensors stay on disk.
+
+    Args:
+        checkpoint: Path of the checkpoint.
+
+    Returns:
+        Epoch and batch, or None if the file cannot be read.
+    """
     try:
-        return _place_of(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True))
-    except Exception:  # whatever a damaged file makes of its reader
+        return _place_of(_map(checkpoint))
+    except Exception:  # a damaged file makes its reader raise anything
         return None
 
 
@@ -109,10 +131,13 @@ def _place_of(state: Dict[str, Any]) -> Tuple[int, int]:
 
 
 def check_space(save_dir: str) -> None:
-    """Refuse to begin a checkpoint where the disk has no room for one of the size of the last.
+    """Refuse to start a checkpoint where the disk has no room for one of the size of the last.
+
+    Args:
+        save_dir: Path of the directory of the checkpoints.
 
     Raises:
-        OSError: too little room; nothing was written yet, and the last checkpoint is as it was.
+        OSError: There is too little room; nothing was written yet, and the last checkpoint is as it was.
     """
     last = os.path.join(save_dir, LAST)
     if os.path.isfile(last):
@@ -128,19 +153,19 @@ def check_dictionary(state: Dict[str, Any], dictionary: Dictionary, checkpoint: 
     """Refuse a checkpoint that was made with another dictionary.
 
     Args:
-        state: the checkpoint's ``task_state``.
-        dictionary: of the data.
-        checkpoint: its name, for the message.
+        state: The checkpoint's ``task_state``.
+        dictionary: Dictionary of the data.
+        checkpoint: Name of the checkpoint, for the message.
 
     Raises:
-        ValueError: the dictionaries differ.
+        ValueError: The dictionaries differ.
     """
     saved = state.get("dictionary_sha256")
-    here = dictionary_fingerprint(dictionary.symbols)
-    if saved is not None and saved != here:
+    current = dictionary_fingerprint(dictionary.symbols)
+    if saved is not None and saved != current:
         raise ValueError(
             f"{checkpoint} was made with another dictionary ({state.get('dictionary_size')} symbols, SHA-256 "
-            f"{saved[:12]}...) than the data's dict.txt ({len(dictionary)} symbols, {here[:12]}...): "
+            f"{saved[:12]}...) than the data's dict.txt ({len(dictionary)} symbols, {current[:12]}...): "
             "binarize the data with the dictionary of the checkpoint"
         )
 
@@ -148,32 +173,47 @@ def check_dictionary(state: Dict[str, Any], dictionary: Dictionary, checkpoint: 
 def read_checkpoint(path: str) -> Dict[str, Any]:
     """Read a checkpoint and compare its checksums; its tensors stay on disk.
 
+    Args:
+        path: Path of the checkpoint.
+
+    Returns:
+        The checkpoint's content.
+
     Raises:
-        DamagedCheckpoint: it is cut short or changed.
+        DamagedCheckpoint: The file is truncated or was changed.
     """
     try:
-        if not zipfile.is_zipfile(path):  # a file of torch before 1.6, or one that is cut short
+        if not zipfile.is_zipfile(path):  # a file of torch before 1.6, or a truncated one
             return load_safely(path)
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
         if wrong is not None:
             raise zipfile.BadZipFile(f"checksum of {wrong} is wrong")
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of its reader
+        return _map(path)
+    except Exception as error:  # a damaged file makes its reader raise anything
         reason = why_unreadable(error) if isinstance(error, pickle.UnpicklingError) else str(error) or repr(error)
         raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({reason.splitlines()[0]})") from error
 
 
+def _map(path: str) -> Dict[str, Any]:
+    """Read a checkpoint without its tensors, which stay on disk."""
+    with namespaces_allowed():
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
 def _remove_unfinished(save_dir: str) -> None:
-    """Remove what runs left that ended while they wrote a checkpoint or a snapshot of the memory."""
-    for pattern in ("checkpoint*.pt.tmp", "memory_epoch*.safetensors.tmp*"):
+    """Remove the files of runs that ended while they wrote a checkpoint or a snapshot of the memory."""
+    for pattern in _UNFINISHED:
         for path in glob.glob(os.path.join(glob.escape(save_dir), pattern)):
             logger.info(f"{path} was never finished, and is removed")
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
 
 
 def _repair(last: str) -> None:
-    """Make a damaged ``checkpoint_last.pt`` again from the newest whole checkpoint beside it, if there is one."""
+    """Replace a damaged ``checkpoint_last.pt`` by the newest whole checkpoint beside it, if there is one."""
     try:
         read_checkpoint(last)
         return
@@ -189,20 +229,19 @@ def _repair(last: str) -> None:
             newest, updates = path, state["optimizer_history"][-1]["num_updates"]
     if newest is not None:
         logger.warning(f"{damage}; it is made again from {newest} of update {updates}")
-        shutil.copyfile(newest, last + ".tmp")
-        os.replace(last + ".tmp", last)
+        write_whole(last, lambda temporary: shutil.copyfile(newest, temporary))
 
 
 def _allow_broadcast() -> None:
-    """Let ranks other than the first read a checkpoint that is sent to them.
+    """Let ranks other than the first read a checkpoint that the first sends to them.
 
-    fairseq sends it as a pickle that it reads with torch's safe loader, which refuses its own configuration.
+    fairseq sends a pickle, and reads it with torch's safe loader, which refuses its own configuration.
     """
     torch.serialization.add_safe_globals(
         [
             argparse.Namespace,
             collections.defaultdict,
-            distributed_utils._TensorPlaceholder,
+            distributed_utils._TensorPlaceholder,  # noqa: SLF001  (fairseq's, in every broadcast)
             omegaconf.DictConfig,
             omegaconf.ListConfig,
             omegaconf.base.ContainerMetadata,

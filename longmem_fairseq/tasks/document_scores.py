@@ -1,4 +1,7 @@
-"""Perplexity of every document: summed while fairseq-eval-lm runs, over ranks and shards, then written."""
+"""Perplexity of every document: summed while fairseq-eval-lm runs, over ranks and shards, then written.
+
+Legend: B rows of a batch, T tokens of a segment, V symbols of the dictionary.
+"""
 
 import csv
 import io
@@ -11,37 +14,36 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..files import write_text
+
 FILES = ("documents.jsonl", "documents.csv")
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Write a text file, whole or not at all.
+def write_result(path: str, text: str) -> None:
+    """Write a file below ``--results-path``, whole or not at all.
+
+    Args:
+        path: Path of the file to write.
+        text: Content of the file.
 
     Raises:
-        OSError: it cannot be written; what was there before is still there.
+        OSError: The file cannot be written; the message names the option to change.
     """
-    temporary = f"{path}.tmp.{os.getpid()}"
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        write_text(path, text)
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}): free the disk or change --results-path") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        raise OSError(f"{error}: free the disk or change --results-path") from error
 
 
 class DocumentScores:
     """Sums of the negative log-likelihood (nats) of each document's tokens.
 
     Args:
-        documents: how many there are.
+        documents: Number of documents.
 
     Attributes:
-        sums: shape (3, documents), float64: tokens, their loss, their loss without memory.
+        sums: Number of tokens, their loss, and their loss without memory for each document, shape (3, documents),
+            float64.
     """
 
     def __init__(self, documents: int):
@@ -49,19 +51,31 @@ class DocumentScores:
 
     @torch.no_grad()
     def add(self, sample: Dict[str, Any], logits: torch.Tensor, without_memory: torch.Tensor) -> None:
-        """Add a batch: logits (B, T, V), with and without memory (the same tensor where there is none)."""
+        """Add a batch.
+
+        Args:
+            sample: Collated batch with ``target`` (B, T) and ``pieces``.
+            logits: Logits of the model, shape (B, T, V).
+            without_memory: Logits of the model that reads no memory, shape (B, T, V); the same tensor if they are the
+                same.
+        """
         for row, pieces in enumerate(sample["pieces"]):
-            target = sample["target"][row, : sum(piece.stop - piece.start for piece in pieces)]
+            target = sample["target"][row, : sum(map(len, pieces))]
             losses = [_losses(logits[row], target)]
             losses.append(losses[0] if without_memory is logits else _losses(without_memory[row], target))
             at = 0
             for piece in pieces:
-                n = piece.stop - piece.start
+                n = len(piece)
                 self.sums[:, piece.document] += n, losses[0][at : at + n].sum(), losses[1][at : at + n].sum()
                 at += n
 
     def reduce(self, device: torch.device, group) -> None:
-        """Sum over the ranks of a distributed run."""
+        """Sum over the ranks of a distributed run.
+
+        Args:
+            device: Device of the communication.
+            group: fairseq's process group.
+        """
         sums = torch.from_numpy(self.sums).to(device)
         torch.distributed.all_reduce(sums, group=group)
         self.sums = sums.cpu().numpy()
@@ -69,8 +83,11 @@ class DocumentScores:
     def check(self, sizes: np.ndarray) -> None:
         """Make sure that every token was scored once.
 
+        Args:
+            sizes: Length of each document in tokens, shape (documents,).
+
         Raises:
-            RuntimeError: a document of another number of tokens than ``sizes`` says, shape (documents,).
+            RuntimeError: Another number of a document's tokens was scored.
         """
         wrong = np.flatnonzero(self.sums[0] != sizes)
         if len(wrong):
@@ -81,14 +98,26 @@ class DocumentScores:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens that were scored."""
         return int(self.sums[0].sum())
 
     def loss(self, without_memory: bool = False) -> float:
-        """Mean loss of all tokens, base 2."""
+        """Return the mean loss of all tokens, base 2.
+
+        Args:
+            without_memory: If true, the loss of the model that reads no memory.
+        """
         return float(self.sums[1 + without_memory].sum() / self.sums[0].sum() / math.log(2))
 
     def rows(self, names: List[str]) -> List[Dict[str, Any]]:
-        """One row for each document that was read."""
+        """Make one row of results for each document that was scored.
+
+        Args:
+            names: Name of each document.
+
+        Returns:
+            Rows with ``name``, ``tokens``, ``perplexity`` and ``perplexity_without_memory``.
+        """
         return [
             {
                 "name": names[document],
@@ -100,63 +129,29 @@ class DocumentScores:
         ]
 
     def write(self, directory: str, names: List[str]) -> None:
-        """Write ``documents.jsonl`` and ``documents.csv``."""
+        """Write ``documents.jsonl`` and ``documents.csv``.
+
+        Args:
+            directory: Path of an existing directory.
+            names: Name of each document.
+
+        Raises:
+            OSError: A file cannot be written.
+        """
         rows = self.rows(names)
         table = io.StringIO()
         writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        texts = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), table.getvalue()
-        for file, text in zip(FILES, texts):
-            write_atomically(os.path.join(directory, file), text)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for file, text in zip(FILES, (lines, table.getvalue())):
+            write_result(os.path.join(directory, file), text)
 
 
 def _losses(logits: torch.Tensor, target: torch.Tensor) -> np.ndarray:
-    """Loss of each token, shape (n,), float64; logits (T, V) with T >= n, target (n,)."""
+    """Compute the loss of each token, shape (n,), float64, from logits (T, V) with T >= n and target (n,)."""
     return F.cross_entropy(logits[: len(target)].float(), target, reduction="none").double().cpu().numpy()
 
 
 def _perplexity(loss: float, tokens: float) -> float:
-    return math.exp(min(loss / tokens, 700.0))  # what exceeds a float is no better known as infinity
-
-
-class ShardScores:
-    """Puts together what independent processes (``--num-shards N --shard-id I``) found, in a shared directory.
-
-    Each writes its own sums; whoever finds those of all shards writes the results. Sums of another run (other data,
-    checkpoint or settings) are told apart by its description.
-
-    Args:
-        directory: ``--results-path``.
-        run: describes the run; JSON.
-        shards, shard: how many there are, and which this is.
-    """
-
-    def __init__(self, directory: str, run: Dict[str, Any], shards: int, shard: int):
-        self.directory, self.run, self.shards, self.shard = directory, run, shards, shard
-        if os.path.exists(self._path(shard)):  # of an earlier run: the others must not take it for this one's
-            os.remove(self._path(shard))
-
-    def _path(self, shard: int) -> str:
-        return os.path.join(self.directory, f"shard-{shard}-of-{self.shards}.json")
-
-    def merge(self, scores: DocumentScores) -> List[int]:
-        """Leave this shard's sums for the others, and add theirs; returns the shards that are still missing."""
-        read = np.flatnonzero(scores.sums[0])
-        own = {"run": self.run, "documents": read.tolist(), "sums": scores.sums[:, read].tolist()}
-        write_atomically(self._path(self.shard), json.dumps(own))
-        merged, missing = np.zeros_like(scores.sums), []
-        for shard in range(self.shards):
-            try:
-                with open(self._path(shard), encoding="utf-8") as f:
-                    found = json.load(f)
-            except FileNotFoundError:
-                missing.append(shard)
-                continue
-            if found["run"] != self.run:
-                missing.append(shard)
-                continue
-            merged[:, found["documents"]] += np.array(found["sums"])
-        if not missing:
-            scores.sums = merged
-        return missing
+    return math.exp(min(loss / tokens, 700.0))  # above it, a float would be infinite

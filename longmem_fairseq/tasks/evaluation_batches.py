@@ -1,4 +1,13 @@
-"""What fairseq-eval-lm iterates over: batches, and at their end the results of documents and of all ranks together."""
+"""Batches for fairseq-eval-lm; at their end the results of documents and of all ranks together are written.
+
+Hooks into fairseq: fairseq-eval-lm computes the loss of one rank and has no place for other results. So
+
+* a forward hook on the model (``torch.nn.Module.register_forward_hook``) scores each batch as the command runs it. It
+  is there only where documents or several ranks must be scored, and is removed at the end of the iteration;
+* a filter on the logger of ``fairseq_cli.eval_lm`` (``logging.Logger.addFilter``) rewrites the command's last two
+  lines, which report one rank's figures, so that they report all ranks' figures, or state their rank. It stays to the
+  end of the process, and does nothing to other lines.
+"""
 
 import logging
 import os
@@ -11,31 +20,29 @@ from fairseq.distributed import utils as distributed_utils
 from tqdm import tqdm
 
 from ..data.lane_dataset import LaneDataset
-from .document_scores import DocumentScores, ShardScores
+from .document_scores import DocumentScores
+from .shard_scores import ShardScores
 
 logger = logging.getLogger(__name__)
-STOCK_LOGGER = "fairseq_cli.eval_lm"
+EVAL_LM_LOGGER = "fairseq_cli.eval_lm"
 
 
-class Evaluation:
-    """Yields the batches of one rank; shows tokens per second; scores documents.
-
-    fairseq-eval-lm keeps its scores to itself and reports only its own rank's. So where documents or several ranks are
-    asked for, a hook on the model scores each batch as it passes, and the end of the iteration is the end of the run.
+class EvaluationBatches:
+    """Iterate over one rank's batches, report tokens/s and score each document.
 
     Args:
-        batches: iterator over collated batches of a :class:`LaneDataset`.
-        dataset: that dataset.
-        model: what is evaluated.
-        rank: which of the dataset's ranks this is.
-        results_path: directory for the documents' results, or ``None``.
-        run: description of the run, for shards that run apart.
-        bar: show a progress bar, if there is a terminal (otherwise a log line every ``log_interval`` batches).
-        log_interval: batches between two log lines.
+        batches: Iterator over collated batches of a :class:`LaneDataset`.
+        dataset: The dataset of these batches.
+        model: The model that is evaluated.
+        rank: Number of the dataset's rank that the batches belong to.
+        results_path: Path of the directory for the documents' results, or None.
+        run: Description of the run, for shards that are evaluated by independent processes.
+        bar: If true, show a progress bar on a terminal; elsewhere a line is logged every ``log_interval`` batches.
+        log_interval: Number of batches between two log lines.
 
     Raises:
-        OSError: the results cannot be written.
-        RuntimeError: not every token was scored once.
+        OSError: The results cannot be written.
+        RuntimeError: Not every token was scored once; raised at the end of the iteration.
     """
 
     def __init__(
@@ -76,7 +83,7 @@ class Evaluation:
         return len(self.batches)
 
     def __iter__(self):
-        began, tokens = time.time(), 0
+        start, tokens = time.time(), 0
         with tqdm(total=self.total, unit=" tokens", unit_scale=True, leave=False, disable=not self.bar) as progress:
             for i, batch in enumerate(self.batches, 1):
                 self._batch = batch
@@ -85,25 +92,23 @@ class Evaluation:
                 tokens += n
                 progress.update(n)
                 if not self.bar and i % self.log_interval == 0:
-                    seconds = time.time() - began
+                    seconds = time.time() - start
                     logger.info(f"{tokens:,} of {self.total:,} tokens, {tokens / seconds:,.0f} tokens/s")
-        self._finish(time.time() - began)
+        self._finish(time.time() - start)
 
     def _score(self, model, args, kwargs, output) -> None:
-        """Forward hook: score the batch that was last given out."""
+        """Score the batch that was yielded last; a forward hook."""
         logits, extra = output
         target = self._batch["target"].to(logits.device)
         without = extra.get("logits_without_memory") if self._without_memory else None
         self.scores.add({**self._batch, "target": target}, logits, logits if without is None else without)
 
     def _finish(self, seconds: float) -> None:
-        """Put the results of all ranks or shards together, report and write them."""
+        """Merge, report and write the results of all ranks or shards."""
         shard = f"shard {self.rank} of {self.dataset.n_ranks}"
         if self._hook is None:
             if self.dataset.n_ranks > 1:
-                logger.info(
-                    f"{shard} is done: with the same --results-path for all shards, the last would put them together"
-                )
+                logger.info(f"{shard} is done: give all shards the same --results-path to have their results merged")
                 _amend_report(shard)
             return
         self._hook.remove()
@@ -126,28 +131,28 @@ class Evaluation:
             logger.info(f"results of {len(self.names):,} documents are in {self.results_path}")
 
 
-def _amend_report(who: str, scores: Optional[DocumentScores] = None, seconds: float = 0.0) -> None:
-    """Make fairseq-eval-lm's last two lines, which know only their own rank's figures, say whose they are.
+def _amend_report(source: str, scores: Optional[DocumentScores] = None, seconds: float = 0.0) -> None:
+    """Let fairseq-eval-lm's last two lines, which report one rank's figures, report those of all or state their rank.
 
     Args:
-        who: whose the figures are.
-        scores: of all; they take the place of one rank's.
-        seconds: what all of them took, if they ran together.
+        source: Name of the ranks or the shard that the figures belong to.
+        scores: Scores of all ranks or shards, which replace one rank's; None to keep its own.
+        seconds: Time that all ranks took, if they ran together.
     """
 
     def amend(record: logging.LogRecord) -> bool:
         message = record.getMessage()
         if message.startswith("Evaluated "):
-            if scores is not None and who.startswith("all"):
+            if scores is not None and source.startswith("all"):
                 speed = scores.tokens / seconds
                 message = f"Evaluated {scores.tokens:,} tokens in {seconds:.1f}s ({speed:.2f} tokens/s)"
-            message = f"{message} ({who})"
+            message = f"{message} ({source})"
         elif message.startswith("Loss (base 2)"):
             if scores is not None:
                 message = f"Loss (base 2): {scores.loss():.4f}, Perplexity: {2 ** scores.loss():.2f}"
             else:
-                message = f"{message} ({who})"
+                message = f"{message} ({source})"
         record.msg, record.args = message, ()
         return True
 
-    logging.getLogger(STOCK_LOGGER).addFilter(amend)
+    logging.getLogger(EVAL_LM_LOGGER).addFilter(amend)

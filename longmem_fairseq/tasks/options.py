@@ -1,4 +1,4 @@
-"""Options of the task: the stock language modelling ones as far as they mean something here, and the memory's scope."""
+"""Options of the task: the stock language modelling ones that have a meaning here, and those of the memory."""
 
 import logging
 import os
@@ -9,26 +9,28 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import II
 
-from ..data.lane_dataset import SCOPES
 from ..memory.memory_file import DTYPES
+from ..memory.policies import memory_policy
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class LongMemLanguageModelingConfig(LanguageModelingConfig):
+    """Options of ``longmem_language_modeling``; see each option's help."""
+
     tokens_per_sample: int = field(
         default=1024,
-        metadata={"help": "tokens of a segment, what local attention sees (evaluation takes the checkpoint's)"},
+        metadata={"help": "tokens of a segment, the span of local attention (evaluation takes the checkpoint's)"},
     )
     data_no_shuffle: bool = field(
         default=False, metadata={"help": "read documents in the data's order instead of shuffling them every epoch"}
     )
-    memory_scope: ChoiceEnum(list(SCOPES)) = field(
+    memory_scope: str = field(
         default="document",
         metadata={
-            "help": "what one memory may hold: a document; a stream of all documents of a lane (as in the published "
-            "training); or one memory shared by the streams of all lanes (as in the released code)"
+            "help": "what one memory may hold: document, each document by itself; stream, all documents of a lane (as "
+            "in the published training); shared, one memory for the streams of all lanes (as in the released code)"
         },
     )
     memory_snapshot: bool = field(
@@ -48,21 +50,21 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
 
     memory_text: Optional[List[str]] = field(
         default=None,
-        metadata={"help": "generation: memorise a document before the first prompt (repeatable; - is standard input)"},
+        metadata={"help": "generation: memorize a document before the first prompt (repeatable; - is standard input)"},
     )
     memory_load: Optional[str] = field(
-        default=None, metadata={"help": "generation: begin with a memory written by --memory-save"}
+        default=None, metadata={"help": "generation: start with a memory written by --memory-save"}
     )
     memory_save: Optional[str] = field(
         default=None,
-        metadata={"help": "generation: write what was memorised to a file, after each turn with --memorize-turns"},
+        metadata={"help": "generation: write what was memorized to a file, after each turn with --memorize-turns"},
     )
     memory_save_dtype: ChoiceEnum(list(DTYPES)) = field(
         default="float16", metadata={"help": "precision of keys and values in the file of --memory-save"}
     )
     memorize_turns: bool = field(
         default=False,
-        metadata={"help": "generation: memorise each prompt and its best answer, so that later prompts can read them"},
+        metadata={"help": "generation: memorize each prompt and its best answer, so that later prompts can read them"},
     )
     prompt_tokens: Optional[int] = field(
         default=None,
@@ -72,11 +74,11 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
         default="float32",
         metadata={
             "help": "evaluation and generation: precision in which weights are held and multiplied; bfloat16 is up to "
-            "twice as fast on CPUs that compute in it, least where a single row is generated; all else stays in float32"
+            "twice as fast on CPUs that support it, least where a single row is generated; the rest stays in float32"
         },
     )
 
-    # set elsewhere, needed here
+    # Options of other groups that the task needs.
     train_subset: str = II("dataset.train_subset")
     restore_file: str = II("checkpoint.restore_file")
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
@@ -94,23 +96,28 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
 
 
 def check_options(cfg: LongMemLanguageModelingConfig) -> None:
-    """Refuse options that contradict what the task promises; say in one line which others have no effect.
+    """Refuse options that contradict the task or each other; log in one line which others have no effect.
+
+    Args:
+        cfg: Configuration of the task.
 
     Raises:
-        ValueError: an option cannot be honoured.
+        ValueError: An option is not supported.
+        FileNotFoundError: A file or directory that an option names does not exist.
     """
+    memory_policy(cfg.memory_scope)
     if cfg.tokens_per_sample < 1:
-        raise ValueError(f"--tokens-per-sample {cfg.tokens_per_sample} is less than one token")
+        raise ValueError(f"--tokens-per-sample {cfg.tokens_per_sample} is less than one token: raise it")
     if cfg.output_dictionary_size >= 0:
         raise ValueError(
-            f"--output-dictionary-size {cfg.output_dictionary_size} cannot be had: the frozen backbone's output "
-            "projection covers its whole dictionary"
+            f"--output-dictionary-size {cfg.output_dictionary_size} is not supported: the frozen backbone's "
+            "output projection covers its whole dictionary; leave it out"
         )
     if cfg.self_target or cfg.past_target:
-        raise ValueError("--self-target and --past-target cannot be had: the target is always the next token")
+        raise ValueError("--self-target and --past-target are not supported: the target is always the next token")
     if cfg.add_bos_token:
         raise ValueError(
-            "--add-bos-token cannot be had: a document's first token is predicted from end-of-sentence, as in the "
+            "--add-bos-token is not supported: a document's first token is predicted from end-of-sentence, as in the "
             "backbone's training"
         )
     if str(cfg.shorten_method) != "none":
@@ -127,17 +134,17 @@ def check_options(cfg: LongMemLanguageModelingConfig) -> None:
     for path in [*(cfg.memory_text or []), *filter(None, [cfg.memory_load])]:
         if path != "-" and not os.path.isfile(path):
             option = "--memory-load" if path == cfg.memory_load else "--memory-text"
-            raise FileNotFoundError(f"{option} {path} is no file that exists")
+            raise FileNotFoundError(f"{option} {path} does not exist, or is not a file")
     # fairseq-generate takes its prompts from the data.
     if "-" in (cfg.memory_text or []) and cfg.prompt_tokens is None and cfg.input == "-":
         raise ValueError(
-            "--memory-text - reads the standard input to its end, so no prompt would be left there: name their file "
+            "--memory-text - reads the standard input to its end, so no prompt is left in it: name a file of prompts "
             "with --input"
         )
     if cfg.memory_save and not os.path.isdir(os.path.dirname(os.path.abspath(cfg.memory_save))):
         raise FileNotFoundError(f"--memory-save {cfg.memory_save} cannot be written: its directory does not exist")
     if cfg.prompt_tokens is not None and cfg.prompt_tokens < 0:
-        raise ValueError(f"--prompt-tokens {cfg.prompt_tokens} is less than none")
+        raise ValueError(f"--prompt-tokens {cfg.prompt_tokens} is negative: set it to 0 or more")
 
     no_effect = {
         f"--sample-break-mode {cfg.sample_break_mode}": str(cfg.sample_break_mode) != "none",
@@ -146,10 +153,10 @@ def check_options(cfg: LongMemLanguageModelingConfig) -> None:
         "--pad-to-fixed-bsz": cfg.pad_to_fixed_bsz,
         "--use-plasma-view": cfg.use_plasma_view,
     }
-    named = [name for name, set_ in no_effect.items() if set_]
-    if named:
+    given = [option for option, is_set in no_effect.items() if is_set]
+    if given:
         logger.info(
             "%s: no effect; segments of --tokens-per-sample tokens are cut from whole documents (or, with "
             "--memory-scope stream, from all documents of a lane) and padded only at a document's end",
-            ", ".join(named),
+            ", ".join(given),
         )

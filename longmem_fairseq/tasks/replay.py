@@ -1,4 +1,4 @@
-"""Rebuild memories that are not where a batch continues: after a resume, or after a batch that failed."""
+"""Rebuild memories that do not end where a batch starts: after a resume, or after a batch that failed."""
 
 import logging
 import time
@@ -13,22 +13,23 @@ from ..data.lane_dataset import LaneDataset
 logger = logging.getLogger(__name__)
 
 
-def replay(sample: Dict[str, Any], model, dataset: LaneDataset, autocast: bool = False) -> None:
+def replay_past(sample: Dict[str, Any], model, dataset: LaneDataset, autocast: bool = False) -> None:
     """Give each lane of a batch the memory that it would have, had this process read the epoch from its start.
 
     The backbone is frozen, so a memory is a function of the tokens before: the batches of this rank before this one are
     encoded again, as many as a memory holds, in their old composition, which makes the result equal bit for bit on CPU.
 
     Args:
-        sample: the batch that comes next, on the model's device.
-        model: has ``needs_replay``, ``memorize`` and ``memory_tokens``; in the mode whose memory is meant.
-        dataset: where the batch comes from.
-        autocast: encode under CUDA's automatic mixed precision, as fairseq's ``--amp`` runs the forward pass.
+        sample: The batch that comes next, on the model's device.
+        model: Model with ``needs_replay``, ``memorize`` and ``memory_tokens``, in the mode (training or evaluation)
+            whose memory is rebuilt.
+        dataset: Dataset of the batch.
+        autocast: If true, encode under CUDA's automatic mixed precision, as fairseq's ``--amp`` runs the forward pass.
     """
     rows = model.needs_replay(sample["net_input"]["segments"])
     if not rows.any():
         return
-    began = time.time()
+    start = time.time()
     batches = dataset.history(sample, model.memory_tokens)
     device = sample["target"].device
     for i, indices in enumerate(tqdm(batches, desc="rebuilding memory", unit="batch", leave=False, disable=None)):
@@ -41,5 +42,5 @@ def replay(sample: Dict[str, Any], model, dataset: LaneDataset, autocast: bool =
         "memory of %d lanes rebuilt by replay of the %d batches before in %.1f s",
         rows.sum(),
         len(batches),
-        time.time() - began,
+        time.time() - start,
     )

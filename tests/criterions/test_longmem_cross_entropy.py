@@ -299,5 +299,5 @@ def test_registered_under_its_name():
 
 
 def test_a_model_that_can_have_no_memory_is_refused():
-    with pytest.raises(ValueError, match="measures what a memory does.*use --criterion cross_entropy"):
+    with pytest.raises(ValueError, match="measures a memory.*use --criterion cross_entropy"):
         criterion()(stock_model(), samples()[0])

@@ -15,8 +15,16 @@ from tests.fairseq_runs import random_documents
 EOS, PAD = 2, 1
 
 
+# Settings of a LaneDataset by the name of the memory's scope.
+SCOPES = {
+    "document": {"scope": "document"},
+    "stream": {"scope": "stream", "joins_documents": True},
+    "shared": {"scope": "shared", "joins_documents": True, "shares_memory": True},
+}
+
+
 class Documents:
-    """What LaneDataset needs of a DocumentDataset, in memory."""
+    """A DocumentDataset in memory, as far as LaneDataset needs it."""
 
     split, pad = "train", PAD
 
@@ -36,7 +44,7 @@ class Documents:
 
 
 @st.composite
-def datasets(draw, scopes=("document", "stream", "shared")):
+def datasets(draw, scopes=tuple(SCOPES)):
     T = draw(st.integers(1, 9))
     lengths = draw(st.lists(st.integers(1, 5 * T), min_size=1, max_size=12))
     return LaneDataset(
@@ -45,13 +53,13 @@ def datasets(draw, scopes=("document", "stream", "shared")):
         n_ranks=draw(st.integers(1, 3)),
         tokens_per_sample=T,
         bos=EOS,
-        scope=draw(st.sampled_from(scopes)),
         seed=draw(st.none() | st.integers(0, 5)),
+        **SCOPES[draw(st.sampled_from(scopes))],
     )
 
 
 def batches_of(dataset, rank):
-    """What a rank reads in an epoch, collated."""
+    """Return the collated batches that a rank reads in an epoch."""
     return [
         dataset.collater([dataset[i] for i in indices])
         for n, indices in enumerate(dataset.batches())
@@ -88,7 +96,7 @@ def test_a_document_of_many_segments(scope):
     """Its length does not fit 16 bits; its neighbours are around one segment long."""
     T = 1024
     documents = random_documents([1, T - 1, T, T + 1, 70_001])
-    dataset = LaneDataset(Documents(documents), 2, 1, T, EOS, scope)
+    dataset = LaneDataset(Documents(documents), 2, 1, T, EOS, **SCOPES[scope])
     read = [[] for _ in documents]
     for sample in batches_of(dataset, 0):
         for row, pieces in enumerate(sample["pieces"]):
@@ -114,12 +122,12 @@ def test_lanes_continue_their_streams(dataset):
                 if start > 0:
                     assert place[lane] == (stream, start)
                 place[lane] = (stream, end)
-        if dataset.scope != "document":
+        if dataset.joins_documents:
             assert len({stream for stream, _ in place.values()}) == len(place)
 
 
 @given(dataset=datasets(scopes=["document"]))
-def test_scope_document_starts_anew_at_each_document(dataset):
+def test_scope_document_starts_a_stream_at_each_document(dataset):
     for index in range(len(dataset)):
         step, lane = divmod(index, dataset.total_lanes)
         if step < len(dataset.lanes[lane]):
@@ -129,7 +137,7 @@ def test_scope_document_starts_anew_at_each_document(dataset):
 
 
 def test_scope_stream_fills_segments_across_documents():
-    dataset = LaneDataset(Documents(random_documents([3, 4, 2, 6])), 1, 1, 5, EOS, "stream")
+    dataset = LaneDataset(Documents(random_documents([3, 4, 2, 6])), 1, 1, 5, EOS, joins_documents=True)
     assert dataset.steps == 3
     assert [len(dataset[i]["target"]) for i in range(3)] == [5, 5, 5]
     assert [(p.document, p.start, p.stop) for p in dataset[1]["pieces"]] == [(1, 2, 4), (2, 0, 2), (3, 0, 1)]
@@ -137,7 +145,7 @@ def test_scope_stream_fills_segments_across_documents():
 
 
 def test_streams_of_epochs_differ():
-    dataset = LaneDataset(Documents(random_documents([30, 30])), 2, 1, 5, EOS, "stream")
+    dataset = LaneDataset(Documents(random_documents([30, 30])), 2, 1, 5, EOS, joins_documents=True)
     streams = set()
     for epoch in (1, 2):
         dataset.set_epoch(epoch)
@@ -159,7 +167,7 @@ def test_padding_is_trailing_and_only_where_there_is_no_token(dataset):
 
 @given(dataset=datasets(), tokens=st.integers(0, 30), data=st.data())
 def test_history_covers_what_a_memory_holds(dataset, tokens, data):
-    """Played back, it leads every lane through its last tokens up to the batch, with no gap."""
+    """Replayed, it leads every lane through its last tokens up to the batch, with no gap."""
     rank = data.draw(st.integers(0, dataset.n_ranks - 1))
     steps = [step for step in range(dataset.steps) if len(dataset.batch(step, rank))]
     if not steps:
@@ -177,13 +185,13 @@ def test_history_covers_what_a_memory_holds(dataset, tokens, data):
         ):
             if lane in covered:
                 covered[lane] = covered[lane] + length if start > 0 else length
-    if dataset.scope == "shared":
+    if dataset.shares_memory:
         everything = sum(batch["ntokens"] for batch in past)
         assert everything >= tokens or len(history) == step
     else:
         for lane, start in zip(segments.lanes.tolist(), segments.starts.tolist()):
             assert covered[lane] >= min(start, tokens) or start == 0
-    if dataset.scope == "document":
+    if not dataset.joins_documents:
         assert len(history) <= -(-tokens // dataset.T)
 
 
@@ -210,7 +218,6 @@ def test_nothing_to_collate():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"scope": "documents"}, "--memory-scope documents is none of document, stream, shared"),
         ({"n_lanes": 0}, "--batch-size and --tokens-per-sample must be at least 1"),
         ({"tokens_per_sample": 0}, "segments of 0 tokens"),
     ],

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from fairseq.data.iterators import GroupedIterator
 
-from longmem_fairseq.data.document_dataset import DocumentDataset, find_split
+from longmem_fairseq.data.directories import find_split
+from longmem_fairseq.data.document_dataset import DocumentDataset
 from longmem_fairseq.data.lane_dataset import LaneDataset
 from longmem_fairseq.data.lane_iterator import LaneIterator
+from tests.data.test_lane_dataset import SCOPES
 from tests.fairseq_runs import make_dictionary, random_documents, write_data
 
 T = 8
@@ -23,7 +25,7 @@ def documents(tmp_path_factory):
 
 
 def iterator(documents, rank=0, ranks=1, lanes=2, workers=0, epoch=1, scope="document", seed=1, buffer_size=0):
-    dataset = LaneDataset(documents, lanes, ranks, T, 2, scope, seed)
+    dataset = LaneDataset(documents, lanes, ranks, T, 2, seed=seed, **SCOPES[scope])
     return LaneIterator(dataset, rank, epoch, workers, buffer_size)
 
 
@@ -135,7 +137,7 @@ def test_resumes_at_any_place(documents, workers, rank, epoch):
         ({"seed": 2}, r"--seed \(or --data-no-shuffle\) was 1 and is 2"),
     ],
 )
-def test_lanes_that_lie_otherwise_cannot_be_continued(documents, change, message):
+def test_other_lanes_cannot_be_continued(documents, change, message):
     stopped = iterator(documents)
     next(stopped.next_epoch_itr())
     with pytest.raises(ValueError, match=message + ".*--reset-dataloader"):

@@ -80,7 +80,8 @@ def test_changed_content_is_found_by_the_full_check(data, name):
 
 
 @pytest.mark.parametrize(
-    "at, message", [(0, "is not the index of a fairseq"), (17, "is not the index"), (26, "counts .* tokens")]
+    "at, message",
+    [(0, "is not the index of a fairseq"), (17, "has version 1 and token type"), (26, "counts .* tokens")],
 )
 def test_garbage_in_the_index(data, at, message):
     content = bytearray((data / "train.idx").read_bytes())
@@ -112,7 +113,7 @@ def test_shards_must_share_the_tokenizer(data, pristine):
 
 
 def test_unknown_split_and_damaged_manifest(data):
-    with pytest.raises(ManifestError, match="knows train but no split valid"):
+    with pytest.raises(ManifestError, match="lists train but no split valid"):
         verify(data, "valid")
     (data / MANIFEST).write_text("{")
     with pytest.raises(ManifestError, match="manifest.json cannot be read"):

@@ -23,7 +23,7 @@ POSITIONS = {"max_target_positions": 2 * T, "tokens_per_sample": 2 * T}
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> SimpleNamespace:
-    """``directory`` with a tokenizer and a dictionary, and what :func:`write_checkpoints` gives."""
+    """``directory`` with a tokenizer and a dictionary, and the values of :func:`write_checkpoints`."""
     directory = tmp_path_factory.mktemp("tiny_evaluation")
     for name in ("sentencepiece.model", "dict.txt"):
         shutil.copy(SHIPPED / name, directory)
@@ -58,7 +58,7 @@ def loaded(files) -> Scorer:
 
 @pytest.fixture
 def scorer(loaded) -> Scorer:
-    """With no cache, whatever a test before gave it."""
+    """Without a cache, whichever an earlier test set."""
     loaded.cache = {}
     return loaded
 
@@ -66,4 +66,4 @@ def scorer(loaded) -> Scorer:
 @pytest.fixture(scope="session")
 def text() -> str:
     """About 2,400 characters of English."""
-    return (ROOT / "README.md").read_text(encoding="utf-8").split("## Install")[0][:2400]
+    return (ROOT / "README.md").read_text(encoding="utf-8")[:2400]

@@ -1,4 +1,4 @@
-"""The books evaluation as a user runs it: its figures, its files, and going on after an interruption."""
+"""The books evaluation as a user runs it: its figures, its files, and continuing after an interruption."""
 
 import json
 import math
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from longmem_fairseq.evaluation.books import Books
-from longmem_fairseq.evaluation.command import main, parser_of, run
+from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.hub import LongMem
 from preprocess.documents import iter_documents
 
@@ -45,9 +46,9 @@ def outcome(arguments, tmp_path_factory):
 
 
 def test_report(outcome, data, files):
-    directory, found = outcome
+    directory, finished = outcome
     report = json.loads((directory / "report.json").read_text())
-    assert report == json.loads(json.dumps(found.report)) and (directory / "report.png").stat().st_size > 10_000
+    assert report == json.loads(json.dumps(finished.report)) and (directory / "report.png").stat().st_size > 10_000
     assert (directory / "report.md").read_text() == report["markdown"]
     lengths, kinds, positions, documents = report["tables"]
     assert list(lengths["figures"]) == ["all", "< 5k"] and list(positions["figures"]) == ["0-1k", "1-4k"]
@@ -67,26 +68,26 @@ def test_report(outcome, data, files):
 
 def test_figures_add_up(outcome):
     """All tokens are in one length, one position, one kind of word."""
-    directory, found = outcome
+    directory, finished = outcome
     items = [json.loads(line)["result"] for line in (directory / "items.jsonl").read_text().splitlines()[1:]]
     blocks = [item for item in items if "loss" in item]
-    for table in found.tables[:3]:
+    for table in finished.tables[:3]:
         columns = {name: rows for name, rows in table.columns.items() if name != "all"}
         sums = [sum(x) for x in zip(*(part for rows in columns.values() for part in rows["memory 64"].items.values()))]
         expected = [sum(b["loss"]["memory 64"] for b in blocks), sum(b["tokens"] for b in blocks)]
         assert sums == pytest.approx(expected)
-    value = found.tables[0].columns["all"]["memory 64"].interval().value
+    value = finished.tables[0].columns["all"]["memory 64"].interval().value
     assert value == pytest.approx(math.exp(expected[0] / expected[1]))
 
 
 def test_it_goes_on_where_it_was_interrupted(outcome, arguments, tmp_path):
     """From any item on the results are those of an uninterrupted run: memories and caches are filled again."""
-    directory, found = outcome
+    directory, finished = outcome
     lines = (directory / "items.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) > 5
     (tmp_path / "items.jsonl").write_text("".join(lines[:4]) + lines[4][:30])
     again = evaluate(arguments, tmp_path)
-    for table, expected in zip(again.tables, found.tables):
+    for table, expected in zip(again.tables, finished.tables):
         for column, rows in expected.columns.items():
             for system, sample in rows.items():
                 value = table.columns[column][system].interval().value
@@ -103,22 +104,22 @@ def test_an_interruption_is_told(arguments, tmp_path, monkeypatch):
         return {"tokens": 1, "loss": {}}
 
     monkeypatch.setattr(Books, "score", interrupted)
-    with pytest.raises(SystemExit, match="interrupted; the same command goes on with what is in"):
+    with pytest.raises(SystemExit, match="interrupted; the same command continues from"):
         main(books(), [str(x) for x in (*arguments, "--no-cache", "--results-path", tmp_path)])
     assert [json.loads(line).get("item") for line in (tmp_path / "items.jsonl").open()] == [None, *scored]
     assert [path.name for path in tmp_path.iterdir()] == ["items.jsonl"]
 
 
 def test_limits(outcome, arguments, tmp_path):
-    directory, found = outcome
+    directory, finished = outcome
     limited = evaluate(arguments, tmp_path, "--limit", 1, "--document-tokens", 1000)
     assert limited.report["items"] == 1 and "1 documents" in limited.report["notes"][0]
-    assert len(evaluate(arguments, tmp_path).tables[0].columns["all"]["backbone"]) == found.report["items"]
+    assert len(evaluate(arguments, tmp_path).tables[0].columns["all"]["backbone"]) == finished.report["items"]
 
 
 def test_a_backbone_alone(arguments, files, tmp_path):
-    found = evaluate([*arguments[:1], files.backbone, *arguments[2:]], tmp_path, "--tokens-per-sample", 32)
-    assert list(found.tables[0].columns["all"]) == [
+    finished = evaluate([*arguments[:1], files.backbone, *arguments[2:]], tmp_path, "--tokens-per-sample", 32)
+    assert list(finished.tables[0].columns["all"]) == [
         "backbone", "backbone, window 64", "backbone + cache 64", "backbone + cache 128"
     ]  # fmt: skip
 
@@ -132,15 +133,15 @@ def test_errors_are_one_sentence(arguments, data, tmp_path, capsys):
 
     refuses("no file or directory", "--data", tmp_path / "none")
     refuses("--memory-sizes 16 is smaller than one segment of 32", "--memory-sizes", 16)
-    refuses("--windows 40 is no multiple", "--windows", 40)
+    refuses("--windows 40 is not a multiple", "--windows", 40)
     refuses("name documents with --valid", without=("--valid",))
     refuses("--cache-lambda and --cache-theta belong together", "--cache-lambda", 0.5)
     refuses("--cache-lambda 1.5 must be", "--cache-lambda", 1.5, "--cache-theta", 1)
     refuses("--no-cache contradicts", "--cache-lambda", 0.5, "--cache-theta", 1, "--no-cache")
     refuses("--limit 0 is less than 1", "--limit", 0)
-    refuses("--model-overrides 5 is no Python dictionary", "--model-overrides", 5)
+    refuses("--model-overrides 5 is not a Python dictionary", "--model-overrides", 5)
     refuses("give it as --memory-size", "--model-overrides", "{'memory_size': 64}")
-    refuses("no setting memry_dtype", "--model-overrides", "{'memry_dtype': 'float16'}")
+    refuses("not have the setting memry_dtype", "--model-overrides", "{'memry_dtype': 'float16'}")
     assert not (tmp_path / "report.json").exists()
     evaluate(arguments, tmp_path, "--no-cache", "--limit", 1)
     refuses("results of another run .*name another --results-path")

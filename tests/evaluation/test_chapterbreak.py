@@ -1,4 +1,4 @@
-"""Suffix identification, against the models called plainly, in both layouts."""
+"""Suffix identification, against direct calls of the models, in both layouts."""
 
 import json
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from longmem_fairseq.data.segments import Segments
-from longmem_fairseq.evaluation.chapterbreak import ChapterBreak, read_examples
-from longmem_fairseq.evaluation.command import main, parser_of, run
+from longmem_fairseq.evaluation.chapterbreak import ChapterBreak, read_boundaries
+from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.command_line import parser_of
 
 T, SUFFIX = 32, 9
 
@@ -24,7 +25,7 @@ def data(tmp_path_factory, text):
          "negatives": suffixes[:i] + suffixes[i + 1 :]}
         for i, end in enumerate((60, 700))
     ]  # fmt: skip
-    (directory / "sets" / "ours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "sets" / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     official = {"pg19": {"one.txt": [
         {"ctx": text[: row["ctx_end"]], "pos": row["gold"], "negs": row["negatives"]} for row in rows
     ]}}  # fmt: skip
@@ -32,7 +33,7 @@ def data(tmp_path_factory, text):
     return directory / "sets"
 
 
-def evaluate(files, data, directory, name="ours.jsonl", *more):
+def evaluate(files, data, directory, name="lines.jsonl", *more):
     evaluation = ChapterBreak()
     arguments = [
         "--path", files.longmem, "--tokenizer", files.directory, "--data", data / name, "--results-path", directory,
@@ -45,16 +46,16 @@ def evaluate(files, data, directory, name="ours.jsonl", *more):
 @pytest.fixture(scope="module")
 def outcome(files, data, tmp_path_factory):
     directory = tmp_path_factory.mktemp("report")
-    evaluation, found = evaluate(files, data, directory)
+    evaluation, finished = evaluate(files, data, directory)
     items = [json.loads(line) for line in (directory / "items.jsonl").open()][1:]
-    return found, {row["item"]: row["result"] for row in items}
+    return finished, {row["item"]: row["result"] for row in items}
 
 
 @torch.no_grad()
 def plainly(longmem, context, suffix, room):
-    """Mean log-probability of a suffix with the memory on and off: one forward after the other, no batches."""
+    """Return the mean log-probability of a suffix with the memory on and off, without batches."""
     stream = torch.cat([torch.tensor([2]), context, suffix])
-    here = max(0, len(context) - (T - room))  # inputs that are memorised
+    here = max(0, len(context) - (T - room))  # inputs that are memorized
     longmem.reset_memory()
     start = 0
     for end in [*range(T, here, T), here] if here else []:
@@ -94,27 +95,27 @@ def test_scores(outcome, files, loaded, text):
 
 
 def test_accuracy(outcome):
-    found, items = outcome
+    finished, items = outcome
     for length in ("16", "64", "all"):
-        for system, sample in found.tables[0].columns[length].items():
+        for system, sample in finished.tables[0].columns[length].items():
             scores = [result["scores"][length][system] for result in items.values()]
             right = sum(row[0] > max(row[1:]) for row in scores)
             assert sample.interval().value == pytest.approx(50 * right)
-    assert list(found.tables[0].columns) == ["16", "64", "all"] and "chance: 33.3 %" in found.report["notes"][0]
+    assert list(finished.tables[0].columns) == ["16", "64", "all"] and "chance: 33.3 %" in finished.report["notes"][0]
 
 
 def test_both_layouts_are_one(outcome, files, data, tmp_path):
-    ours, official = (read_examples(str(data / name)) for name in ("ours.jsonl", "official.json"))
-    assert [example[2:] for example in ours] == [example[2:] for example in official]
-    _, found = evaluate(files, data, tmp_path, "official.json", "--limit", 1)
-    assert found.report["items"] == 1
-    same = found.tables[0].columns["all"]["memory on"].items
+    lines, official = (read_boundaries(str(data / name)) for name in ("lines.jsonl", "official.json"))
+    assert [example[2:] for example in lines] == [example[2:] for example in official]
+    _, finished = evaluate(files, data, tmp_path, "official.json", "--limit", 1)
+    assert finished.report["items"] == 1
+    same = finished.tables[0].columns["all"]["memory on"].items
     assert same == {"pg19 one.txt 0": outcome[0].tables[0].columns["all"]["memory on"].items["one.txt 0"]}
 
 
 def test_the_cache_is_tuned_on_the_longest_contexts(data, loaded):
     evaluation = ChapterBreak()
-    arguments = ["--path", "x", "--results-path", "y", "--data", str(data / "ours.jsonl"), "--valid"]
+    arguments = ["--path", "x", "--results-path", "y", "--data", str(data / "lines.jsonl"), "--valid"]
     args = parser_of(evaluation).parse_args([*arguments, str(data / "official.json"), "--suffix-tokens", "9"])
     evaluation.prepare(args, loaded)
     (document,) = evaluation.tuning_documents()
@@ -129,7 +130,7 @@ def test_errors(files, data, tmp_path):
 
     (tmp_path / "other.json").write_text('{"a": [1]}')
     refuses("other.json has neither the official layout", "--data", tmp_path / "other.json")
-    refuses("refers to one.txt: name its directory with --books", "--data", data / "ours.jsonl", "--books", tmp_path)
+    refuses("refers to one.txt: name its directory with --books", "--data", data / "lines.jsonl", "--books", tmp_path)
     refuses("none.json cannot be used: No such file", "--data", tmp_path / "none.json")
     refuses("--lengths 1k is neither", "--data", data / "official.json", "--lengths", "1k")
     refuses("--suffix-tokens 40 must be from 1 to 31", "--data", data / "official.json", "--suffix-tokens", 40)

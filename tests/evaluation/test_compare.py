@@ -1,4 +1,4 @@
-"""The comparison, as a command on a backbone and a LongMem: everything runs, goes on, and lands in one report."""
+"""The comparison, as a command on a backbone and a LongMem: everything runs, continues, and is in one report."""
 
 import json
 import subprocess
@@ -11,7 +11,8 @@ import pytest
 from longmem_fairseq.evaluation.compare import main, merge, named, read_plan
 from longmem_fairseq.evaluation.dialogue import Dialogue
 from longmem_fairseq.evaluation.qa import QuestionAnswering
-from longmem_fairseq.evaluation.reporting.statistics import ACCURACY, PERPLEXITY, Sample
+from longmem_fairseq.evaluation.reporting.statistic import ACCURACY, PERPLEXITY
+from longmem_fairseq.evaluation.reporting.system_scores import SystemScores
 from longmem_fairseq.evaluation.reporting.table import PAIRS, Table
 from tests.repository import ROOT
 
@@ -58,9 +59,9 @@ def arguments(files, data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcome(arguments, data):
-    line = [sys.executable, str(ROOT / "examples/compare/evaluate.py"), *arguments]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=data)
+def outcome(arguments):
+    line = [sys.executable, "-m", "examples.compare.evaluate", *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(directory=Path(arguments[arguments.index("--results-path") + 1]), output=done.stdout)
 
@@ -71,16 +72,16 @@ def test_one_report(outcome):
     assert list(report["evaluations"]) == list(PLAN) and list(report["models"]) == ["alone", "first"]
     assert outcome.output.strip() == (outcome.directory / "report.md").read_text().strip()
     assert (outcome.directory / "report.png").stat().st_size > 50_000
-    for step, found in report["evaluations"].items():
-        merged = found["tables"][0]
+    for step, evaluation in report["evaluations"].items():
+        merged = evaluation["tables"][0]
         for name in report["models"]:
-            own = json.loads((outcome.directory / "runs" / name / step / "report.json").read_text())["tables"][0]
-            for column, rows in own["figures"].items():
+            single = json.loads((outcome.directory / "runs" / name / step / "report.json").read_text())["tables"][0]
+            for column, rows in single["figures"].items():
                 for row, cell in rows.items():
                     same = row.startswith("backbone") and ("cache" not in row or step == "books")
                     owner = "alone" if same else name  # of the same backbone; elsewhere memories differ in size
-                    found_there = merged["figures"][column][f"{owner}: {row}"]["value"]
-                    assert found_there == pytest.approx(cell["value"], rel=1e-3)
+                    merged_value = merged["figures"][column][f"{owner}: {row}"]["value"]
+                    assert merged_value == pytest.approx(cell["value"], rel=1e-3)
         pairs = {(row["system"], row["against"]) for row in merged["differences"]}
         on = "memory 64" if step == "books" else "memory on"
         assert {(f"first: {on}", "first: memory off"), (f"first: {on}", "alone: backbone")} <= pairs
@@ -108,7 +109,7 @@ def test_plan(tmp_path, data):
     with pytest.raises(ValueError, match="there is no evaluation books: qa"):
         read_plan(str(data / "plan.json"), str(data), {"qa": None}, ["books"])
     (tmp_path / "plan").write_text('{"a": ["--data"]}')
-    with pytest.raises(ValueError, match="is no plan"):
+    with pytest.raises(ValueError, match="is not a plan"):
         read_plan(str(tmp_path / "plan"), str(tmp_path), evaluations)
     assert named(["a=x=y", "b=z"], "--path") == {"a": "x=y", "b": "z"}
     with pytest.raises(ValueError, match="--path c.pt has no name: write NAME=c.pt"):
@@ -118,10 +119,10 @@ def test_plan(tmp_path, data):
 
 
 def test_rows_and_pairs():
-    """Two LongMems on one backbone: it stands there once; the second's systems are compared with the first's."""
+    """Two LongMems on one backbone: it appears once; the second's systems are compared with the first's."""
 
     def outcome(fingerprint, value):
-        rows = {row: Sample({"1": (value, 2)}, ACCURACY) for row in ("backbone", "memory off", "memory on")}
+        rows = {row: SystemScores({"1": (value, 2)}, ACCURACY) for row in ("backbone", "memory off", "memory on")}
         model = {"dictionary_sha256": "d", "backbone_fingerprint": fingerprint}
         return SimpleNamespace(report={"model": model}, tables=[Table("t", {"x": rows})])
 
@@ -143,7 +144,7 @@ def test_rows_and_pairs():
 
 def test_perplexities_of_two_tokenizers_are_not_compared():
     def outcome(dictionary, statistic):
-        columns = {"x": {"memory on": Sample({"1": (1, 2), "2": (2, 2)}, statistic)}}
+        columns = {"x": {"memory on": SystemScores({"1": (1, 2), "2": (2, 2)}, statistic)}}
         model = {"dictionary_sha256": dictionary, "backbone_fingerprint": str(columns)}
         return SimpleNamespace(report={"model": model}, tables=[Table("t", columns)])
 

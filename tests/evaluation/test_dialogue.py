@@ -1,4 +1,4 @@
-"""Dialogue: true responses against plain scores, BLEU against sacrebleu's own command, and the layouts of files."""
+"""Dialogue: true responses against plain scores, BLEU against sacrebleu's command, and the layouts of files."""
 
 import json
 import math
@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 
-from longmem_fairseq.evaluation.command import main, parser_of, run
+from longmem_fairseq.evaluation.bleu import Bleu
+from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.conversations import read_conversations
-from longmem_fairseq.evaluation.dialogue import Bleu, Dialogue
-from longmem_fairseq.evaluation.scoring.system_decoder import generate
+from longmem_fairseq.evaluation.dialogue import Dialogue
+from longmem_fairseq.evaluation.scoring.generate import generate
 
 T = 64
 SESSIONS = [
@@ -22,7 +24,7 @@ SESSIONS = [
 WHEN = [None, "2 days", "1 week"]
 
 
-def ours(name="c1"):
+def conversation(name="c1"):
     return {"id": name, "sessions": [
         {"session": i + 1, "since_previous": when, "turns": [{"speaker": s, "text": t} for s, t in turns]}
         for i, (turns, when) in enumerate(zip(SESSIONS, WHEN))
@@ -32,7 +34,7 @@ def ours(name="c1"):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("dialogue") / "test.jsonl"
-    path.write_text("".join(json.dumps(ours(name)) + "\n" for name in ("c1", "c2")))
+    path.write_text("".join(json.dumps(conversation(name)) + "\n" for name in ("c1", "c2")))
     return path
 
 
@@ -60,7 +62,7 @@ def outcome(files, data, tmp_path_factory):
 
 
 def test_true_responses(outcome):
-    """The text up to each response written out: memorised up to its session, then in the window."""
+    """The text up to each response written out: memorized up to its session, then in the window."""
     directory, evaluation, _ = outcome
     scorer, items = evaluation.scorer, items_of(directory)
     encode = scorer.tokenizer.encode
@@ -69,34 +71,34 @@ def test_true_responses(outcome):
     for number, turns in enumerate(SESSIONS):
         result = items[f"c1 session {number}"]
         assert result["earlier_sessions"] == number and len(result["turns"]) == len(turns)
-        past = scorer.new_past()
+        state = scorer.new_state()
         for text in texts[:number]:
-            scorer.memorize(past, encode(text))
+            scorer.memorize(state, encode(text))
         for i, (speaker, text) in enumerate(turns):
             before = headings[number] + "".join(f"{s}: {t}\n" for s, t in turns[:i]) + f"{speaker}:"
             response = encode(f"{before} {text}\n")[len(encode(before)) :]
-            (found,) = scorer.window(past, encode(before), len(response)).score([response])
+            (scores,) = scorer.window(state, encode(before), len(response)).score([response])
             assert result["turns"][i]["tokens"] == len(response)
             for system in scorer.systems:
-                assert result["turns"][i]["loss"][system] == pytest.approx(-float(found[system].sum()), abs=5e-3)
+                assert result["turns"][i]["loss"][system] == pytest.approx(-float(scores[system].sum()), abs=5e-3)
             if number == 2:
-                (answer,) = generate(scorer, system, past, [encode(before)], 8)
+                (answer,) = generate(scorer, system, state, [encode(before)], 8)
                 assert result["turns"][i]["answers"][system] == scorer.tokenizer.decode(answer).strip()
     assert "answers" not in items["c1 session 1"]["turns"][0], "only the last session's are generated"
 
 
 def test_figures(outcome):
-    directory, _, found = outcome
+    directory, _, finished = outcome
     items = items_of(directory)
     turns = [turn for item in items.values() for turn in item["turns"]]
-    assert found.report["items"] == 3 and len(turns) == 8
-    table, by_distance = found.tables
+    assert finished.report["items"] == 3 and len(turns) == 8
+    table, by_distance = finished.tables
     value = table.columns["perplexity of the true response"]["memory on"].interval().value
     loss = sum(turn["loss"]["memory on"] for turn in turns) / sum(turn["tokens"] for turn in turns)
     assert value == pytest.approx(math.exp(loss))
     assert list(by_distance.columns) == ["0", "1", "2"] and len(by_distance.columns["2"]["memory on"]) == 3
-    assert "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in found.report["markdown"]
-    assert found.report["examples"][0]["reference"] == "Rex ran away today ."
+    assert "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in finished.report["markdown"]
+    assert finished.report["examples"][0]["reference"] == "Rex ran away today ."
 
 
 def test_bleu_is_that_of_the_sacrebleu_command(tmp_path):
@@ -106,15 +108,15 @@ def test_bleu_is_that_of_the_sacrebleu_command(tmp_path):
     (tmp_path / "references").write_text("\n".join(references) + "\n")
     command = [sys.executable, "-m", "sacrebleu", "references", "-i", "answers", "-w", "6", "--format", "json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    theirs, bleu = json.loads(done.stdout), Bleu()
+    reported, bleu = json.loads(done.stdout), Bleu()
     sums = torch.tensor([bleu.counts(a, r) for a, r in zip(answers, references)]).sum(0).numpy()
-    assert float(bleu.statistic.compute(sums)) == pytest.approx(theirs["score"], abs=1e-5) and theirs["score"] > 20
-    assert all(part in bleu.signature for part in theirs["signature"].split("|"))
+    assert float(bleu.statistic.compute(sums)) == pytest.approx(reported["score"], abs=1e-5) and reported["score"] > 20
+    assert all(part in bleu.signature for part in reported["signature"].split("|"))
     assert bleu.statistic.compute(torch.stack([torch.tensor(sums)] * 6).view(2, 3, 10).numpy()).shape == (2, 3)
 
 
 def test_it_goes_on_amid_a_conversation(outcome, files, data, tmp_path):
-    directory, _, found = outcome
+    directory, _, finished = outcome
     lines = (directory / "items.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "items.jsonl").write_text("".join(lines[:3]))  # two of the three sessions
     evaluate(files, data, tmp_path, "--limit", 1)
@@ -143,19 +145,21 @@ def test_layouts(tmp_path):
         chronicles[f"{ordinal}_session_speakers"] = [s for s, _ in turns]
     locomo["conversation"]["session_4_date_time"] = "day 4"  # as there, sessions that were not held
     locomo["conversation"]["session_3"][0]["blip_caption"] = "a photo\nof Rex"
-    for name, content in (("ours", ours()), ("msc", msc), ("chronicles", chronicles)):
+    for name, content in (("conversation", conversation()), ("msc", msc), ("chronicles", chronicles)):
         (tmp_path / name).write_text(json.dumps(content) + "\n")
     (tmp_path / "locomo").write_text(json.dumps([locomo], indent=1))
-    expected = read_conversations(str(tmp_path / "ours"))
+    expected = read_conversations(str(tmp_path / "conversation"))
     assert [[tuple(turn) for turn in session.turns] for session in expected[0].sessions] == SESSIONS
     assert read_conversations(str(tmp_path / "chronicles")) == expected
-    (found,) = read_conversations(str(tmp_path / "msc"))
-    assert [s.when for s in found.sessions] == [None, "2 days later", "1 week later"]
-    assert [t.speaker for t in found.sessions[1].turns] == ["Speaker 1", "Speaker 2"]
-    assert found.sessions[2] == expected[0].sessions[2]._replace(when="1 week later")
-    (found,) = read_conversations(str(tmp_path / "locomo"))
-    assert found.sessions[1].turns == expected[0].sessions[1].turns and found.sessions[1].when == "day 1"
-    assert found.sessions[2].turns[0].text == "Rex ran away today . (shows a photo of Rex)" and len(found.sessions) == 3
+    (parsed,) = read_conversations(str(tmp_path / "msc"))
+    assert [s.when for s in parsed.sessions] == [None, "2 days later", "1 week later"]
+    assert [t.speaker for t in parsed.sessions[1].turns] == ["Speaker 1", "Speaker 2"]
+    assert parsed.sessions[2] == expected[0].sessions[2]._replace(when="1 week later")
+    (parsed,) = read_conversations(str(tmp_path / "locomo"))
+    assert parsed.sessions[1].turns == expected[0].sessions[1].turns and parsed.sessions[1].when == "day 1"
+    assert (
+        parsed.sessions[2].turns[0].text == "Rex ran away today . (shows a photo of Rex)" and len(parsed.sessions) == 3
+    )
 
 
 def test_errors(files, data, tmp_path):
@@ -164,8 +168,8 @@ def test_errors(files, data, tmp_path):
             main(Dialogue(), arguments(files, data, tmp_path / "report", *more))
 
     (tmp_path / "other").write_text('{"text": 1}\n')
-    refuses("conversation 1, is in no known layout", "--data", tmp_path / "other")
-    (tmp_path / "twice").write_text((json.dumps(ours()) + "\n") * 2)
+    refuses("conversation 1, has no known layout", "--data", tmp_path / "other")
+    (tmp_path / "twice").write_text((json.dumps(conversation()) + "\n") * 2)
     refuses("two conversations of the name c1", "--data", tmp_path / "twice")
     refuses("32 leaves less than half of the window of 64 tokens: lower it to 31", "--max-new-tokens", 32)
     refuses("--beam 0 is less than 1", "--beam", 0)

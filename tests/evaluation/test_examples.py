@@ -1,4 +1,4 @@
-"""The examples' scripts start, and the README's commands for them have no other options than these."""
+"""The examples' scripts start, and the commands of docs/evaluation.md have no other options than these."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 from longmem_fairseq.evaluation import compare
 from longmem_fairseq.evaluation.books import Books
 from longmem_fairseq.evaluation.chapterbreak import ChapterBreak
-from longmem_fairseq.evaluation.command import parser_of
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.dialogue import Dialogue
 from longmem_fairseq.evaluation.in_context import InContext
 from longmem_fairseq.evaluation.needle import Needle
@@ -41,19 +41,20 @@ def test_script(script, name, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == parser(name).format_help().split()
 
 
-def test_commands_of_the_readme():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Evaluations\n")[1].split("\n## ")[0]
+def test_commands_of_the_documentation():
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    section = page.split("\n## Six evaluations\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").strip().split("\n")
     seen = set()
     for words in map(shlex.split, lines):
-        python, script, *arguments = words
-        name = SCRIPTS[script]
-        assert python == "python" and parser(name).parse_args(arguments).path
+        python, option, module, *arguments = words
+        name = SCRIPTS[module.replace(".", "/") + ".py"]
+        assert (python, option) == ("python", "-m") and parser(name).parse_args(arguments).path
         seen.add(name)
     assert seen == {*EVALUATIONS, "compare"}
     for option in set(re.findall(r"`(--[\w-]+)", section)):
-        assert any(option in parser(name)._option_string_actions for name in seen), f"no evaluation has {option}"
+        assert any(option in parser(name).format_help().split() for name in seen), f"no evaluation has {option}"
 
 
 def test_shipped_plan(tmp_path):

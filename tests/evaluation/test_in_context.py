@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from longmem_fairseq.data.segments import Segments
-from longmem_fairseq.evaluation.command import main, parser_of, run
-from longmem_fairseq.evaluation.in_context import TASKS, InContext, calibration, find_file, read_examples
+from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.command_line import parser_of
+from longmem_fairseq.evaluation.in_context import TASKS, InContext, calibration, find_file, read_sentences
 
 WORDS = ["good film", "bad plot", "a great cast", "dull and long", "fine", "poor jokes , slow", "great", "sad ending"]
 T = 64
@@ -49,8 +50,8 @@ def items_of(directory):
 
 @torch.no_grad()
 def likelihoods(longmem, tokenizer, remembered, prompt, labels):
-    """Log-probability of each label after a prompt, its text written out, with a memory of another text."""
-    found = {"on": [], "off": []}
+    """Return the log-probability of each label after a prompt, its text written out, with a memory of another text."""
+    expected = {"on": [], "off": []}
     for label in labels:
         memory, context = tokenizer.encode(remembered), tokenizer.encode(remembered + prompt)
         whole = tokenizer.encode(f"{remembered}{prompt} {label}")
@@ -65,8 +66,8 @@ def likelihoods(longmem, tokenizer, remembered, prompt, labels):
         )
         for name, x in (("on", logits), ("off", extra["logits_without_memory"])):
             log_probs = x[0].log_softmax(-1).gather(1, whole[m:, None])[:, 0]
-            found[name].append(float(log_probs[len(context) - m :].sum()))
-    return found
+            expected[name].append(float(log_probs[len(context) - m :].sum()))
+    return expected
 
 
 def test_equals_one_prompt_at_a_time(outcome, files, data, loaded):
@@ -89,17 +90,17 @@ def test_equals_one_prompt_at_a_time(outcome, files, data, loaded):
                 question = template.split("{}.")[0].format(row["text"]).rstrip()
                 memory = "".join(remembered[:n])[:-1] if n else ""
                 prompt = (" " if n else "") + "".join(shown) + question
-                found = likelihoods(longmem, loaded.tokenizer, memory, prompt, TASKS[name].labels)
+                expected = likelihoods(longmem, loaded.tokenizer, memory, prompt, TASKS[name].labels)
                 if n:
-                    assert scores["memory on"][i] == pytest.approx(found["on"], abs=2e-3)
-                assert scores["memory off"][i] == pytest.approx(found["off"], abs=2e-3)
+                    assert scores["memory on"][i] == pytest.approx(expected["on"], abs=2e-3)
+                assert scores["memory off"][i] == pytest.approx(expected["off"], abs=2e-3)
 
 
 def test_figures(outcome):
     """Accuracies are recounted from the items; the memory was filled once for each draw and size."""
-    directory, evaluation, found = outcome
+    directory, evaluation, finished = outcome
     results = items_of(directory)
-    averages, *tables = found.tables
+    averages, *tables = finished.tables
     assert list(averages.columns) == ["1 + 0", "1 + 4", "2 + 0", "2 + 4"] and len(tables) == 4
     by_hand = []
     for seed in range(2):
@@ -126,7 +127,7 @@ def test_memories_are_filled_once(files, data, tmp_path, monkeypatch):
     from longmem_fairseq.evaluation.scoring.scorer import Scorer
 
     filled = []
-    monkeypatch.setattr(Scorer, "memorize", lambda self, past, tokens: filled.append(len(tokens)))
+    monkeypatch.setattr(Scorer, "memorize", lambda self, state, tokens: filled.append(len(tokens)))
     evaluate(files, data, tmp_path, "--no-cache")
     assert len(filled) == 2 * 2 * 2, "for each set, seed and size of the memory, not for each sentence"
 
@@ -136,13 +137,15 @@ def test_original_files(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "SST-2/train.tsv").write_text('sentence\tlabel\na "quoted" film .\t1\nbad\t0\n')
     (tmp_path / "mr/test.csv").write_text('1,"good , ""very"" good"\n0,bad\n')
-    found = read_examples(find_file(str(tmp_path), "sst2", "train"), TASKS["sst2"].labels)
-    assert found == [('a "quoted" film .', 1), ("bad", 0)]
-    found = read_examples(find_file(str(tmp_path), "mr", "test"), TASKS["mr"].labels)
-    assert found == [('good , "very" good', 1), ("bad", 0)]
+    sentences = read_sentences(find_file(str(tmp_path), "sst2", "train"), TASKS["sst2"].labels)
+    assert sentences == [('a "quoted" film .', 1), ("bad", 0)]
+    sentences = read_sentences(find_file(str(tmp_path), "mr", "test"), TASKS["mr"].labels)
+    assert sentences == [('good , "very" good', 1), ("bad", 0)]
     (tmp_path / "mr/train.csv").write_text("0,bad\n2,odd\n")
-    with pytest.raises(ValueError, match=r"train.csv, example 2, is no sentence with a label \(negative, positive\)"):
-        read_examples(find_file(str(tmp_path), "mr", "train"), TASKS["mr"].labels)
+    with pytest.raises(
+        ValueError, match=r"train.csv, example 2, is not a sentence with a label \(negative, positive\)"
+    ):
+        read_sentences(find_file(str(tmp_path), "mr", "train"), TASKS["mr"].labels)
     with pytest.raises(FileNotFoundError, match="neither subj.test.jsonl nor test.csv of subj"):
         find_file(str(tmp_path), "subj", "test")
 

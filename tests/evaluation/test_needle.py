@@ -1,68 +1,58 @@
-"""The needle test: haystacks are what they say, and right answers are those of a plain reading."""
+"""The needle test: haystacks hold their facts, and right answers are those of a direct reading."""
 
-import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from fairseq.data import Dictionary
 
-from longmem_fairseq.evaluation.command import main, parser_of, run
+from examples.recall.needle import make_haystack
+from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.needle import Needle
 from longmem_fairseq.evaluation.scoring.systems import BACKBONE, ON
 from longmem_fairseq.memory.cache import CacheSettings
 from tests.evaluation.test_scorer import close, tokens_of
-from tests.repository import ROOT
 
 
-@pytest.fixture(scope="module")
-def make_haystack():
-    sys.path.insert(0, str(ROOT / "examples" / "recall"))
-    spec = importlib.util.spec_from_file_location("needle", ROOT / "examples" / "recall" / "needle.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.make_haystack
-
-
-def test_haystack(make_haystack, files):
+def test_haystack(files):
     dictionary = Dictionary.load(str(files.directory / "dict.txt"))
-    found = make_haystack(dictionary, 20, 300, 7)
-    assert len(found.tokens) == 300 and len(set(found.names.tolist())) == 20
-    for name, value, place in zip(found.names, found.values, found.places):
-        assert (found.tokens[place], found.tokens[place + 1]) == (name, value)
-        assert (found.tokens == name).sum() == 1
+    haystack = make_haystack(dictionary, 20, 300, 7)
+    assert len(haystack.tokens) == 300 and len(set(haystack.names.tolist())) == 20
+    for name, value, place in zip(haystack.names, haystack.values, haystack.places):
+        assert (haystack.tokens[place], haystack.tokens[place + 1]) == (name, value)
+        assert (haystack.tokens == name).sum() == 1
     again, other = (make_haystack(dictionary, 20, 300, seed) for seed in (7, 8))
-    assert (again.tokens == found.tokens).all() and not (other.tokens == found.tokens).all()
+    assert (again.tokens == haystack.tokens).all() and not (other.tokens == haystack.tokens).all()
 
 
 @pytest.mark.parametrize("prefix", [0, 9])
 def test_the_likeliest_symbol(scorer, prefix):
     """Against scores of every symbol."""
     scorer.cache = {BACKBONE: CacheSettings(0.6, 0.5), ON: CacheSettings(0.6, 0.5)}
-    past = scorer.new_past()
-    scorer.memorize(past, tokens_of(70))
-    window = scorer.window(past, tokens_of(prefix, 1), room=5)
+    state = scorer.new_state()
+    scorer.memorize(state, tokens_of(70))
+    window = scorer.window(state, tokens_of(prefix, 1), room=5)
     prompts = [tokens_of(n, n) for n in (3, 1, 4, 0)]
-    found = window.likeliest(prompts)
-    every = window._next_symbols(prompts)
-    wanted = torch.tensor([5, 900, 4000, int(found[ON][0])])
+    likeliest = window.likeliest(prompts)
+    every = window.next_symbols(prompts)
+    targets = torch.tensor([5, 900, 4000, int(likeliest[ON][0])])
     for i, prompt in enumerate(prompts):
-        (scores, *_) = scorer.window(past, torch.cat([tokens_of(prefix, 1), prompt]), room=1).score([wanted[:1]])
+        (scores, *_) = scorer.window(state, torch.cat([tokens_of(prefix, 1), prompt]), room=1).score([targets[:1]])
         for name in scorer.systems:
-            assert int(every[name][i].argmax()) == int(found[name][i])
-            close(every[name][i, wanted[:1]], scores[name])
+            assert int(every[name][i].argmax()) == int(likeliest[name][i])
+            close(every[name][i, targets[:1]], scores[name])
             close(every[name][i].exp().sum(), torch.tensor(1.0))
     with pytest.raises(ValueError, match="a prompt of 5 tokens leaves no room of 5"):
         window.likeliest([tokens_of(5)])
 
 
 class Recalling:
-    """In place of a scorer's window: knows what is in reach of a memory or of the window, and nothing else."""
+    """Stand in for a scorer's window: know what is in reach of a memory or of the window, and nothing else."""
 
-    def __init__(self, past, prefix, systems):
-        self.held, self.systems = {**past, **dict(zip(prefix[:-1].tolist(), prefix[1:].tolist()))}, systems
+    def __init__(self, state, prefix, systems):
+        self.held, self.systems = {**state, **dict(zip(prefix[:-1].tolist(), prefix[1:].tolist()))}, systems
         self.window = dict(zip(prefix[:-1].tolist(), prefix[1:].tolist()))
 
     def likeliest(self, questions):
@@ -73,21 +63,21 @@ class Recalling:
         }
 
 
-def test_distances_and_sizes(make_haystack, files, scorer, monkeypatch):
-    """A perfect memory of N tokens recalls what is at most N tokens before the window, and nothing farther back."""
+def test_distances_and_sizes(files, scorer, monkeypatch):
+    """A perfect memory of N tokens recalls all facts up to N tokens before the window, and none farther back."""
     evaluation = Needle(make_haystack)
     line = [
         "--path", "x", "--results-path", "y", "--facts", "60", "--length", "1000", "--distances", "32", "200", "500",
         "--memory-sizes", "100", "400", "--documents", "2",
     ]  # fmt: skip
-    monkeypatch.setattr(scorer, "new_past", lambda size, at_most: {"size": size})
+    monkeypatch.setattr(scorer, "new_state", lambda size, at_most: {"size": size})
 
-    def memorize(past, tokens):
-        kept = tokens[-past.pop("size") :].tolist()
-        past.update(zip(kept[:-1], kept[1:]))
+    def memorize(state, tokens):
+        kept = tokens[-state.pop("size") :].tolist()
+        state.update(zip(kept[:-1], kept[1:]))
 
     monkeypatch.setattr(scorer, "memorize", memorize)
-    monkeypatch.setattr(scorer, "window", lambda past, prefix, room: Recalling(past, prefix, scorer.systems))
+    monkeypatch.setattr(scorer, "window", lambda state, prefix, room: Recalling(state, prefix, scorer.systems))
     kept = scorer.memory_size
     evaluation.prepare(parser_of(evaluation).parse_args(line), scorer)
     results = {item: evaluation.score(item) for item in evaluation.items()}
@@ -105,14 +95,14 @@ def test_distances_and_sizes(make_haystack, files, scorer, monkeypatch):
     assert table.columns["to 200"]["memory 400"].interval().value > 90.0
 
 
-def test_command(make_haystack, files, tmp_path):
+def test_command(files, tmp_path):
     evaluation = Needle(make_haystack)
     line = [
         "--path", files.longmem, "--tokenizer", files.directory, "--results-path", tmp_path, "--cpu", "--facts", 4, 9,
         "--length", 300, "--distances", 100, "--memory-sizes", 64, 128, "--documents", 1, "--tuning-tokens", 100,
     ]  # fmt: skip
-    found = run(evaluation, parser_of(evaluation).parse_args([str(x) for x in line]))
-    assert list(found.tables[0].columns["to 100"]) == [
+    finished = run(evaluation, parser_of(evaluation).parse_args([str(x) for x in line]))
+    assert list(finished.tables[0].columns["to 100"]) == [
         "backbone", "memory off", "memory 64", "memory 128", "backbone + cache 64", "backbone + cache 128",
         "memory 64 + cache 64", "memory 128 + cache 128",
     ]  # fmt: skip

@@ -1,12 +1,13 @@
-"""Question answering: normalisation, exact match and F1 worked out by hand; answers and losses against plain calls."""
+"""Question answering: normalization, exact match and F1 worked out by hand; answers and losses against direct calls."""
 
 import json
 
 import pytest
 
-from longmem_fairseq.evaluation.command import main, parser_of, run
+from longmem_fairseq.evaluation.command import main, run
+from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.qa import MEMORY, WINDOW, QuestionAnswering, exact_match, f1, normalize, read_articles
-from longmem_fairseq.evaluation.scoring.system_decoder import generate
+from longmem_fairseq.evaluation.scoring.generate import generate
 
 T = 64
 ROWS = [
@@ -17,7 +18,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_normalisation():
+def test_normalization():
     assert normalize("The  U.S. Navy's 'An-Apple', a the") == "us navys anapple"
     assert exact_match("the Argo!", "Argo") == 1.0 and exact_match("Argos", "Argo") == 0.0
 
@@ -62,13 +63,13 @@ def arguments(files, data, directory, *more):
 def outcome(files, data, tmp_path_factory):
     directory, evaluation = tmp_path_factory.mktemp("report"), QuestionAnswering()
     args = parser_of(evaluation).parse_args(arguments(files, data, directory, "--seed", 1))
-    found = run(evaluation, args)
+    finished = run(evaluation, args)
     items = [json.loads(line) for line in (directory / "items.jsonl").open()][1:]
-    return evaluation, found, {row["item"]: row["result"] for row in items}
+    return evaluation, finished, {row["item"]: row["result"] for row in items}
 
 
 def test_answers(outcome):
-    """Prompts written out; passages memorised, or before the demonstrations."""
+    """Prompts written out; passages memorized, or before the demonstrations."""
     evaluation, _, items = outcome
     scorer = evaluation.scorer
     encode = scorer.tokenizer.encode
@@ -80,12 +81,12 @@ def test_answers(outcome):
     rows = {row["name"]: row for result in items.values() for row in result["questions"]}
     for row in ROWS:
         question = f"{evaluation.demonstrations}Question: {row['question']}\nAnswer:"
-        past = scorer.new_past()
-        scorer.memorize(past, encode(memories[row["title"].replace("_", " ")]))
+        state = scorer.new_state()
+        scorer.memorize(state, encode(memories[row["title"].replace("_", " ")]))
         truth = encode(f"{question} {row['answers'][0]}\n")[len(encode(question)) :]
         assert rows[row["id"]]["tokens"] == len(truth)
         for place, behind, prompt in (
-            (MEMORY, past, question), (WINDOW, scorer.new_past(), f"{row['context']}\n\n{question}")
+            (MEMORY, state, question), (WINDOW, scorer.new_state(), f"{row['context']}\n\n{question}")
         ):  # fmt: skip
             (scores,) = scorer.window(behind, encode(prompt), len(truth)).score([truth])
             for system in scorer.systems:
@@ -97,7 +98,7 @@ def test_answers(outcome):
 
 def test_figures(outcome):
     """The best over the right answers, averaged over questions."""
-    evaluation, found, items = outcome
+    evaluation, finished, items = outcome
     rows = [row for result in items.values() for row in result["questions"]]
     made_up = json.loads(json.dumps(items))
     replies = {"q1": "The ship", "q2": "it sank fast", "q3": "cat"}
@@ -106,13 +107,13 @@ def test_figures(outcome):
     table = evaluation.tables(made_up)[0]
     assert table.columns[f"exact match, {MEMORY}"]["memory on"].interval().value == pytest.approx(100 / 3)
     assert table.columns[f"F1, {MEMORY}"]["memory on"].interval().value == pytest.approx(100 * (1 + 0.5 + 0) / 3)
-    assert len(rows) == 3 and found.report["examples"][0]["right"] == ["a ship", "ship"]
+    assert len(rows) == 3 and finished.report["examples"][0]["right"] == ["a ship", "ship"]
 
 
 def test_layouts(data, tmp_path):
-    ours, official = (read_articles(str(data / name)) for name in ("test.jsonl", "official.json"))
-    assert ours == official and [article.title for article in ours] == ["Old Ships", "Dogs"]
-    assert ours[0].passages == ["The Argo was a ship .", "It sank ."]
+    from_lines, official = (read_articles(str(data / name)) for name in ("test.jsonl", "official.json"))
+    assert from_lines == official and [article.title for article in from_lines] == ["Old Ships", "Dogs"]
+    assert from_lines[0].passages == ["The Argo was a ship .", "It sank ."]
     paragraph = {"context": "c", "qas": [{"id": "q", "question": "?", "answers": []}]}
     (tmp_path / "squad2.json").write_text(json.dumps({"data": [{"title": "x", "paragraphs": [paragraph]}]}))
     with pytest.raises(ValueError, match="question q has no answer: give SQuAD 1.1"):

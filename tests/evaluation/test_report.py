@@ -1,14 +1,20 @@
 """Tables as Markdown and JSON, and plots."""
 
 import math
+from pathlib import Path
 
-from longmem_fairseq.evaluation.reporting import table as module
-from longmem_fairseq.evaluation.reporting.statistics import ACCURACY, PERPLEXITY, Sample
-from longmem_fairseq.evaluation.reporting.table import Table, as_json, as_markdown, draw, write
+import pytest
 
-RIGHT = {name: Sample({"1": (x, 1), "2": (x, 1)}, ACCURACY) for name, x in (("memory on", 1), ("memory off", 0))}
+from longmem_fairseq.evaluation.reporting.markdown import as_markdown
+from longmem_fairseq.evaluation.reporting.plots import draw
+from longmem_fairseq.evaluation.reporting.report_files import as_json, write_report
+from longmem_fairseq.evaluation.reporting.statistic import ACCURACY, PERPLEXITY
+from longmem_fairseq.evaluation.reporting.system_scores import SystemScores
+from longmem_fairseq.evaluation.reporting.table import Table
+
+RIGHT = {name: SystemScores({"1": (x, 1), "2": (x, 1)}, ACCURACY) for name, x in (("memory on", 1), ("memory off", 0))}
 LIKELY = {
-    name: Sample({"1": (math.log(x), 1)}, PERPLEXITY)
+    name: SystemScores({"1": (math.log(x), 1)}, PERPLEXITY)
     for name, x in (("memory on", 8), ("memory off", 10), ("backbone", 9))
 }
 
@@ -38,17 +44,17 @@ def test_markdown():
         "| accuracy | 100.0 % [100.0, 100.0] | 0.0 % [0.0, 0.0] |  |",
         "| perplexity | 8.00 [8.00, 8.00] | 10.00 [10.00, 10.00] | 9.00 [9.00, 9.00] |",
     ]
-    seeds = Sample({"1": ((1, 1), (0, 1))}, ACCURACY)
+    seeds = SystemScores({"1": ((1, 1), (0, 1))}, ACCURACY)
     assert "| a | 50.0 % ± 70.7 [0.0, 100.0] |" in as_markdown(Table("t", {"x": {"a": seeds}}))
 
 
 def test_json_has_no_nan():
-    nothing = Sample({"1": (0, 0)}, ACCURACY)
-    found = as_json(Table("t", {"x": {"a": nothing}}, pairs=[("a", "a")]))
-    assert found["figures"]["x"]["a"] == {
+    nothing = SystemScores({"1": (0, 0)}, ACCURACY)
+    content = as_json(Table("t", {"x": {"a": nothing}}, pairs=[("a", "a")]))
+    assert content["figures"]["x"]["a"] == {
         "value": None, "low": None, "high": None, "statistic": "accuracy", "deviation": None, "items": 1
     }  # fmt: skip
-    assert found["differences"][0]["value"] is None
+    assert content["differences"][0]["value"] is None
 
 
 def test_plots(tmp_path):
@@ -58,16 +64,15 @@ def test_plots(tmp_path):
 
 
 def test_a_report_is_whole_or_not_there(tmp_path, monkeypatch):
-    write(str(tmp_path), {"a": 1}, "text", [table(plot="bars")])
+    write_report(str(tmp_path), {"a": 1}, "text", [table(plot="bars")])
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(kept) == {"report.json", "report.md", "report.png"}
 
-    def fails(table, axes):
+    def fails(figure, path, **options):
+        Path(path).write_bytes(b"a part")
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "_plot", fails)
-    try:
-        write(str(tmp_path), {"a": 2}, "other", [table(plot="bars")])
-    except OSError:
-        pass
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fails)
+    with pytest.raises(OSError, match="report.png cannot be written: disk full"):
+        write_report(str(tmp_path), {"a": 2}, "other", [table(plot="bars")])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept

@@ -1,8 +1,8 @@
-"""Names and rare words are found where a reader sees them, and their tokens with them."""
+"""Names and rare words are located where a reader sees them, and their tokens with them."""
 
 import pytest
 
-from longmem_fairseq.evaluation.scoring.text_tokenizer import Tokenizer
+from longmem_fairseq.evaluation.scoring.text_tokenizer import TextTokenizer
 from longmem_fairseq.evaluation.words import (
     NAME,
     NAME_AGAIN,
@@ -23,11 +23,11 @@ TEXT = (
 
 def test_kinds():
     kinds = kinds_of_characters(TEXT, COMMON)
-    found = {}
+    kinds_of_words = {}
     for word in ("The", "whale", "Ahab", "Then", "Starbuck", "quohog", "Now", "Quohog", "starfish", "Old", "Grog"):
         start = TEXT.index(word)
-        found[word] = set(kinds[start : start + len(word)].tolist())
-    assert found == {
+        kinds_of_words[word] = set(kinds[start : start + len(word)].tolist())
+    assert kinds_of_words == {
         "The": {OTHER}, "whale": {OTHER}, "Ahab": {NAME}, "Then": {OTHER}, "Starbuck": {NAME}, "quohog": {RARE},
         "Now": {OTHER}, "Quohog": {RARE_AGAIN}, "starfish": {RARE}, "Old": {OTHER},
         "Grog": {RARE},  # at a sentence's start alone: nothing says that it is a name
@@ -55,7 +55,7 @@ def test_ends_of_sentencepiece_tokens(scorer, text):
 
 
 def test_ends_of_words():
-    tokenizer = Tokenizer(make_dictionary())
+    tokenizer = TextTokenizer(make_dictionary())
     tokens = tokenizer.encode("w3 w15 w2")
     assert tokenizer.ends("w3 w15 w2", tokens).tolist() == [3, 7, 9]
     assert tokenizer.ends("w3  w15 w2", tokens) is None, "the text is not what the tokens say"

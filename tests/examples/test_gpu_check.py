@@ -1,4 +1,4 @@
-"""The scripts for GPUs on tiny shapes, as whole commands, and what their reports make of figures."""
+"""Test the scripts for GPUs as whole commands on tiny shapes, and the comparisons in their reports."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def run(script, *arguments, **environment):
 
 
 def test_gpu_check_tiny(tmp_path):
-    """Every part runs, and the report says that it is a tiny one."""
+    """Every part runs, and the report states that it is of a tiny run."""
     done = run("gpu_check.sh", tmp_path, "--tiny")
     assert done.returncode == 0, done.stdout[-6000:]
     report = json.loads((tmp_path / "report.json").read_text())
@@ -34,7 +34,7 @@ def test_gpu_check_tiny(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "nothing here has run on a GPU" in text and "perplexity of the test documents after 3 updates" in text
     assert "Which search should be the default" in text
-    assert str(ROOT) not in text + json.dumps(report), "no directory of this machine is in it"
+    assert str(ROOT) not in text + json.dumps(report), "the report contains no directory of this machine"
 
 
 def test_gpu_check_refusals(tmp_path):
@@ -46,7 +46,7 @@ def test_gpu_check_refusals(tmp_path):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """A few documents for each split, as options of gpu_result.sh."""
+    """Write a few documents for each split; return them as options of gpu_result.sh."""
     directory = tmp_path_factory.mktemp("texts")
     words = (ROOT / "README.md").read_text(encoding="utf-8").split()
     options = []
@@ -59,7 +59,7 @@ def texts(tmp_path_factory):
 
 
 def test_gpu_result_tiny(texts, tmp_path):
-    """From documents to the report; cut off by its budget it goes on, and finished it does nothing."""
+    """Run from documents to the report; an interrupted run continues, and a finished one repeats nothing."""
     done = run("gpu_result.sh", tmp_path, *texts, "--tiny", BUDGET="5")
     assert done.returncode == 3 and "out of time in data: call the same command again" in done.stdout
     done = run("gpu_result.sh", tmp_path, *texts, "--tiny")
@@ -90,12 +90,12 @@ def throughput(name, mode="eval", **row):
 
 
 def test_targets():
-    """Each figure is held against its target, whichever way it must lie; parts without figures have none."""
-    found = [
+    """Each figure is compared with its upper or lower limit; parts without figures have no targets."""
+    parts = [
         throughput("throughput-eval-8"), throughput("throughput-train-8", "train", ratio_to_off=0.8, roofline_ms=0.5),
         {"part": "throughput-eval-1", "result": None}, {"part": "tests", "result": None},
     ]  # fmt: skip
-    rows = {(row["part"], row["target"]): (row["found"], row["limit"], row["met"]) for row in gpu_report.targets(found)}
+    rows = {(row["part"], row["target"]): (row["found"], row["limit"], row["met"]) for row in gpu_report.targets(parts)}
     assert rows == {
         ("throughput-eval-8", "65k of memory: speed of memory off"): (0.95, "at least 0.9", True),
         ("throughput-eval-8", "65k: extra time of its roofline"): (2.0, "at most 3", True),
@@ -107,7 +107,7 @@ def test_targets():
 
 
 def test_fastest_search():
-    """What only multiplies is no search, and an approximate one is not exact."""
+    """The product alone is not a search, and an approximate index is not exact."""
     searches = (("product alone", 1.0, None), ("topk", 3.0, 0.0), ("two-level", 2.0, 1e-6), ("wrong", 1.5, 0.4))
     rows = [{"tokens": 64, "backend": name, "milliseconds": time, "worst": worst} for name, time, worst in searches] + [
         {"tokens": 64, "backend": "IVF", "milliseconds": 1.2, "recall": 0.9}
@@ -115,3 +115,21 @@ def test_fastest_search():
     (fastest,) = gpu_report.fastest([{"part": "search", "result": {"rows": rows}}])
     assert fastest["backend"] == "two-level"
     assert gpu_report.fastest([{"part": "search", "result": None}]) == []
+
+
+def test_the_report_of_all_parts_shows_what_failed(tmp_path, capsys):
+    work = tmp_path / "work"
+    work.mkdir()
+    printed = "noise\n## Table\n\n| a |\n| --: |\n| 1 |\n"
+    for name, status, log in (("good", "0 3 60", printed), ("bad", "124 9 9", "why\n")):
+        (work / f"{name}.status").write_text(status)
+        (work / f"{name}.log").write_text(log)
+    (work / "good.json").write_text('{"rows": [1]}')
+    assert gpu_report.main(str(work), str(tmp_path)) == 1
+    text = (tmp_path / "report.md").read_text()
+    assert "| good | passed | 3 | 60 |" in text and "## Table" in text and "noise" not in text
+    assert "## bad: too long" in text and "why" in text
+    parts = {part["part"]: part for part in json.loads((tmp_path / "report.json").read_text())["parts"]}
+    assert parts["good"]["result"] == {"rows": [1]} and parts["bad"]["result"] is None
+    (work / "bad.status").write_text("0 9 9")
+    assert gpu_report.main(str(work), str(tmp_path)) == 0

@@ -1,10 +1,8 @@
-"""The page of what a text reads: made by its command, opened in a headless browser, pointed at and clicked."""
+"""Test the page of what a text reads: its command, its data, and its behaviour in a headless browser."""
 
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ import torch
 from examples.inspect import page
 from longmem_fairseq.hub import LongMem
 from tests.browser import Page, in_browser
-from tests.repository import ROOT
+from tests.examples.commands import run_example
 from tests.text_models import gpt2_model, sentencepiece_model
 
 NASTY = "<script>document.title = 'no'</script><!-- &amp; </pre>\n\tdéjà vu 漢字 🎉\u2028{{data}}\n"
@@ -21,23 +19,16 @@ BOOK = "A book that was read before: déjà vu 漢字.\n" * 3
 PARTS = {"begin": 30, "tokens": 60}
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "inspect" / "page.py"), *map(str, arguments)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """The directory of a model with a byte-level BPE, a text and a book in it, and their page made by the command."""
     directory = gpt2_model(tmp_path_factory.mktemp("gpt2"), [TEXT, BOOK])
     (directory / "<b>text & co.txt").write_text(TEXT, encoding="utf-8")
     (directory / "book").write_text(BOOK, encoding="utf-8")
-    done = command(
-        "--path", directory, "--text", directory / "<b>text & co.txt", "--output", directory / "page.html", "--cpu",
+    done = run_example(
+        "inspect.page", "--path", directory, "--text", directory / "<b>text & co.txt", "--cpu", "--memory-size", 90,
         "--memory-text", directory / "book", "--from", PARTS["begin"], "--tokens", PARTS["tokens"], "--reads", 3,
-        "--memory-size", 90,
+        "--output", directory / "page.html",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "page.html: 0." in done.stdout
@@ -61,18 +52,18 @@ def test_a_page_is_one_file(gpt2):
     assert not re.search(r"(src|href)\s*=|@import|url\(|https?:", html)
     assert html.count("<script") == html.count("</script>") == 2, "nothing of the text is markup"
     assert html.count("<!--") == 0 and "<title>What &lt;b&gt;text &amp; co.txt reads</title>" in html
-    assert not list(gpt2.glob("*.part"))
+    assert not list(gpt2.glob("*.part*"))
 
 
 def test_the_data_is_the_trace(gpt2, trace):
-    model, found = trace
+    model, result = trace
     data = data_of((gpt2 / "page.html").read_text(encoding="utf-8"))
     assert (data["begin"], data["length"], data["reads"]) == (30, 60, 3)
-    assert data["settings"]["perplexity"] == pytest.approx(math.exp(-found.log_probabilities.mean()), rel=1e-3)
-    assert data["documents"] == [[str(gpt2 / "book"), 0, found.position]]
-    stream = page.Stream(model)
+    assert data["settings"]["perplexity"] == pytest.approx(math.exp(-result.log_probabilities.mean()), rel=1e-3)
+    assert data["documents"] == [[str(gpt2 / "book"), 0, result.position]]
+    stream = page.StreamTexts(model)
     stream.add(0, model.encode(BOOK))
-    stream.add(found.position, model.encode(TEXT))
+    stream.add(result.position, model.encode(TEXT))
     assert "".join(text for _, text in sorted(stream.texts.items())) == BOOK + TEXT
     shown = dict(enumerate(data["texts"]))
     assert "".join(shown.values()) != "" and set(shown.values()) <= set(stream.texts.values())
@@ -80,20 +71,20 @@ def test_the_data_is_the_trace(gpt2, trace):
 
 @in_browser
 def test_in_a_browser(gpt2, trace):
-    model, found = trace
+    model, result = trace
     texts = model.token_texts(model.encode(TEXT))
-    gain = found.log_probabilities - found.without_memory
+    gain = result.log_probabilities - result.without_memory
     chosen = int(gain.argmax())
     with Page(gpt2 / "page.html") as shown:
         assert shown.run("document.title") == "What <b>text & co.txt reads"
-        own = shown.run("[...document.querySelectorAll('#text span')].map(e => e.textContent)")
-        assert len(own) == 60
-        for text, expected in zip(own, texts[30:90]):
+        spans = shown.run("[...document.querySelectorAll('#text span')].map(e => e.textContent)")
+        assert len(spans) == 60
+        for text, expected in zip(spans, texts[30:90]):
             assert text == (expected.replace("\n", "↵\n").replace("\t", "→\t") or "·")
         colours = shown.run("[...document.querySelectorAll('#text span')].map(e => e.style.backgroundColor)")
         opacity = torch.tensor([float(re.findall(r"[\d.]+(?=\))", colour or "0)")[0]) for colour in colours])
-        order = found.strongest.argsort()
-        assert opacity[order[-20:]].min() > opacity[order[:20]].max(), "who reads more is darker"
+        order = result.strongest.argsort()
+        assert opacity[order[-20:]].min() > opacity[order[:20]].max(), "tokens that read more are darker"
 
         def panel():
             return shown.run("document.getElementById('panel').innerText")
@@ -103,26 +94,26 @@ def test_in_a_browser(gpt2, trace):
         shown.mouse(f"document.querySelectorAll('#text span')[{chosen}]")
         shown.mouse("document.querySelectorAll('#text span')[1]", click=False)
         assert f"token {30 + chosen}" in panel(), "a click keeps them"
-        said = panel()
-        assert f"gain {float(gain[chosen]):.2f} nats" in said
+        reads = panel()
+        assert f"gain {float(gain[chosen]):.2f} nats" in reads
         excerpts = shown.run("[...document.querySelectorAll('#panel mark')].map(e => e.textContent)")
         assert len(excerpts) == 3
         inputs = ["", *model.token_texts(model.encode(BOOK)), "", *texts]
         for r, excerpt in enumerate(excerpts):
-            place, head = int(found.chunks[chosen, r]), int(found.heads[chosen, r])
-            back = found.position + 30 + chosen + 1 - place
-            name = found.where(place)[0]
-            assert f"{back} tokens back" + (f", in {name}" if name else "") in said
-            share = float(found.gates[head] * found.masses[chosen, r])
-            assert f"head {head} · gate × mass {share:.3f}" in said
-            assert f"score {float(found.scores[chosen, r]):.2f}" in said
-            chunk = "".join(inputs[place : place + found.chunk_size]).replace("\n", "↵\n").replace("\t", "→\t")
+            place, head = int(result.chunks[chosen, r]), int(result.heads[chosen, r])
+            back = result.position + 30 + chosen + 1 - place
+            name = result.where(place)[0]
+            assert f"{back} tokens back" + (f", in {name}" if name else "") in reads
+            share = float(result.gates[head] * result.masses[chosen, r])
+            assert f"head {head} · gate × mass {share:.3f}" in reads
+            assert f"score {float(result.scores[chosen, r]):.2f}" in reads
+            chunk = "".join(inputs[place : place + result.chunk_size]).replace("\n", "↵\n").replace("\t", "→\t")
             assert excerpt.replace("⟨start⟩", "") == (chunk or "·")
         shown.key("ArrowRight")
         assert f"token {31 + chosen}" in panel()
         shown.key("Escape")
         shown.mouse("document.querySelectorAll('#text span')[2]", click=False)
-        assert "token 32\n" in panel(), "Escape lets go"
+        assert "token 32\n" in panel(), "Escape releases it"
         shown.mouse("document.getElementById('next')")
         assert f"token {30 + chosen}\n" in panel(), "the first jump is to what the memory helped most"
         for option in ("gain", "0"):
@@ -136,23 +127,25 @@ def test_in_a_browser(gpt2, trace):
 
 @in_browser
 def test_sentencepiece_in_a_browser(tmp_path):
-    """20,000 tokens: the page stays small enough, and the browser shows its text as it is."""
+    """Show 20,000 tokens: the page stays small, and the browser shows the text unchanged."""
     directory = str(sentencepiece_model(tmp_path))
     model = LongMem.from_pretrained(directory, device="cpu", memory_size=64, tokens_per_sample=24)
     text = (NASTY + "for i in range(10):\n    print(i)\n") * 300
     text = text[: int(len(text) * 20000 / len(model.encode(text)))]
-    made = page.make(model, "text", text, [])
+    made = page.make_page(model, "text", text, [])
     assert len(made.encode()) < 8 * 2**20
     (tmp_path / "page.html").write_text(made, encoding="utf-8")
     with Page(tmp_path / "page.html") as shown:
-        own = shown.run("document.getElementById('text').textContent")
-        assert own.replace("↵\n", "\n").replace("→\t", "\t").replace("·", "") == text
+        content = shown.run("document.getElementById('text').textContent")
+        assert content.replace("↵\n", "\n").replace("→\t", "\t").replace("·", "") == text
         assert shown.errors == []
 
 
 def test_refusals(gpt2, tmp_path):
-    done = command("--path", gpt2, "--text", gpt2 / "book", "--output", tmp_path / "page", "--cpu", "--from", 5000)
-    assert done.returncode == 1 and "none lies between 5000" in done.stderr.splitlines()[-1]
+    done = run_example(
+        "inspect.page", "--path", gpt2, "--text", gpt2 / "book", "--output", tmp_path / "page", "--cpu", "--from", 5000
+    )
+    assert done.returncode == 1 and "none of them between 5000" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 

@@ -1,19 +1,15 @@
-"""The quick start on a few small documents and for a few updates: every step, and its report."""
+"""Test every step and the report of the quick start, on a few small documents and for a few updates."""
 
 import json
 import os
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
 
+from examples.quickstart.standard_library import split, standard_library
 from tests.repository import ROOT
-
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
-from documents import split, standard_library  # noqa: E402
 
 MODULES = ("bisect", "cmd", "code", "codeop", "colorsys", "copyreg", "heapq", "keyword", "linecache", "struct", "types")
 
@@ -40,13 +36,13 @@ def test_report(demo):
     assert list(report["memory"]) == ["0", "1024", "4096", "16384", "65536"]
     values = [report["backbone"], *report["memory"].values()]
     assert all(1 < value < 200 for value in values)
-    # No document is longer than 4,096 tokens, so more memory than that has nothing to hold.
+    # No document is longer than 4,096 tokens, so a larger memory makes no difference.
     assert report["memory"]["4096"] == report["memory"]["65536"]
     assert "LongMem, memory of 16,384 tokens" in (demo / "report.md").read_text()
     assert (demo / "report.png").stat().st_size > 1000
 
 
-def test_a_second_call_does_nothing_again(demo):
+def test_a_second_call_repeats_nothing(demo):
     before = (demo / "checkpoints" / "checkpoint_last.pt").stat().st_mtime_ns
     again = run(demo, demo.parent / "text")
     assert again.returncode == 0 and "3. Memory-augmented adaptation" not in again.stdout
@@ -59,7 +55,7 @@ def test_other_documents_are_not_mixed_in(demo):
 
 
 def test_split():
-    """Each module is in one split; long ones are held out; the longest is tested."""
+    """Each module is in one split, long ones are held out, and the longest is in the test split."""
     documents = list(standard_library())
     parts = split(documents)
     names = [name for part in parts.values() for name, _ in part]

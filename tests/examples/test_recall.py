@@ -2,25 +2,22 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from examples.recall.facts import document, questions_of
 from tests.repository import ROOT
-
-sys.path.insert(0, str(ROOT / "examples" / "recall"))
-from facts import document, questions_of  # noqa: E402
 
 
 def test_questions():
-    """Each question is found with the distance to the one place that states its answer."""
+    """Each question comes with the distance to the one place that states its answer."""
     kinds = [np.arange(10, 40), np.arange(40, 60), np.arange(60, 99)]
     tokens = document(np.random.default_rng(0), kinds, 20, 100, 30, 70, eos=2)
     answers, distances = questions_of(tokens, kinds[0])
     assert len(tokens) == 171 and len(answers) == 30
-    assert len(set(tokens[answers[:20] - 1])) == 20  # each fact is asked before one is asked again
+    assert len(set(tokens[answers[:20] - 1])) == 20  # each fact comes once before one comes again
     for answer, distance in zip(answers, distances):
         assert (tokens[answer - 1 : answer + 1] == tokens[answer - 1 - distance : answer + 1 - distance]).all()
         assert 0 < answer - distance <= 100 < answer

@@ -1,4 +1,4 @@
-"""Tests that need a GPU: ``pytest -m gpu``; skipped where there is none."""
+"""Mark the tests of this folder, which need a GPU: run them alone with ``pytest -m gpu``; others skip them."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""fairseq's commands on a GPU: precisions, resuming, checkpoints that change devices, search by faiss, generation.
+"""Test fairseq's commands on a GPU: precisions, resuming, checkpoints that change devices, faiss and generation.
 
-Each is a process of its own, so they are few; what they compute is compared with the same command on the CPU.
+Each command starts a process, so there are few; the results are compared with those of the same command on the CPU.
 """
 
 import os
@@ -20,7 +20,7 @@ needs_faiss = pytest.mark.skipif(not has_faiss_gpu(), reason="the installed fais
 
 @pytest.fixture(scope="module")
 def options(tiny_options):
-    """Of a training on the GPU without dropout, four lanes."""
+    """Arguments of a training on the GPU with four lanes and without dropout."""
     return [x for x in tiny_options if x != "--cpu"] + ["--dropout", 0, "--batch-size", 4, "--num-workers", 0]
 
 
@@ -29,7 +29,7 @@ def train(options, directory, *more):
 
 
 def evaluate(data, checkpoint, cwd, *more) -> float:
-    """Loss in base 2 of the validation documents."""
+    """Return the loss, in base 2, of the validation documents."""
     output = run(
         "eval_lm", data, *TASK, "--path", checkpoint, "--gen-subset", "valid", "--batch-size", 2, *more, cwd=cwd
     )
@@ -38,21 +38,21 @@ def evaluate(data, checkpoint, cwd, *more) -> float:
 
 @pytest.fixture(scope="module")
 def trained(options, tiny_data, tmp_path_factory):
-    """By precision: the directory and the log of two epochs, and what each says of the validation documents."""
-    made = {}
+    """Train for two epochs in a precision, once; return the function that gives the directory and the log."""
+    runs = {}
 
-    def trained(name):
-        if name not in made:
+    def train_once(name):
+        if name not in runs:
             directory = tmp_path_factory.mktemp(name)
-            made[name] = directory, train(options, directory, *PRECISIONS[name])
-        return made[name]
+            runs[name] = directory, train(options, directory, *PRECISIONS[name])
+        return runs[name]
 
-    return trained
+    return train_once
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_training(trained, tiny_data, tmp_path, name):
-    """It learns, saves what can be read, and what a GPU made a CPU evaluates, in float32, to the same."""
+    """The training learns and saves finite weights; the CPU evaluates them, in float32, to the same loss."""
     directory, log = trained(name)
     losses = figures(log, "train_inner", "loss")
     assert len(losses) == 42 and losses[-1] < losses[0] and all(loss == loss for loss in losses)
@@ -65,7 +65,7 @@ def test_training(trained, tiny_data, tmp_path, name):
 
 
 def test_precisions_agree(trained):
-    """All begin with the same loss and end near each other."""
+    """All precisions start with the same loss and end near each other."""
     losses = {name: figures(trained(name)[1], "train_inner", "loss") for name in PRECISIONS}
     for name in PRECISIONS:
         assert losses[name][0] == pytest.approx(losses["float32"][0], abs=2e-2)
@@ -74,7 +74,7 @@ def test_precisions_agree(trained):
 
 @pytest.mark.parametrize("precision", ["fp16", "amp"])
 def test_overflowing_gradients_leave_the_memory_as_it_is(options, trained, tmp_path, precision):
-    """A scale that overflows at first is lowered, and the batches that were tried again were remembered once."""
+    """A scale that overflows is lowered, and the batches that were tried again are in the memory once."""
     scale = {"fp16": ["--fp16-init-scale", 2**20], "amp": ["--amp-init-scale", 2**20]}[precision]
     output = train(options, tmp_path, *PRECISIONS[precision], *scale)
     assert "overflow" in output.lower()
@@ -84,24 +84,24 @@ def test_overflowing_gradients_leave_the_memory_as_it_is(options, trained, tmp_p
 
 @pytest.mark.parametrize("name", ["float32", "fp16"])
 def test_resuming(options, trained, tmp_path, name):
-    """Stopped after 10 updates and continued, the losses are those of a training that was not stopped."""
+    """A training that is stopped after 10 updates and resumed has the losses of an uninterrupted one."""
     train(options, tmp_path, *PRECISIONS[name], "--max-update", 10)
     log = train(options, tmp_path, *PRECISIONS[name])
     expected = figures(trained(name)[1], "train_inner", "loss")
-    found = figures(log, "train_inner", "loss")
-    assert len(found) == len(expected) - 10
-    # Sums on a GPU are not taken in the same order twice.
-    assert found == pytest.approx(expected[10:], abs=5e-3 if name == "float32" else 5e-2)
+    losses = figures(log, "train_inner", "loss")
+    assert len(losses) == len(expected) - 10
+    # A GPU does not add in the same order twice.
+    assert losses == pytest.approx(expected[10:], abs=5e-3 if name == "float32" else 5e-2)
 
 
-def test_a_cpus_checkpoint_on_the_gpu(tiny_data, tiny_longmem, tmp_path):
+def test_checkpoint_of_the_cpu_on_the_gpu(tiny_data, tiny_longmem, tmp_path):
     losses = [evaluate(tiny_data, tiny_longmem.checkpoint, tmp_path, *where) for where in ([], CPU)]
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
 
 
 @needs_faiss
 def test_search_by_faiss(options, trained, tiny_data, tmp_path):
-    """--use-gpu-to-search, as in the released training script; the same chunks are found."""
+    """With --use-gpu-to-search, as in the released training script, the same chunks are found."""
     output = run("train", *options, "--use-gpu-to-search", "--save-dir", tmp_path, cwd=tmp_path)
     expected = figures(trained("float32")[1], "train_inner", "loss")
     assert figures(output, "train_inner", "loss") == pytest.approx(expected, abs=2e-2)
@@ -111,20 +111,20 @@ def test_generation(tiny_data, tiny_longmem, tmp_path):
     """fairseq-interactive gives the same hypotheses and scores as on the CPU."""
     words = [f"w{i % 24}" for i in range(3 * T + 5)]
     (tmp_path / "prompts.txt").write_text(f"{' '.join(words)}\nw3 w4\n")
-    found = []
+    hypotheses = []
     for where in ([], CPU):
         output = run(
             "interactive", tiny_data, *TASK, "--path", tiny_longmem.checkpoint, "--input", "prompts.txt", "--beam", 3,
             "--max-len-b", 20, "--buffer-size", 2, "--batch-size", 2, *where, cwd=tmp_path,
         )  # fmt: skip
-        found.append(re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", output, re.MULTILINE))
-    assert len(found[0]) == 2
-    for (index, score, text), (same_index, same_score, same_text) in zip(*found):
-        assert (index, text) == (same_index, same_text)
-        assert float(score) == pytest.approx(float(same_score), abs=1e-3)
+        hypotheses.append(re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", output, re.MULTILINE))
+    assert len(hypotheses[0]) == 2
+    for (index, score, text), (cpu_index, cpu_score, cpu_text) in zip(*hypotheses):
+        assert (index, text) == (cpu_index, cpu_text)
+        assert float(score) == pytest.approx(float(cpu_score), abs=1e-3)
 
 
 def test_a_gpu_is_used(trained):
-    """What the other tests compare would be equal too if all of it had run on the CPU."""
+    """The other comparisons would also hold if everything had run on the CPU."""
     assert "on cuda" in trained("float32")[1] and os.path.getsize(trained("float32")[0] / "checkpoint_last.pt")
     assert torch.cuda.is_available()

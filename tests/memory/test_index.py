@@ -244,9 +244,8 @@ def test_copies_of_a_bank_are_independent():
     bank = MemoryBank(1, H, D, 300 * C, C)
     search = search_of("IVF4,Flat", "nprobe=4", 300)
     write(bank, 0, 290 * C, generator)
-    branches = MemoryBranches(
-        2, lambda: MemoryBank(1, H, D, 300 * C, C), ChunkReader(search, memory_attention, 4), base=bank
-    )
+    chunk_reader = ChunkReader(search, memory_attention, 4)
+    branches = MemoryBranches(2, lambda: MemoryBank(1, H, D, 300 * C, C), chunk_reader, base=bank)
     queries = torch.randn(2, H, 3, D, generator=generator)
     branches.reader()(queries, 1.0)
     keys = torch.randn(2, H, 60 * C, D, generator=generator)

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search import base, native
 from longmem_fairseq.memory.search import torch as torch_search
-from longmem_fairseq.memory.search.base import SearchBackend, choose_search, register_search, registered_searches
+from longmem_fairseq.memory.search.base import (
+    SearchBackend,
+    check_search,
+    choose_search,
+    register_search,
+    registered_searches,
+)
 from longmem_fairseq.memory.search.faiss import FaissSearch, has_faiss_gpu
 from longmem_fairseq.memory.search.native import NativeSearch
 from longmem_fairseq.memory.search.torch import TorchSearch
@@ -173,9 +179,10 @@ def test_choice_by_name():
     assert isinstance(choose_search("torch", CPU), TorchSearch)
     assert isinstance(choose_search("faiss", CPU), FaissSearch)
     assert [choose_search(name, CPU).name for name in ("torch", "faiss")] == ["torch", "faiss"]
-    with pytest.raises(ValueError, match="--memory-search annoy is unknown: choose auto, .*faiss.* or "):
-        choose_search("annoy", CPU)
-    message = "--memory-search native is not available: it searches main memory, but the memory is on cuda:0 .*torch$"
+    for refuse in (check_search, lambda name: choose_search(name, CPU)):
+        with pytest.raises(ValueError, match="--memory-search annoy is unknown: choose auto, .*faiss.* or "):
+            refuse("annoy")
+    message = "--memory-search native is not available: it searches main memory, but the memory is on cuda:0; .*torch$"
     with pytest.raises(ValueError, match=message):
         choose_search("native", GPU)
 

@@ -47,10 +47,12 @@ def write_backbone(tmp_path):
 @pytest.fixture
 def train(parse):
     """What fairseq-train builds on a backbone's path, with tiny sizes: train(path, "--k", 9).model, .cfg and .task."""
+    sizes = {name: value for name, value in LONGMEM.items() if name != "retrieval_layer_index"}
+    fewer = [x for name, value in sizes.items() for x in ("--" + name.replace("_", "-"), value)]
     tiny = [x for name, value in LONGMEM.items() for x in ("--" + name.replace("_", "-"), value)]
 
-    def train(path, *arguments, **named):
-        cfg = parse(*tiny, *arguments, **named)
+    def train(path, *arguments, default_layer=False, **named):
+        cfg = parse(*(fewer if default_layer else tiny), *arguments, **named)
         cfg.model.pretrained_model_path = path and str(path)
         task = tasks.setup_task(cfg.task)
         return SimpleNamespace(cfg=cfg, task=task, model=task.build_model(cfg.model))

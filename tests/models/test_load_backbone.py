@@ -117,7 +117,7 @@ def test_missing(tmp_path):
 def test_garbage(tmp_path, content):
     path = tmp_path / "garbage.pt"
     path.write_bytes(content)
-    assert "is no readable fairseq checkpoint: it is damaged, or of another format" in refusal(path)
+    assert "is not a readable fairseq checkpoint: it is damaged, or of another format" in refusal(path)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.7, 0.99])
@@ -148,7 +148,7 @@ def test_a_malicious_pickle_does_not_run(checkpoint, tmp_path, where):
 def test_files_of_tensors_that_are_no_checkpoint(tmp_path, state):
     path = tmp_path / "state.pt"
     torch.save(state, path)
-    assert "is no fairseq checkpoint: it lacks the weights (model) or what they mean (cfg)" in refusal(path)
+    assert "is not a fairseq checkpoint: it lacks the weights (model) or their configuration (cfg)" in refusal(path)
 
 
 # --- what is refused: models
@@ -213,7 +213,7 @@ def test_weights_that_do_not_fit(checkpoint):
 
 def test_another_number_of_symbols(checkpoint):
     message = refusal(checkpoint(), make_dictionary(31))
-    assert "knows 34 symbols and the dictionary of the data has 35: preprocess the data with the backbone's" in message
+    assert "has 34 symbols and the dictionary of the data has 35: preprocess the data with the backbone's" in message
 
 
 def test_another_dictionary_of_the_same_size(checkpoint):

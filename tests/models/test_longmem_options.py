@@ -2,12 +2,14 @@
 
 import logging
 import re
+from argparse import SUPPRESS
 
 import pytest
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 
 from longmem_fairseq.memory.search.faiss import has_faiss_gpu
+from longmem_fairseq.models.longmem_config import default_memory_layer
 from longmem_fairseq.models.longmem_lm import LongMemConfig, LongMemModel
 from tests.models.tiny import LAYERS, POSITIONS
 
@@ -33,26 +35,45 @@ def messages(caplog):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_architectures(parse, arch):
-    """Each sets every option, and remembers an odd layer about two thirds up: side layer m // 2 starts from it."""
-    layers, remembered = ARCHITECTURES[arch]
+    """Each sets every option to its default."""
     assert ARCH_MODEL_REGISTRY[arch] is LongMemModel
     cfg = parse(arch=arch).model
-    assert cfg._name == arch and cfg.retrieval_layer_index == remembered
-    assert remembered == 2 * (remembered // 2) + 1 and 0.6 < (remembered + 1) / layers <= 1
+    assert cfg._name == arch
     for name, entry in LongMemConfig.__dataclass_fields__.items():
-        if name not in ("_name", "retrieval_layer_index") and not str(entry.default).startswith("${"):
+        if name != "_name" and not str(entry.default).startswith("${"):
             assert cfg[name] == entry.default, name
     assert cfg.tokens_per_sample == 1024, "from the task"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_architectures_fit_their_backbones(train, write_backbone, arch):
-    layers, remembered = ARCHITECTURES[arch]
-    path = write_backbone(decoder_layers=layers)
-    model = train(path, "--retrieval-layer-index", remembered, arch=arch).model
-    decoder = model.decoder
-    assert len(decoder.layers) == layers // 2 and decoder.backbone.memory_layer == remembered
-    assert decoder.reading_layer == remembered // 2
+def test_the_memory_layer_follows_from_the_backbones_depth(train, write_backbone, arch):
+    """An odd layer about two thirds up: side layer m // 2 starts from it. Checkpoints contain the number."""
+    layers, memory_layer = ARCHITECTURES[arch]
+    built = train(write_backbone(decoder_layers=layers), arch=arch, default_layer=True)
+    decoder = built.model.decoder
+    assert memory_layer == 2 * (memory_layer // 2) + 1 and 0.6 < (memory_layer + 1) / layers <= 1
+    assert len(decoder.layers) == layers // 2 and decoder.backbone.memory_layer == memory_layer
+    assert decoder.reading_layer == memory_layer // 2
+    assert built.cfg.model.retrieval_layer_index == memory_layer
+
+
+@pytest.mark.parametrize("layers, reduction, expected", [(12, 1, 8), (12, 3, 10), (6, 6, 1), (1, 1, 0), (30, 2, 21)])
+def test_the_memory_layer_fits_any_reduction(layers, reduction, expected):
+    assert default_memory_layer(layers, reduction) == expected
+
+
+def test_options_without_an_effect_are_not_in_the_help(parse):
+    hidden = {name for name, x in LongMemConfig.__dataclass_fields__.items() if x.metadata.get("help") == SUPPRESS}
+    assert hidden == {
+        "memory_index_parameters",
+        "side_activation_fn",
+        "side_layer_norm_eps",
+        "normalize_last_hidden",
+        "backbone_config",
+        "gpt_encoder_path",
+        "no_token_positional_embeddings",
+        "base_layers",
+    }
 
 
 @pytest.mark.parametrize("option", ["use-external-memory", "reload-ptm-layer"])
@@ -79,7 +100,7 @@ def test_values(parse):
     assert {name: cfg[name] for name in wanted} == wanted
 
 
-@pytest.mark.parametrize("option, value", [("--memory-search", "annoy"), ("--memory-dtype", "int8"), ("--k", "many")])
+@pytest.mark.parametrize("option, value", [("--memory-dtype", "int8"), ("--k", "many")])
 def test_values_that_do_not_exist_are_refused_by_the_parser(parse, capsys, option, value):
     with pytest.raises(SystemExit):
         parse(option, value)
@@ -88,7 +109,7 @@ def test_values_that_do_not_exist_are_refused_by_the_parser(parse, capsys, optio
 
 def test_every_option_has_a_help_text():
     for name, entry in LongMemConfig.__dataclass_fields__.items():
-        if name != "_name" and not str(entry.default).startswith("${"):
+        if name != "_name" and not str(entry.default).startswith("${") and entry.metadata["help"] != SUPPRESS:
             assert len(entry.metadata["help"]) > 20, name
 
 
@@ -108,7 +129,7 @@ def test_the_released_scripts_options_mean_the_same(parse):
 
 
 def test_the_released_scripts_model_is_built(train, write_backbone, caplog):
-    """Without a GPU, but for --use-gpu-to-search; what has no meaning here is said, one line an option."""
+    """Without a GPU, but for --use-gpu-to-search; what has no effect is logged, one line an option."""
     path = write_backbone(decoder_layers=24, max_target_positions=1024)
     line = [x for x in RELEASED_SCRIPT if x != "--use-gpu-to-search"]
     with caplog.at_level(logging.INFO):
@@ -116,8 +137,8 @@ def test_the_released_scripts_model_is_built(train, write_backbone, caplog):
     decoder = built.model.decoder
     assert len(decoder.layers) == 12 and decoder.reading_layer == 8 and decoder.backbone.memory_layer == 17
     assert built.model.memory_tokens == 65536 + 4
-    explained = [line for line in messages(caplog) if "no meaning" in line]
-    assert [re.match(r"--(\S+) has no meaning here", line)[1] for line in explained] == [
+    explained = [line for line in messages(caplog) if "no effect" in line]
+    assert [re.match(r"--(\S+) has no effect", line)[1] for line in explained] == [
         "gpt-encoder-path", "no-token-positional-embeddings",
     ]  # fmt: skip
 
@@ -125,7 +146,7 @@ def test_the_released_scripts_model_is_built(train, write_backbone, caplog):
 def test_nothing_is_explained_where_nothing_is_asked(train, write_backbone, caplog):
     with caplog.at_level(logging.INFO):
         train(write_backbone())
-    assert not [line for line in messages(caplog) if "no meaning" in line]
+    assert not [line for line in messages(caplog) if "no effect" in line]
 
 
 @pytest.mark.skipif(has_faiss_gpu() and torch.cuda.is_available(), reason="this machine can search on a GPU")
@@ -145,7 +166,7 @@ def test_a_gpu_search_that_cannot_be_had_is_an_error(train, write_backbone):
         (["--k", -3], "--k -3 is not a positive multiple of --chunk-size 3"),
         (["--chunk-size", 0], "--k 6 is not a positive multiple of --chunk-size 0"),
         (["--chunk-size", -3], "--k 6 is not a positive multiple of --chunk-size -3"),
-        (["--base-layers", 2], "--base-layers 2: a side network has no BASE layers, leave the option out"),
+        (["--base-layers", 2], "--base-layers 2: a side network cannot have BASE layers, leave it out"),
         (
             ["--memory-size", 6],
             "--memory-size 6 is smaller than one segment of --tokens-per-sample 7 tokens: raise it, or turn the memory "
@@ -154,7 +175,7 @@ def test_a_gpu_search_that_cannot_be_had_is_an_error(train, write_backbone):
         (["--memory-size", -1], "--memory-size -1 is smaller than one segment of --tokens-per-sample 7 tokens"),
         (
             ["--chunk-size", 32, "--k", 32],
-            "--memory-size 16 holds no chunk of --chunk-size 32 tokens: raise the one or lower the other",
+            "--memory-size 16 is smaller than one chunk of --chunk-size 32 tokens: raise the first or lower the second",
         ),
         (
             ["--retrieval-layer-index", LAYERS],
@@ -189,7 +210,7 @@ def test_without_a_backbone(train):
 
 def test_another_task_is_refused(train, write_backbone):
     """As the released script names: with it, nobody would know whose past is remembered."""
-    with pytest.raises(ValueError, match="this task does not know: name --task longmem_language_modeling"):
+    with pytest.raises(ValueError, match="this task does not tell: use --task longmem_language_modeling"):
         train(write_backbone(), task="language_modeling")
 
 

@@ -84,11 +84,11 @@ def test_segments_out_of_step_are_refused(tmp_path):
     model = longmem(tmp_path)
     (tokens, first), (_, second), (_, third) = batches(documents([3 * T]), T)
     assert model.needs_replay(second).tolist() == [True] and model.needs_replay(first).tolist() == [False]
-    with pytest.raises(MemoryOutOfStep, match="lane 0 got token 7 of stream 0.*must come in order"):
+    with pytest.raises(MemoryOutOfStep, match="lane 0 received token 7 of stream 0.*must come in order"):
         model(tokens, segments=second)
     model(tokens, segments=first)
     assert model.needs_replay(second).tolist() == [False] and model.needs_replay(third).tolist() == [True]
-    with pytest.raises(MemoryOutOfStep, match="lane 0 got token 14"):
+    with pytest.raises(MemoryOutOfStep, match="lane 0 received token 14"):
         model(tokens, segments=third)
     model(tokens, segments=second)
 

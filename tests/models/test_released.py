@@ -287,13 +287,9 @@ def test_code_in_a_file_is_not_run(tmp_path, files):
     malicious = save(tmp_path / "malicious.pt", side, {**side_settings(Shape()), "activation_fn": Payload(created)})
     with pytest.raises(ValueError, match="malicious.pt cannot be read: it asks for posix.mkdir"):
         load_released(malicious)
-    with pytest.raises(
-        BackboneError, match="malicious.pt is not a readable fairseq checkpoint: it asks for posix.mkdir"
-    ):
+    with pytest.raises(BackboneError, match="malicious.pt is not a readable .*: it asks for posix.mkdir"):
         load_released(files["side network"], malicious)
-    with pytest.raises(
-        BackboneError, match="malicious.pt is not a readable fairseq checkpoint: it asks for posix.mkdir"
-    ):
+    with pytest.raises(BackboneError, match="malicious.pt is not a readable .*: it asks for posix.mkdir"):
         load_backbone(malicious, load_released(files["side network"]).decoder.dictionary, 0)
     assert not created.exists()
     torch.load(malicious, weights_only=False)

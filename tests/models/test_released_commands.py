@@ -99,10 +99,10 @@ def test_evaluation_with_one_memory(released, tmp_path):
 
 
 def test_evaluation_of_the_backbone(released, tmp_path):
-    """The backbone is a model of its own for stock fairseq, given the package."""
+    """The backbone is a model of its own for fairseq-eval-lm, given the package and its task."""
     output = run(
-        "eval_lm", released.data, "--user-dir", TASK[1], "--task", "language_modeling", "--path", released.backbone,
-        *EVALUATE, "--gen-subset", "single", "--sample-break-mode", "none", cwd=tmp_path,
+        "eval_lm", released.data, *TASK, "--path", released.backbone, *EVALUATE, "--gen-subset", "single",
+        "--model-overrides", SEGMENTS, cwd=tmp_path,
     )  # fmt: skip
     model = load_released(released.side, use_external_memory=False)
     losses = []
@@ -220,7 +220,9 @@ def test_half_precision(released):
 
 
 def test_refusals_of_the_converter(released, tmp_path):
-    with pytest.raises(SystemExit, match="convert_released.py: error: .*backbone.pt holds no side network"):
+    with pytest.raises(
+        SystemExit, match="preprocess.convert_released: error: .*backbone.pt does not hold a side network"
+    ):
         convert([str(released.backbone), str(tmp_path / "plain")])
     with pytest.raises(SystemExit, match="bare.pt does not hold its backbone: name the backbone's file"):
         convert([str(released.bare), str(tmp_path / "plain")])

@@ -1,4 +1,4 @@
-"""The command as users run it: from text to data that stock fairseq reads, and what happens when something is wrong."""
+"""The command as users run it: from text to data that stock fairseq reads, and its errors."""
 
 import filecmp
 import json
@@ -20,7 +20,8 @@ from preprocess.binarize_documents import main
 from preprocess.split_writer import smallest_dtype, write_index
 from preprocess.tokenization import load_tokenizer
 
-SCRIPT = Path(__file__).resolve().parents[2] / "preprocess" / "binarize_documents.py"
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = [sys.executable, "-m", "preprocess.binarize_documents"]  # run from ROOT
 
 
 def write_json_lines(path, texts, **more):
@@ -52,13 +53,13 @@ def arguments(inputs, destination, *more):
 
 @pytest.fixture(scope="module")
 def data(inputs, tmp_path_factory):
-    """What the command makes of the inputs, run as a script from elsewhere."""
-    directory = tmp_path_factory.mktemp("data")
-    command = [sys.executable, str(SCRIPT), *arguments(inputs, "made", "--vocab-size", 600, "--workers", 2)]
-    process = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    """The data directory that the command makes of the inputs, run in a process."""
+    made = tmp_path_factory.mktemp("data") / "made"
+    command = [*COMMAND, *arguments(inputs, made, "--vocab-size", 600, "--workers", 2)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "train: 40 documents" in process.stderr
-    return directory / "made"
+    return made
 
 
 def same_files(one, two):
@@ -130,10 +131,10 @@ def test_the_index_of_more_than_two_gigabytes(tmp_path):
 
     sizes = [1_500_000_000, 7, 1_900_000_000, 1]
     np.array(sizes, dtype=np.int32).tofile(tmp_path / "sizes")
-    write_index(tmp_path / "ours.idx", tmp_path / "sizes", np.uint32)
+    write_index(tmp_path / "written.idx", tmp_path / "sizes", np.uint32)
     with MMapIndexedDataset.Index.writer(str(tmp_path / "stock.idx"), np.uint32) as index:
         index.write(sizes)
-    assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "stock.idx").read_bytes()
+    assert (tmp_path / "written.idx").read_bytes() == (tmp_path / "stock.idx").read_bytes()
 
 
 @pytest.mark.parametrize("symbols", [4, 65499, 65500, 200_000])
@@ -243,12 +244,14 @@ def test_an_error_is_one_sentence_and_leaves_nothing(name, tmp_path, model_file)
     with pytest.raises(SystemExit) as error:
         main(["--destdir", str(tmp_path / "made"), *given])
     sentence = str(error.value.code)
-    assert sentence.startswith("binarize_documents.py: error: ") and message.format(**places) in sentence
+    assert (
+        sentence.startswith("python -m preprocess.binarize_documents: error: ") and message.format(**places) in sentence
+    )
     assert "\n" not in sentence
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_is_there_is_only_replaced_when_asked(inputs, model_file, tmp_path, caplog):
+def test_data_is_only_replaced_with_overwrite(inputs, model_file, tmp_path, caplog):
     made = tmp_path / "made"
     train = ["--train", str(inputs / "train"), "--destdir", str(made)]
     main([*train, "--valid", str(inputs / "train"), "--vocab-size", "400"])
@@ -282,9 +285,9 @@ def children(pid):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_killed_run_is_continued_and_its_workers_end(large, tmp_path):
     train, expected = large
-    command = [sys.executable, str(SCRIPT), *train, "--workers", "2", "--destdir", str(tmp_path / "made")]
+    command = [*COMMAND, *train, "--workers", "2", "--destdir", str(tmp_path / "made")]
     journal = tmp_path / "made" / ".partial" / "journal.json"
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         if journal.exists() and json.loads(journal.read_text()).get("splits", {}).get("train", {}).get("position"):
             break
@@ -298,21 +301,21 @@ def test_killed_run_is_continued_and_its_workers_end(large, tmp_path):
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "the workers outlived their parent"
         time.sleep(0.05)
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0 and "train: continuing after" in process.stderr, process.stderr
     same_data(expected, tmp_path / "made")
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_killed_worker_is_one_sentence(large, tmp_path):
-    command = [sys.executable, str(SCRIPT), *large[0], "--workers", "2", "--destdir", str(tmp_path / "made")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [*COMMAND, *large[0], "--workers", "2", "--destdir", str(tmp_path / "made")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     workers = []
     while process.poll() is None and not workers:
         time.sleep(0.005)
         # the other child is multiprocessing's own resource tracker
-        found = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        workers = [pid for pid in found if (tmp_path / "made" / ".partial" / "train.bin").exists()]
+        spawned = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        workers = [pid for pid in spawned if (tmp_path / "made" / ".partial" / "train.bin").exists()]
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
     errors = process.communicate()[1]
@@ -330,10 +333,11 @@ def same_data(one, two):
 
 def test_full_disk_keeps_the_work(large, tmp_path):
     train, expected = large
-    command = [sys.executable, str(SCRIPT), *train, "--destdir", str(tmp_path / "made")]
+    command = [*COMMAND, *train, "--destdir", str(tmp_path / "made")]
     size = (expected / "train.bin").stat().st_size // 2
     process = subprocess.run(
         command,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
@@ -341,7 +345,7 @@ def test_full_disk_keeps_the_work(large, tmp_path):
     assert process.returncode == 1
     assert "error: [Errno 27] File too large" in process.stderr and "Traceback" not in process.stderr
     assert sorted(os.listdir(tmp_path / "made")) == [".partial"]
-    main(command[2:])
+    main(command[len(COMMAND) :])
     same_data(expected, tmp_path / "made")
 
 
@@ -419,17 +423,40 @@ def test_two_runs_do_not_write_the_same_data(inputs, model_file, tmp_path):
             main(["--train", str(inputs), "--tokenizer", str(model_file), "--destdir", str(tmp_path / "made")])
 
 
+def test_a_worker_starts_without_torch(model_file, gpt2_files):
+    """A worker imports the command's module, loads a tokenizer and encodes; torch and fairseq would take seconds."""
+    program = (
+        "import sys; import preprocess.binarize_documents; from preprocess.tokenization import load_tokenizer; "
+        "load_tokenizer(sys.argv[1]).encode('text'); load_tokenizer('gpt2', *sys.argv[2:]).encode('text'); "
+        "print(sorted({'torch', 'fairseq', 'longmem_fairseq'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program, str(model_file), *map(str, gpt2_files)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout == "[]\n"
+
+
+def test_the_package_can_be_imported_after_its_light_modules():
+    program = (
+        "import preprocess.package_modules as light; import longmem_fairseq.tasks.longmem_language_modeling as task; "
+        "from longmem_fairseq import files; from longmem_fairseq.data import manifest; "
+        "print(light.files is files, light.manifest is manifest, task.__name__)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert output == "True True longmem_fairseq.tasks.longmem_language_modeling\n"
+
+
 def test_memory_does_not_grow_with_the_input(sources, gpt2_files, tmp_path):
     gpt2 = ["--tokenizer", "gpt2", "--gpt2-encoder-json", str(gpt2_files[0]), "--gpt2-vocab-bpe", str(gpt2_files[1])]
     program = (
         "import sys; from preprocess.binarize_documents import main; main(sys.argv[1:]); "
-        "from examples.benchmark.tables import peak_resident; print(peak_resident() // 1024)"
+        "from examples.benchmark.machine import peak_resident; print(peak_resident() // 1024)"
     )
     peaks = []
     for times in (2, 14):
         path = write_json_lines(tmp_path / f"{times}.jsonl", sources * times)
         made = str(tmp_path / f"made{times}")
         command = [sys.executable, "-c", program, "--train", str(path), *gpt2, "--destdir", made]
-        output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPT.parents[1]).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
         peaks.append(int(output.split()[-1]))  # kilobytes
     assert peaks[1] - peaks[0] < 10_000, peaks  # for 18 MB more text

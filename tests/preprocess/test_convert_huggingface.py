@@ -70,12 +70,12 @@ def numbers_of(dictionary):
 
 
 @torch.no_grad()
-def difference(theirs, directory):
-    """Largest difference between logits of a GPT-2 and of what it was converted to, over the whole window."""
+def difference(gpt2, directory):
+    """Largest difference between logits of a GPT-2 and of the converted model, over the whole window."""
     model, dictionary = load_stock(directory)
     index = numbers_of(dictionary)
-    numbers = torch.randint(len(index), (3, theirs.config.n_positions), generator=torch.Generator().manual_seed(1))
-    expected = theirs(numbers).logits[..., : len(index)]
+    numbers = torch.randint(len(index), (3, gpt2.config.n_positions), generator=torch.Generator().manual_seed(1))
+    expected = gpt2(numbers).logits[..., : len(index)]
     assert expected.std() > 0.5  # or the comparison would say nothing
     return (model(index[numbers])[0][..., index] - expected).abs().max().item()
 
@@ -117,7 +117,7 @@ def test_symbols_that_gpt2_lacks_take_little(tmp_path):
     known = numbers_of(dictionary).tolist()
     for symbol in set(range(len(dictionary))) - {dictionary.eos(), *known}:
         assert (probabilities[..., symbol] <= probabilities[..., known].mean(dim=-1) * (1 + 1e-5)).all()
-    # The end of a document is what ended them for GPT-2.
+    # The end of a document is GPT-2's <|endoftext|>.
     torch.testing.assert_close(probabilities[..., dictionary.eos()], probabilities[..., known[-1]])
 
 
@@ -199,26 +199,26 @@ def model_with_tokenizer(request, gpt2_files, tmp_path_factory):
 
 @torch.no_grad()
 def test_text_in_text_out(model_with_tokenizer, sources, tmp_path):
-    theirs, destination = model_with_tokenizer, tmp_path / "fs"
-    from_huggingface(theirs.directory, destination)
+    source, destination = model_with_tokenizer, tmp_path / "fs"
+    from_huggingface(source.directory, destination)
     files = destination / "encoder.json", destination / "vocab.bpe"
-    ours = load_tokenizer("gpt2", *files, destination / "dict.txt")
+    tokenizer = load_tokenizer("gpt2", *files, destination / "dict.txt")
     stock = GPT2BPE(SimpleNamespace(gpt2_encoder_json=str(files[0]), gpt2_vocab_bpe=str(files[1])))
     model, dictionary = load_stock(destination)
-    for text in [*(source[:3000] for source in sources[:20]), "Caf\u00e9 \u4e2d\u6587\n\n\ttab 123"]:
-        numbers = theirs.tokenizer(text)["input_ids"]
-        ids = ours.encode(text)
+    for text in [*(text[:3000] for text in sources[:20]), "Caf\u00e9 \u4e2d\u6587\n\n\ttab 123"]:
+        numbers = source.tokenizer(text)["input_ids"]
+        ids = tokenizer.encode(text)
         assert [int(dictionary[i]) for i in ids] == numbers == [int(number) for number in stock.encode(text).split()]
-        assert ours.decode(ids) == theirs.tokenizer.decode(numbers) == text
+        assert tokenizer.decode(ids) == source.tokenizer.decode(numbers) == text
         window = slice(0, POSITIONS)
-        likeliest = theirs.model(torch.tensor([numbers[window]])).logits[0].argmax(dim=-1)
+        likeliest = source.model(torch.tensor([numbers[window]])).logits[0].argmax(dim=-1)
         converted = model(torch.tensor([ids[window]]))[0][0, :, numbers_of(dictionary)].argmax(dim=-1)
         assert torch.equal(likeliest, converted)
     to_huggingface(destination / "checkpoint.pt", tmp_path / "back")
     back = GPT2TokenizerFast.from_pretrained(tmp_path / "back")
-    assert back(sources[0])["input_ids"] == theirs.tokenizer(sources[0])["input_ids"]
+    assert back(sources[0])["input_ids"] == source.tokenizer(sources[0])["input_ids"]
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert config["eos_token_id"] == theirs.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert config["eos_token_id"] == source.tokenizer.convert_tokens_to_ids("<|endoftext|>")
 
 
 @torch.no_grad()
@@ -234,12 +234,14 @@ def test_text_of_opt(gpt2_files, sources, tmp_path):
     (directory / "vocab.json").write_text(json.dumps(vocabulary))
     (directory / "merges.txt").write_text(merges.read_text())
     from_huggingface(directory, destination)
-    theirs = GPT2TokenizerFast.from_pretrained(directory)
-    ours = load_tokenizer("gpt2", destination / "encoder.json", destination / "vocab.bpe", destination / "dict.txt")
+    huggingface_tokenizer = GPT2TokenizerFast.from_pretrained(directory)
+    tokenizer = load_tokenizer(
+        "gpt2", destination / "encoder.json", destination / "vocab.bpe", destination / "dict.txt"
+    )
     converted, _ = load_stock(destination)
     for source in sources[:5]:
-        numbers, ids = theirs(source[:2000])["input_ids"], ours.encode(source[:2000])
-        assert ids == numbers and ours.decode(ids) == source[:2000]
+        numbers, ids = huggingface_tokenizer(source[:2000])["input_ids"], tokenizer.encode(source[:2000])
+        assert ids == numbers and tokenizer.decode(ids) == source[:2000]
         window = torch.tensor([[2, *ids[: POSITIONS - 1]]])
         torch.testing.assert_close(converted(window)[0], model(window).logits, rtol=0, atol=1e-5)
 
@@ -258,7 +260,7 @@ def converted(tmp_path_factory):
 
 
 def test_stock_evaluation(converted, tmp_path):
-    """fairseq-eval-lm without this package reads the checkpoint, and scores what the model itself says."""
+    """fairseq-eval-lm without this package reads the checkpoint, and its scores are the model's."""
     output = run(
         "eval_lm", converted.data, "--path", converted.checkpoint, "--task", "language_modeling", "--gen-subset",
         "valid", "--sample-break-mode", "none", "--tokens-per-sample", POSITIONS, "--max-sentences", 1, "--cpu",
@@ -298,7 +300,7 @@ def test_checkpoint_says_which_dictionary(converted, tmp_path):
     lines = (converted.data / "dict.txt").read_text().splitlines(keepends=True)
     (tmp_path / "dict.txt").write_text("".join(reversed(lines)))
     with pytest.raises(ValueError, match="another dictionary"):
-        load_backbone(converted.checkpoint, Dictionary.load(str(tmp_path / "dict.txt")), 1)
+        load_backbone(converted.checkpoint, Dictionary.load(str(tmp_path / "dict.txt")))
 
 
 @pytest.mark.parametrize(
@@ -307,11 +309,11 @@ def test_checkpoint_says_which_dictionary(converted, tmp_path):
         ({"model_type": "llama"}, "model_type=llama in config.json is not supported; supported are gpt2 .* and opt"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True in config.json cannot"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06 in config.json cannot .* which has 1e-05"),
-        ({"activation_function": "silu"}, "activation_function=silu is none of fairseq's"),
+        ({"activation_function": "silu"}, "activation_function=silu in config.json is not supported"),
         ({"quantization_config": {"bits": 4}}, "the gpt2 is quantized"),
-        ({"n_layer": 3}, "the weights lack h.2.ln_1.weight, which config.json asks for"),
-        ({"n_layer": 1}, "the weights hold 12 that config.json does not know, such as h.1"),
-        ({"n_inner": 7}, r"h.0.mlp.c_fc.weight has shape \(24, 96\), but config.json asks for \(24, 7\)"),
+        ({"n_layer": 3}, "the weights lack h.2.ln_1.weight, which config.json requires"),
+        ({"n_layer": 1}, "12 of the weights are not in config.json, such as h.1"),
+        ({"n_inner": 7}, r"h.0.mlp.c_fc.weight has shape \(24, 96\), but config.json requires \(24, 7\)"),
     ],
 )
 def test_refused_gpt2(tmp_path, change, message):
@@ -346,7 +348,9 @@ def test_refused_files(tmp_path, capsys):
     with pytest.raises(InputError, match="it asks for posix.mkdir, which may run code"):
         from_huggingface(directory, tmp_path / "fs")
     assert not (tmp_path / "created").exists()
-    with pytest.raises(SystemExit, match="convert_huggingface.py: error: .*nowhere.*config.json cannot be read"):
+    with pytest.raises(
+        SystemExit, match="preprocess.convert_huggingface: error: .*nowhere.*config.json cannot be read"
+    ):
         main([str(tmp_path / "nowhere"), str(tmp_path / "fs")])
 
 
@@ -357,6 +361,8 @@ def test_refused_export(tmp_path):
     with pytest.raises(InputError, match="a GPT-2 has decoder_learned_pos=True, this model False"):
         to_huggingface(checkpoint, tmp_path / "hf")
     (tmp_path / "dict.txt").write_text("a 1\n")
-    with pytest.raises(InputError, match="the dictionary has 5 symbols and the model 34: give the model's own with"):
+    with pytest.raises(
+        InputError, match="the dictionary has 5 symbols and the model 34: give the model's dict.txt with"
+    ):
         to_huggingface(checkpoint, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

@@ -1,15 +1,16 @@
-"""A fairseq language model as one safetensors file, and back."""
+"""Models converted to safetensors files are the same models: language models and back, LongMem models."""
 
 import os
-import sys
 
 import pytest
 import torch
 
 from longmem_fairseq.backbones.loading import load_backbone
+from longmem_fairseq.hub import LongMem
 from preprocess.convert_safetensors import main, to_fairseq, to_safetensors
 from tests.models.checkpoints import load_stock
 from tests.models.tiny import VOCABULARY, documents, stock_config, stock_model, write_checkpoint
+from tests.text_models import sentencepiece_model
 
 
 @pytest.mark.parametrize("model", ["transformer_lm", "alibi_lm"])
@@ -24,27 +25,49 @@ def test_there_and_back(tmp_path, model, half):
     with torch.no_grad():
         expected = (stock.half().float() if half else stock)(tokens)[0]
         assert torch.equal(loaded(tokens)[0], expected)
-    same = load_backbone(str(tmp_path / "c.pt"), VOCABULARY, 1).fingerprint
-    assert (same == load_backbone(path, VOCABULARY, 1).fingerprint) != half
+    same = load_backbone(str(tmp_path / "c.pt"), VOCABULARY).fingerprint
+    assert (same == load_backbone(path, VOCABULARY).fingerprint) != half
 
 
-def test_refusals(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def longmem(tmp_path_factory):
+    """Directory of a LongMem checkpoint, its dictionary and its tokenizer."""
+    return sentencepiece_model(tmp_path_factory.mktemp("longmem"))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_model_directory_is_the_checkpoint(longmem, tmp_path, half):
+    main([str(longmem / "model.pt"), str(tmp_path / "directory"), *(["--half"] if half else [])])
+    assert sorted(path.name for path in (tmp_path / "directory").iterdir()) == [
+        *("backbone.safetensors", "config.json", "dict.txt", "sentencepiece.model", "side_network.safetensors")
+    ]
+    expected = LongMem.from_pretrained(str(longmem / "model.pt"), device="cpu")
+    if half:
+        expected.model.half().float()
+    loaded = LongMem.from_pretrained(str(tmp_path / "directory"), device="cpu")
+    text = "A text of more than one segment, of which the first is in the memory when the second is read. " * 4
+    assert loaded.task.args.tokens_per_sample == expected.task.args.tokens_per_sample < len(loaded.encode(text))
+    assert torch.equal(loaded.score(text).log_probabilities, expected.score(text).log_probabilities)
+
+
+def test_refusals(tmp_path):
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "created"),)
 
     def refusal(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["convert_safetensors.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return str(caught.value)
+        with pytest.raises(SystemExit) as error:
+            main(list(map(str, arguments)))
+        return str(error.value)
 
     file, out = tmp_path / "file", tmp_path / "out"
     torch.save({"model": {}, "cfg": {"model": Payload()}}, file)
     assert "asks for posix.mkdir, which may run code" in refusal(file, f"{out}.safetensors")
+    assert "asks for posix.mkdir, which may run code" in refusal(file, out)
     assert not (tmp_path / "created").exists()
     torch.save({"weight": torch.ones(1)}, file)
-    assert "is no fairseq checkpoint: it lacks the weights" in refusal(file, f"{out}.safetensors")
-    assert "is no safetensors file" in refusal(file, f"{out}.pt")
+    assert "is not a fairseq checkpoint: it lacks the weights" in refusal(file, f"{out}.safetensors")
+    assert "is not a safetensors file" in refusal(file, f"{out}.pt")
     assert "none.pt" in refusal(tmp_path / "none.pt", f"{out}.safetensors")
+    assert "none.pt" in refusal(tmp_path / "none.pt", out)
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left half-written"

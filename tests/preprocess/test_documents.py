@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.blocks import Position, read_blocks
-from preprocess.documents import iter_documents, list_sources
+from preprocess.document_source import list_sources
+from preprocess.documents import iter_documents
 from preprocess.errors import InputError
 
 TEXTS = ["a\n", "  two\r\n\n\tlines \n", "\ufeffbom é 日本\u2028\x00", "\n", "x" * 3000]
@@ -62,9 +63,9 @@ def test_names_and_subsets_of_json_lines(tmp_path):
         {"text": "b", "meta": {"pile_set_name": "Books3"}},
         {"text": "c", "name": "", "meta": "none"},
     ]
-    path.write_text("\n\n".join(map(json.dumps, records)))  # blank lines are no documents
-    found = [(document.name, document.subset) for document in iter_documents([path])]
-    assert found == [("first", "d"), ("d.jsonl:3", "Books3"), ("d.jsonl:5", "d")]
+    path.write_text("\n\n".join(map(json.dumps, records)))  # blank lines are not documents
+    documents = [(document.name, document.subset) for document in iter_documents([path])]
+    assert documents == [("first", "d"), ("d.jsonl:3", "Books3"), ("d.jsonl:5", "d")]
 
 
 @pytest.mark.parametrize("name", ["d.jsonl.gz", "d.jsonl.zst", "d.txt.gz", "d.txt.zst"])
@@ -140,7 +141,7 @@ def texts_of(blocks) -> list[str]:
 
 @settings(deadline=None, max_examples=60)
 @given(block_bytes=st.integers(1, 2000), stop=st.integers(0, 80), shards=st.integers(1, 5), shard=st.integers(0, 4))
-def test_reading_goes_on_from_any_position(collection, block_bytes, stop, shards, shard):
+def test_reading_continues_from_any_position(collection, block_bytes, stop, shards, shard):
     stripe = (shard % shards, shards)
     blocks = list(read_blocks(collection, stripe=stripe, block_bytes=block_bytes))
     stop = min(stop, len(blocks))

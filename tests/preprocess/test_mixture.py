@@ -1,4 +1,4 @@
-"""Mixtures have the asked proportions and size; shards divide a collection without overlap and without coordination."""
+"""Mixtures have the requested proportions and size; shards divide a collection without overlap or coordination."""
 
 import json
 import random
@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 from longmem_fairseq.data.manifest import read_manifest, verify_shards
 from preprocess.binarize_documents import main
-from preprocess.documents import Document, Parsed, Source
+from preprocess.blocks import ParsedBlock
+from preprocess.document_source import DocumentSource
 from preprocess.errors import InputError
 from preprocess.mixture import parse_weights, plan, threshold_for
+from preprocess.selection import draw
 from preprocess.shards import LARGEST_EXCESS, shard
-from preprocess.survey import BINS, Survey, SurveyPart, draw
+from preprocess.survey import BINS, Survey, SurveyPart
+from preprocess.text_document import TextDocument
 from preprocess.tokenization import load_tokenizer
 
 SUBSETS = {"Books3": 200, "Pile-CC": 1200, "PubMed": 800}
@@ -158,16 +161,16 @@ def test_stock_fairseq_reads_shards_in_turn(run, pile):
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 1000), max_size=40), shards=st.integers(1, 8))
 def test_every_file_has_one_owner(sizes, shards):
-    files = [Source(Path(str(i)), str(i), "", size) for i, size in enumerate(sizes)]
+    files = [DocumentSource(Path(str(i)), str(i), "", size) for i, size in enumerate(sizes)]
     parts = [shard(files, i, shards) for i in range(shards)]
     (divided,) = {divided for _, _, divided in parts}
     if divided == "documents":
-        assert all(found == files and stripe == (i, shards) for i, (found, stripe, _) in enumerate(parts))
+        assert all(part == files and stripe == (i, shards) for i, (part, stripe, _) in enumerate(parts))
         return
-    assert sorted(file.name for found, _, _ in parts for file in found) == sorted(file.name for file in files)
+    assert sorted(file.name for part, _, _ in parts for file in part) == sorted(file.name for file in files)
     assert all(stripe == (0, 1) for _, stripe, _ in parts)
-    assert all(found == sorted(found, key=files.index) for found, _, _ in parts)  # in input order
-    loads = [sum(file.size for file in found) for found, _, _ in parts]
+    assert all(part == sorted(part, key=files.index) for part, _, _ in parts)  # in input order
+    loads = [sum(file.size for file in part) for part, _, _ in parts]
     assert shards == 1 or max(loads) * shards <= LARGEST_EXCESS * sum(loads)
 
 
@@ -180,12 +183,12 @@ def test_threshold_is_right_within_a_bin(documents, part):
     histogram = np.zeros(BINS, np.int64)
     for place, size in documents:
         histogram[place] += size
-    wanted = part * histogram.sum()
-    threshold = threshold_for(histogram, wanted)
+    characters = part * histogram.sum()
+    threshold = threshold_for(histogram, characters)
     assert 0 < threshold <= 1
     whole = int(threshold * BINS)
-    assert histogram[:whole].sum() <= wanted + 1e-6
-    assert histogram[: whole + 1].sum() >= wanted - 1e-6
+    assert histogram[:whole].sum() <= characters + 1e-6
+    assert histogram[: whole + 1].sum() >= characters - 1e-6
 
 
 def test_draws_are_uniform_and_independent():
@@ -205,10 +208,10 @@ class Letters:
 def survey_of(texts_by_subset, rate):
     survey = Survey()
     for block in range(3):
-        parsed = Parsed()
+        parsed = ParsedBlock()
         for subset, texts in texts_by_subset.items():
             for number, text in enumerate(texts):
-                parsed.documents.append(Document("", text, subset))
+                parsed.documents.append(TextDocument("", text, subset))
                 parsed.keys.append(f"{block}:{subset}:{number}")
         survey.add(SurveyPart.of(parsed, Letters(), 1, rate))
     return survey
@@ -232,7 +235,9 @@ def test_sample_of_a_survey(lengths, rate):
 
 def test_sample_estimates_the_tokens(sources, model_file):
     tokenizer = load_tokenizer(model_file)
-    parsed = Parsed([Document(str(i), text) for i, text in enumerate(sources)], [str(i) for i in range(len(sources))])
+    parsed = ParsedBlock(
+        [TextDocument(str(i), text) for i, text in enumerate(sources)], [str(i) for i in range(len(sources))]
+    )
     survey = Survey()
     survey.add(SurveyPart.of(parsed, tokenizer, 1, 0.1))
     exact = sum(len(tokenizer.encode_array(text)) + 1 for text in sources)

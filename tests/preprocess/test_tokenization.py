@@ -9,9 +9,10 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from preprocess.dictionary import EOS, UNK
 from preprocess.errors import InputError
 from preprocess.sentencepiece_training import sample_passages, train
-from preprocess.tokenization import EOS, UNK, load_tokenizer
+from preprocess.tokenization import load_tokenizer
 
 # Any characters, but often the ones that matter to a tokenizer of source code.
 TEXT = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(" \n\t\r_(:a1'\u2581\u2585\u00a0")), max_size=80)
@@ -51,7 +52,7 @@ def test_unknown_symbol_is_visible(tokenizer):
 
 
 @pytest.mark.parametrize("vocab_size", [300, 333, 1000])
-def test_vocabulary_is_never_larger_than_asked(sources, tmp_path, vocab_size):
+def test_vocabulary_is_never_larger_than_requested(sources, tmp_path, vocab_size):
     path = tmp_path / "m.model"
     path.write_bytes(train(sources, vocab_size))
     tokenizer = load_tokenizer(path)
@@ -89,7 +90,7 @@ def test_dictionary_survives_its_file(tokenizer, tmp_path):
 
 
 def test_stock_fairseq_encodes_a_prompt_alike(tokenizer, model_file, sources):
-    """What ``fairseq-interactive --bpe sentencepiece`` does with one line of input."""
+    """``fairseq-interactive --bpe sentencepiece`` encodes one line of input to the same tokens."""
     config = Namespace(
         sentencepiece_model=str(model_file), sentencepiece_enable_sampling=False, sentencepiece_alpha=None
     )

@@ -39,7 +39,7 @@ def cut(path, share=0.5):
     path.write_bytes(data[: int(len(data) * share)])
 
 
-def test_starts_anew_without_a_checkpoint(tmp_path):
+def test_starts_from_scratch_without_a_checkpoint(tmp_path):
     assert prepare(tmp_path) is None
 
 
@@ -70,7 +70,7 @@ def test_a_damaged_last_checkpoint_is_made_again_from_the_newest_whole_one(tmp_p
     cut(tmp_path / LAST, share)
     assert prepare(tmp_path) == str(tmp_path / LAST)
     assert read_checkpoint(str(tmp_path / LAST))["optimizer_history"][-1]["num_updates"] == 20
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not [*tmp_path.glob("*.tmp"), *tmp_path.glob("*.part.*")]
 
 
 def test_a_damaged_checkpoint_without_another_is_refused_and_kept(tmp_path):
@@ -86,7 +86,7 @@ def test_one_changed_byte_is_found(tmp_path):
     path = tmp_path / "named.pt"
     save(path)
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1  # amid the weights
+    data[len(data) // 2] ^= 1  # within the weights
     path.write_bytes(bytes(data))
     with pytest.raises(DamagedCheckpoint, match="named.pt cannot be read .*--restore-file"):
         prepare(tmp_path, str(path))
@@ -130,6 +130,7 @@ def test_checkpoints_of_other_tasks_name_no_dictionary():
 def test_unfinished_checkpoints_are_removed(tmp_path):
     save(tmp_path / LAST)
     (tmp_path / "checkpoint_1_5.pt.tmp").write_bytes(b"PK")
+    (tmp_path / "checkpoint_last.part.123.pt").write_bytes(b"PK")
     (tmp_path / "notes.tmp").write_text("mine")
     prepare(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, "notes.tmp"]

@@ -1,3 +1,5 @@
+"""Scores of documents: each gets its own tokens, and its results are written whole or not at all."""
+
 import csv
 import json
 import math
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from longmem_fairseq.data.lanes import Piece
-from longmem_fairseq.tasks.document_scores import DocumentScores, ShardScores, write_atomically
+from longmem_fairseq.tasks.document_scores import DocumentScores
 
 V = 7
 
@@ -65,39 +67,17 @@ def test_files(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "documents.jsonl"
-    write_atomically(str(path), "old")
+    path.write_text("old")
+    scores = DocumentScores(1)
+    scores.sums[:] = 1
     with pytest.raises(UnicodeEncodeError):
-        write_atomically(str(path), "new \ud800")
+        scores.write(str(tmp_path), ["new \ud800"])
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["documents.jsonl"]
 
 
-def shard(directory, which, sums, run=None):
-    found = DocumentScores(3)
-    found.sums[:] = sums
-    return ShardScores(str(directory), run or {"checkpoint": [1, 2.5]}, 2, which), found
-
-
-def test_the_last_shard_puts_all_together(tmp_path):
-    first, first_scores = shard(tmp_path, 0, [[4, 0, 0], [0.1, 0, 0], [8.0, 0, 0]])
-    second, second_scores = shard(tmp_path, 1, [[0, 5, 6], [0, 10.0, 1 / 3], [0, 15.0, 9.0]])
-    assert first.merge(first_scores) == [1]
-    assert second.merge(second_scores) == []
-    np.testing.assert_array_equal(second_scores.sums, [[4, 5, 6], [0.1, 10.0, 1 / 3], [8.0, 15.0, 9.0]])
-    assert first.merge(first_scores) == []  # whoever comes last
-
-
-def test_shards_of_another_run_do_not_count(tmp_path):
-    old, old_scores = shard(tmp_path, 0, [[4, 0, 0]] * 3, run={"checkpoint": [0, 0]})
-    old.merge(old_scores)
-    new, new_scores = shard(tmp_path, 1, [[0, 5, 6]] * 3)
-    assert new.merge(new_scores) == [0]
-    np.testing.assert_array_equal(new_scores.sums[0], [0, 5, 6])
-
-
-def test_a_repeated_shard_withdraws_its_old_sums(tmp_path):
-    first, scores = shard(tmp_path, 0, [[4, 0, 0]] * 3)
-    first.merge(scores)
-    shard(tmp_path, 0, [[4, 0, 0]] * 3)  # begins again
-    second, scores = shard(tmp_path, 1, [[0, 5, 6]] * 3)
-    assert second.merge(scores) == [0]
+def test_a_failed_write_names_the_option_to_change(tmp_path):
+    scores = DocumentScores(1)
+    scores.sums[:] = 1
+    with pytest.raises(OSError, match="cannot be written: .*: free the disk or change --results-path"):
+        scores.write(str(tmp_path / "gone"), ["a"])

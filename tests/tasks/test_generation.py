@@ -169,7 +169,7 @@ def test_turns_are_remembered(model):
     task = make_task(memorize_turns=True)
     first, second = PROMPTS[3], PROMPTS[4]
     found = generate(model, [first, second, second], task, batch=1)
-    document_memory = task._conversation.generator.document_memories[0]
+    document_memory = task.session.generator.document_memories[0]
     answers = [hypotheses[0]["tokens"][:-1] for hypotheses in found]
     assert [document.name for document in document_memory.documents][-1] == "turn 3"
     assert document_memory.end == sum(len(p) + len(a) + 1 for p, a in zip([first, second, second], answers))
@@ -184,18 +184,18 @@ def test_turns_are_remembered(model):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (dict(match_source_len=True), "--match-source-len cannot be had"),
-        (dict(constraints="ordered"), "--constraints cannot be had"),
-        (dict(print_alignment="hard"), "--print-alignment cannot be had"),
-        (dict(score_reference=True), "--score-reference cannot be had"),
-        (dict(lm_path="other.pt"), "--lm-path cannot be had"),
+        (dict(match_source_len=True), "--match-source-len is not supported"),
+        (dict(constraints="ordered"), "--constraints is not supported"),
+        (dict(print_alignment="hard"), "--print-alignment is not supported"),
+        (dict(score_reference=True), "--score-reference is not supported"),
+        (dict(lm_path="other.pt"), "--lm-path is not supported"),
         (dict(temperature=0.0), "--temperature 0.0 is not above 0"),
         (dict(beam=0), "--beam 0 is less than one"),
         (dict(beam=2, nbest=3), "--nbest 3 is more than the 2 hypotheses of --beam"),
         (dict(min_len=30), "--min-len 30 is more than --max-len-b 20"),
     ],
 )
-def test_what_cannot_be_had_is_refused(model, options, sentence):
+def test_options_that_are_not_supported_are_refused(model, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         generate(model, PROMPTS, **options)
 
@@ -235,7 +235,7 @@ def test_text_as_tokens(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="the text is empty"):
         encode_text("\n", VOCABULARY)
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match="no UTF-8 text .byte 3."):
+    with pytest.raises(ValueError, match="not UTF-8 text .byte 3."):
         read_text(str(tmp_path / "latin"))
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("é".encode())))
     assert read_text("-") == "é"
@@ -244,11 +244,11 @@ def test_text_as_tokens(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        (dict(memory_text=["missing.txt"]), "--memory-text missing.txt is no file that exists"),
-        (dict(memory_load="missing"), "--memory-load missing is no file that exists"),
+        (dict(memory_text=["missing.txt"]), "--memory-text missing.txt does not exist, or is not a file"),
+        (dict(memory_load="missing"), "--memory-load missing does not exist, or is not a file"),
         (dict(memory_save="no/such/place"), "--memory-save no/such/place cannot be written"),
-        (dict(prompt_tokens=-1), "--prompt-tokens -1 is less than none"),
-        (dict(memory_text=["-"], input="-"), "no prompt would be left there: name their file with --input"),
+        (dict(prompt_tokens=-1), "--prompt-tokens -1 is negative"),
+        (dict(memory_text=["-"], input="-"), "no prompt is left in it: name a file of prompts with --input"),
     ],
 )
 def test_paths_are_checked_before_anything_is_read(options, sentence):

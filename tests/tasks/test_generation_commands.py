@@ -56,7 +56,7 @@ def with_book(tiny_data, tiny_longmem, prompt_files):
 
 def test_answers_over_three_windows(with_book, tiny_data, tiny_longmem, prompt_files):
     """Each has its length in new tokens, and every token the probability that the model gives it there."""
-    assert "memorised book.txt: 200 tokens" in with_book and "memorised letter.txt: 9 tokens" in with_book
+    assert "memorized book.txt: 200 tokens" in with_book and "memorized letter.txt: 9 tokens" in with_book
     found = hypotheses_of(with_book)
     assert [index for index, _, _ in found] == ["0", "0", "1", "1", "2", "2"]
     printed = re.findall(r"^P-\d+\t(.*)$", with_book, re.MULTILINE)
@@ -69,7 +69,7 @@ def test_answers_over_three_windows(with_book, tiny_data, tiny_longmem, prompt_f
         assert len(answer) == LONG + 1
         inputs = torch.cat([eos, model.encode(words(range(PROMPTS[int(index)]))), answer[:-1]])
         begin = len(inputs) - len(answer)
-        state = prefill(model.model.decoder, [inputs[:begin]], T, model.document_memory.bank)
+        state = prefill(model.model.decoder, [inputs[:begin]], T, model.memory.bank)
         with torch.no_grad():
             logits = [model.model.decoder(token.view(1, 1), incremental_state=state)[0][0] for token in inputs[begin:]]
         expected = torch.cat(logits).log_softmax(-1).gather(1, answer[:, None])[:, 0] / math.log(2)
@@ -124,8 +124,8 @@ def test_bad_memories_are_one_sentence(tiny_data, tiny_longmem, with_book, promp
     foreign.memorize("a text of another model")
     foreign.save_memory(str(tmp_path / "foreign"))
     sentences = {
-        "truncated": r"the memory \S*truncated is damaged, or no safetensors file",
-        "tampered": r"the memory \S*tampered is not as it was written: its SHA-256 differs",
+        "truncated": r"the memory \S*truncated is damaged, or not a safetensors file",
+        "tampered": r"the memory \S*tampered is not as it was written: its checksum \(sha256\) differs",
         "foreign": r"the memory \S*foreign was made by a backbone with fingerprint \w{12}, but the model's has \w{12}",
     }
     options = arguments(tiny_data, tiny_longmem, *BEAM)
@@ -171,7 +171,7 @@ def test_tokenizers(tmp_path):
     )  # fmt: skip
     outputs = {gpt2: finish(process), spm: finish(other)}
     for (directory, output), n_best in zip(outputs.items(), (4, 2)):
-        assert re.search(r"memorised (-|story): [\d,]+ tokens", output)
+        assert re.search(r"memorized (-|story): [\d,]+ tokens", output)
         found = hypotheses_of(output)
         assert len(found) == 3 * n_best
         lines = one_line(LongMem.from_pretrained(str(directory), device="cpu").bpe)

@@ -71,7 +71,7 @@ def test_the_memory_has_a_precision_of_its_own(tiny_data, tiny_longmem, memory_d
         memory_dtype=memory_dtype,
     )  # fmt: skip
     model.memorize(TEXT)
-    assert model.document_memory.bank.keys.dtype == {"auto": torch.float32, "float16": torch.float16}[memory_dtype]
+    assert model.memory.bank.keys.dtype == {"auto": torch.float32, "float16": torch.float16}[memory_dtype]
 
 
 @torch.no_grad()

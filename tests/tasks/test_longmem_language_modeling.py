@@ -125,13 +125,13 @@ def test_a_checkpoint_that_is_evaluated_does_not_concern_the_save_dir(data, tmp_
 
 
 def test_memory_of_a_training_that_continues(data, tmp_path, caplog):
-    """From a snapshot where one is saved or asked for; from none where an epoch begins or replay is asked for."""
+    """From a snapshot by --memory-snapshot or --resume-memory; without one at an epoch's start, or by replay."""
     place = {"epoch": 2, "iterations_in_epoch": 3}
 
     def expected(**options):
         torch.save({"extra_state": {"train_iterator": place}}, tmp_path / "checkpoint_last.pt")
         task = make_task(data, save_dir=str(tmp_path), **options)
-        return task._snapshots and (task._snapshots.restored is not None)
+        return task.memory.snapshots and (task.memory.snapshots.restored is not None)
 
     assert expected() is None
     assert expected(memory_snapshot=True) is True
@@ -147,7 +147,7 @@ def test_memory_of_a_training_that_continues(data, tmp_path, caplog):
     assert expected(memory_snapshot=True) is False
     with pytest.raises(ValueError, match="--memory-snapshot and --no-save-optimizer-state exclude each other"):
         expected(memory_snapshot=True, no_save_optimizer_state=True)
-    with pytest.raises(ValueError, match="--memory-snapshot does not go with --ddp-backend fully_sharded"):
+    with pytest.raises(ValueError, match="--memory-snapshot does not work with --ddp-backend fully_sharded"):
         expected(memory_snapshot=True, ddp_backend="fully_sharded")
 
 

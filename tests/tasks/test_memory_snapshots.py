@@ -10,10 +10,10 @@ import torch
 
 from longmem_fairseq.data.lane_dataset import LaneDataset
 from longmem_fairseq.data.lane_iterator import LaneIterator
-from longmem_fairseq.memory.memory_file import SnapshotError
+from longmem_fairseq.memory.container import SnapshotError
 from longmem_fairseq.tasks.checkpoints import Restored
 from longmem_fairseq.tasks.memory_snapshots import MemorySnapshots, before_each_checkpoint
-from tests.data.test_lane_dataset import Documents
+from tests.data.test_lane_dataset import SCOPES, Documents
 from tests.models.tiny import VOCABULARY, longmem
 
 T = 7
@@ -27,7 +27,7 @@ def optimizer_of_fairseq(**methods):
     return SimpleNamespace(optimizer=inner)
 
 
-class Told:
+class Calls:
     def __init__(self):
         self.times = 0
 
@@ -36,31 +36,31 @@ class Told:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_every_rank_is_told_before_a_checkpoint(sharded):
-    """Once, however often it was asked for; an optimizer that gathers its own state still does."""
-    told, gathered = Told(), []
+def test_every_rank_acts_before_a_checkpoint(sharded):
+    """Once, however often the hook was set; an optimizer that gathers its own state still does."""
+    calls, gathered = Calls(), []
     optimizer = optimizer_of_fairseq(**({"consolidate_state_dict": gathered.append} if sharded else {}))
     for _ in range(3):
-        before_each_checkpoint(optimizer, told.act)
+        before_each_checkpoint(optimizer, calls.act)
     optimizer.optimizer.consolidate_state_dict(*([0] if sharded else []))
-    assert told.times == 1 and gathered == ([0] if sharded else [])
+    assert calls.times == 1 and gathered == ([0] if sharded else [])
 
 
-def test_what_is_saved_of_a_run_that_failed_is_no_checkpoint():
+def test_the_rest_of_a_run_that_failed_has_no_snapshot():
     """fairseq saves it on the rank that failed alone: waiting for the others would never end."""
-    told, optimizer = Told(), optimizer_of_fairseq()
-    before_each_checkpoint(optimizer, told.act)
+    calls, optimizer = Calls(), optimizer_of_fairseq()
+    before_each_checkpoint(optimizer, calls.act)
     try:
         raise FloatingPointError("gradients are Nan/Inf")
     except FloatingPointError:
         optimizer.optimizer.consolidate_state_dict()
-    assert told.times == 0
+    assert calls.times == 0
 
 
 def new_iterator(scope="document", epoch=1):
     rng = np.random.default_rng(0)
     documents = Documents([rng.integers(4, len(VOCABULARY), length) for length in LENGTHS])
-    return LaneIterator(LaneDataset(documents, 2, 1, T, VOCABULARY.eos(), scope, seed=1), 0, epoch)
+    return LaneIterator(LaneDataset(documents, 2, 1, T, VOCABULARY.eos(), seed=1, **SCOPES[scope]), 0, epoch)
 
 
 def new_model(tmp_path, **changes):
@@ -97,7 +97,7 @@ def test_continues_bit_by_bit(tmp_path, scope, stop, caplog):
 
 @pytest.fixture
 def stopped(tmp_path):
-    """A model that has read three batches, its iterator, and where its memory lies."""
+    """A model that has read three batches, its iterator, and the path of its snapshot."""
     model, iterator = new_model(tmp_path), new_iterator()
     batches = iterator.next_epoch_itr()
     read(model, [next(batches) for _ in range(3)])

@@ -24,6 +24,7 @@ def config(**changes):
     "changes, message",
     [
         ({"tokens_per_sample": 0}, "--tokens-per-sample 0"),
+        ({"memory_scope": "documents"}, "--memory-scope documents .* document, stream, shared"),
         ({"output_dictionary_size": 100}, "--output-dictionary-size 100"),
         ({"self_target": True}, "--self-target"),
         ({"past_target": True}, "--past-target"),

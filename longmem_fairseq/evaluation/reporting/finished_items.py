@@ -1,4 +1,4 @@
-"""Finished items of an evaluation as JSON lines, so that a run that was interrupted goes on where it stood."""
+"""Finished items of an evaluation as JSON lines, so that an interrupted run continues where it stopped."""
 
 import hashlib
 import json
@@ -8,58 +8,67 @@ from typing import Any, Dict, Iterable, Iterator, Tuple
 FILE = "items.jsonl"
 
 
-class Records:
-    """Results by item, each written as soon as it is there.
+class FinishedItems:
+    """Results by item, each appended to a file as soon as it is known.
 
-    The file's first line says what run it is of; what is found there of another run is not mixed in.
+    The first line of the file describes the run; the results of another run are refused.
 
     Args:
-        directory: made if need be.
-        run: all that decides the results, plain JSON types.
+        directory: Path of the directory of the file; made if it does not exist.
+        run: Description of all that decides the results, plain JSON types.
 
     Raises:
-        ValueError: the directory has results of another run.
-        OSError: it cannot be made, or the file cannot be written.
+        ValueError: The directory has results of another run.
+        OSError: The directory cannot be made, or the file cannot be written.
     """
 
     def __init__(self, directory: str, run: Dict[str, Any]):
         self.path = os.path.join(directory, FILE)
-        self._found: Dict[str, Any] = {}
+        self._results: Dict[str, Any] = {}
         os.makedirs(directory, exist_ok=True)
-        run = json.loads(json.dumps(run))
-        self._run = run  # written with the first result, so that a run that fails before leaves nothing
+        # Written with the first result, so that a run that fails before leaves no file.
+        self._unwritten_run = json.loads(json.dumps(run))
         if os.path.exists(self.path):
-            self._read(run)
+            self._read(self._unwritten_run)
 
     def _read(self, run: Dict[str, Any]) -> None:
         with open(self.path, "rb") as file:
             data = file.read()
         whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # a line that was being written when the run ended
+        if whole < len(data):  # a line that was being written when the run stopped
             with open(self.path, "r+b") as file:
                 file.truncate(whole)
-        lines = data[:whole].splitlines()
         try:
-            first, *others = (json.loads(line) for line in lines)
-            theirs = first["run"]
-            self._found = {entry["item"]: entry["result"] for entry in others}
+            first, *entries = map(json.loads, data[:whole].splitlines())
+            saved_run = first["run"]
+            self._results = {entry["item"]: entry["result"] for entry in entries}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is no file of results: remove it, or name another --results-path") from error
-        for name in {**theirs, **run}:
-            if theirs.get(name) != run.get(name):
+            raise ValueError(
+                f"{self.path} is not a file of results: remove it, or name another --results-path"
+            ) from error
+        for name in {**saved_run, **run}:
+            if saved_run.get(name) != run.get(name):
                 raise ValueError(
-                    f"{self.path} has results of another run ({name}: {_short(theirs.get(name))} there, "
+                    f"{self.path} has results of another run ({name}: {_short(saved_run.get(name))} there, "
                     f"{_short(run.get(name))} here): name another --results-path, or remove the file"
                 )
-        self._run = None
+        self._unwritten_run = None
 
     def add(self, item: str, result: Any) -> None:
-        """Keep the result of an item, plain JSON types."""
-        if self._run is not None:
-            self._append({"run": self._run})
-            self._run = None
+        """Append the result of an item.
+
+        Args:
+            item: Name of the item.
+            result: Result of plain JSON types.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        if self._unwritten_run is not None:
+            self._append({"run": self._unwritten_run})
+            self._unwritten_run = None
         self._append({"item": item, "result": result})
-        self._found[item] = json.loads(json.dumps(result))
+        self._results[item] = json.loads(json.dumps(result))
 
     def _append(self, entry: Dict[str, Any]) -> None:
         try:
@@ -71,18 +80,18 @@ class Records:
             ) from error
 
     def __contains__(self, item: str) -> bool:
-        return item in self._found
+        return item in self._results
 
     def __getitem__(self, item: str) -> Any:
-        return self._found[item]
+        return self._results[item]
 
     def of(self, items: Iterable[str]) -> Iterator[Tuple[str, Any]]:
-        """(item, result) of those items that are finished."""
-        return ((item, self._found[item]) for item in items if item in self._found)
+        """Iterate over (item, result) of those of some items that are finished."""
+        return ((item, self._results[item]) for item in items if item in self._results)
 
 
 def digest(paths: Iterable[str]) -> str:
-    """SHA-256, in hexadecimal, of the contents of files in the order given."""
+    """Return the SHA-256, in hexadecimal, of the contents of files in the given order."""
     total = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:

@@ -1,40 +1,43 @@
-"""What a scorer's systems are, for reports and to tell runs apart."""
+"""Description of a scorer's systems, for reports and to tell runs apart."""
 
 import hashlib
 from typing import Any, Dict
-
-import torch
 
 from ...data.manifest import dictionary_fingerprint
 
 
 def describe(scorer) -> Dict[str, Any]:
-    """Which weights, what sizes, how they read: plain JSON types, without places of this machine."""
-    config = scorer.backbone.config
-    found = {
-        "backbone": config["model"],
+    """Describe the weights, the sizes and the reading of a scorer's systems.
+
+    Args:
+        scorer: Scorer to describe.
+
+    Returns:
+        Values of plain JSON types, without paths.
+    """
+    description = {
+        "backbone": scorer.backbone.config["model"],
         "backbone_fingerprint": scorer.backbone.fingerprint,
-        "layers": config["decoder_layers"],
-        "width": config["decoder_embed_dim"],
+        "layers": scorer.backbone.num_layers,
+        "width": scorer.backbone.width,
         "parameters": sum(p.numel() for p in scorer.backbone.parameters()),
         "tokens_per_sample": scorer.size,
         "memory_size": scorer.memory_size,
         "dictionary_sha256": dictionary_fingerprint(scorer.tokenizer.dictionary.symbols),
     }
     if scorer.decoder is None:
-        return found
-    cfg, layers = scorer.decoder.cfg, scorer.decoder.layers
+        return description
+    cfg = scorer.decoder.cfg
     trained = [p for p in scorer.decoder.parameters() if p.requires_grad]
-    gates = torch.sigmoid(layers[scorer.decoder.reading_layer].self_attn.memory_gate.detach().float())
     weights = hashlib.sha256()
     for parameter in trained:
         weights.update(parameter.detach().float().cpu().numpy().tobytes())
     return {
-        **found,
+        **description,
         "side_network_fingerprint": weights.hexdigest(),
         "side_network_parameters": sum(p.numel() for p in trained),
         "k": cfg.k,
         "chunk_size": cfg.chunk_size,
         "retrieval_layer_index": cfg.retrieval_layer_index,
-        "mean_gate": round(float(gates.mean()), 4),
+        "mean_gate": round(float(scorer.decoder.gates.mean()), 4),
     }

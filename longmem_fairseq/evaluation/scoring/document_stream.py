@@ -1,6 +1,6 @@
-"""A document read from beginning to end by every system, with memories of several sizes side by side.
+"""A document read from start to end by every system, with memories of several sizes side by side.
 
-Legend: T tokens of a segment, D width.
+Legend: T tokens of a segment, D width, n values of theta.
 """
 
 from typing import Dict, List, Sequence, Tuple
@@ -9,41 +9,29 @@ import torch
 from torch import Tensor
 
 from ...memory.cache import CacheSettings, causal_log_sums, log_sums, mix
-from .past import Past
-from .systems import BACKBONE, OFF, ON, WITH_CACHE
+from .systems import BACKBONE, OFF, ON, with_cache, with_memory, with_window
+from .text_state import TextState
+
+Scores = Dict[str, Tensor]  # log-probabilities by system
 
 
-def with_memory(size: int) -> str:
-    """The name of LongMem with a memory of so many tokens."""
-    return f"memory {size:,}"
+class DocumentStream:
+    """Score the tokens of one document in order, segment by segment as ``fairseq-eval-lm`` does.
 
-
-def with_cache(size: int) -> str:
-    """What a cache of so many tokens adds to a system's name."""
-    return f"{WITH_CACHE} {size:,}"
-
-
-def with_window(size: int) -> str:
-    """The name of the backbone alone with a window of so many tokens."""
-    return f"backbone, window {size:,}"
-
-
-class Stream:
-    """Scores the tokens of one document in order, segment by segment as ``fairseq-eval-lm`` does.
-
-    Every system sees the segment up to the token before; those with a memory or a cache also the document's last tokens
-    before the segment, as many as it holds. With a cache of the scorer's settings, there is one for each memory size.
+    Every system sees the segment up to the token before; one with a memory or a cache also sees the document's last
+    tokens before the segment, as many as it holds. Where the scorer has cache settings, there is one cache per memory
+    size.
 
     Args:
-        scorer: whose systems.
-        memory_sizes: tokens of each memory and cache, above 0.
-        windows: longer windows for the backbone alone, multiples of T.
+        scorer: Scorer whose systems read the document.
+        memory_sizes: Sizes of the memories and caches in tokens, above 0.
+        windows: Longer windows for the backbone alone in tokens, multiples of T.
 
     Attributes:
-        systems: names of what is compared, in the order of reports.
+        systems: Names of the systems, in the order of reports.
 
     Raises:
-        ValueError: a window is no multiple of T or longer than the backbone's positions.
+        ValueError: A window is not a multiple of T, or is longer than the backbone's positions.
     """
 
     def __init__(self, scorer, memory_sizes: Sequence[int], windows: Sequence[int] = ()):
@@ -52,18 +40,19 @@ class Stream:
             if window % scorer.size or window < scorer.size or (longest is not None and window > longest):
                 limit = "" if longest is None else f" of at most {longest}"
                 raise ValueError(
-                    f"--windows {window} is no multiple{limit} of the segment's {scorer.size} tokens: change it"
+                    f"--windows {window} is not a multiple{limit} of the segment's {scorer.size} tokens: change it"
                 )
         self.scorer, self.windows = scorer, list(windows)
-        self.pasts: Dict[int, Past] = {size: self._new_past(size) for size in memory_sizes}
+        self.states: Dict[int, TextState] = {size: self.new_state(size) for size in memory_sizes}
         self.last = scorer.tokenizer.eos
         self.systems = self._systems()
 
-    def _new_past(self, size: int) -> Past:
-        return self.scorer.new_past(size)
+    def new_state(self, size: int) -> TextState:
+        """Return the state at the start of the document of a memory and a cache of ``size`` tokens."""
+        return self.scorer.new_state(size)
 
     def _systems(self) -> List[str]:
-        scorer, sizes = self.scorer, list(self.pasts)
+        scorer, sizes = self.scorer, list(self.states)
         names = [BACKBONE] + [with_window(window) for window in self.windows]
         names += [OFF] if scorer.decoder is not None else []
         names += [with_memory(size) for size in sizes] if scorer.has_memory else []
@@ -72,22 +61,32 @@ class Stream:
         return names
 
     def _cached(self, size: int) -> List[Tuple[str, CacheSettings]]:
-        """Systems that are mixed with a cache of this size, and how."""
+        """Return the systems that are mixed with a cache of this size, with their settings."""
         bases = {BACKBONE: BACKBONE, ON: with_memory(size)}
         return [(bases[name], setting) for name, setting in self.scorer.cache.items() if name in self.scorer.systems]
 
     @torch.no_grad()
     def replay(self, tokens: Tensor) -> None:
-        """Go on behind tokens (length,) without scoring them; only what memories and caches can hold is read."""
-        for past in self.pasts.values():
-            self.scorer.memorize(past, tokens)
-        self.last = int(tokens[-1]) if len(tokens) else self.last
+        """Read tokens without scoring them; only those that memories and caches can hold are encoded.
+
+        Args:
+            tokens: Token ids, shape (length,), int64.
+        """
+        for state in self.states.values():
+            self.scorer.memorize(state, tokens)
+        if len(tokens):
+            self.last = int(tokens[-1])
 
     @torch.no_grad()
-    def read(self, tokens: Tensor) -> Dict[str, Tensor]:
-        """Log-probabilities (natural) of the document's next tokens (n,) by each system, each (n,) float32, on the CPU.
+    def read(self, tokens: Tensor) -> Scores:
+        """Read and score the document's next tokens.
 
-        All pieces but a document's last must be whole segments, and whole windows where there are longer ones.
+        Args:
+            tokens: Token ids, shape (length,), int64: whole segments (whole windows where there are longer ones) except
+                at the end of the document.
+
+        Returns:
+            Log-probabilities (natural) of the tokens by system, shape (length,), float32, on the CPU.
         """
         scorer, tokens = self.scorer, tokens.to(self.scorer.device)
         inputs = torch.cat([tokens.new_tensor([self.last]), tokens[:-1]])
@@ -95,40 +94,58 @@ class Stream:
         parts: Dict[str, List[Tensor]] = {}
         for window in self.windows:
             for piece, targets in zip(inputs.split(window), tokens.split(window)):
-                features = {with_window(window): scorer.final_hidden(scorer.backbone(piece[None]))[0]}
-                _collect(parts, scorer.target_log_probs(features, targets))
+                encoded = scorer.backbone.encode(piece[None])
+                features = {with_window(window): scorer.backbone.final_hidden(encoded)[0]}
+                _collect(parts, self.plain_scores(features, targets))
         for piece, targets in zip(inputs.split(scorer.size), tokens.split(scorer.size)):
-            _collect(parts, self._segment(piece, targets))
-        return {name: torch.cat(parts[name]).cpu() for name in dict.fromkeys([*self.systems, *parts]) if name in parts}
+            _collect(parts, self._read_segment(piece, targets))
+        names = [name for name in dict.fromkeys([*self.systems, *parts]) if name in parts]
+        return {name: torch.cat(parts[name]).cpu() for name in names}
 
-    def _segment(self, inputs: Tensor, targets: Tensor) -> Dict[str, Tensor]:
+    def _read_segment(self, inputs: Tensor, targets: Tensor) -> Scores:
+        """Score and then write one segment: inputs and targets of shape (T,)."""
         scorer = self.scorer
-        named = {with_memory(size): past for size, past in self.pasts.items() if scorer.has_memory}
-        features, encoded = scorer.features(inputs[None], named)
-        found = scorer.target_log_probs({name: x[0] for name, x in features.items()}, targets)
-        found.update(self._with_caches(found, features[BACKBONE][0], targets))
-        for past in self.pasts.values():
-            scorer.remember(past, encoded, targets)
-            past.last, past.tokens = int(targets[-1]), past.tokens + len(targets)
-        return found
+        readers = {with_memory(size): state for size, state in self.states.items() if scorer.has_memory}
+        features, encoded = scorer.features(inputs[None], readers)
+        scores = self.plain_scores({name: x[0] for name, x in features.items()}, targets)
+        scores.update(self.mixed_with_caches(scores, features[BACKBONE][0], targets))
+        for state in self.states.values():
+            scorer.write(state, encoded, targets)
+            state.last, state.tokens = int(targets[-1]), state.tokens + len(targets)
+        return scores
 
-    def _with_caches(self, found: Dict[str, Tensor], hidden: Tensor, targets: Tensor) -> Dict[str, Tensor]:
-        """Those of ``found`` that are mixed with a cache; hidden (T, D), targets (T,)."""
-        mixed: Dict[str, Tensor] = {}
+    def plain_scores(self, features: Dict[str, Tensor], targets: Tensor) -> Scores:
+        """Return the scores of the systems without a cache.
+
+        Args:
+            features: Input of the output layer by system, shape (T, D).
+            targets: Token ids to predict, shape (T,), int64.
+        """
+        return self.scorer.target_log_probs(features, targets)
+
+    def mixed_with_caches(self, scores: Scores, hidden: Tensor, targets: Tensor) -> Scores:
+        """Return the scores of the systems that are mixed with a cache.
+
+        Args:
+            scores: Log-probabilities of the targets by the plain systems, shape (T,).
+            hidden: Final hidden states of the backbone, shape (T, D).
+            targets: Token ids to predict, shape (T,), int64.
+        """
+        mixed: Scores = {}
         thetas = sorted({setting.theta for setting in self.scorer.cache.values()})
-        for size, past in self.pasts.items():
-            log_probs = dict(zip(thetas, self._cache_log_probs(past, hidden, targets, thetas))) if thetas else {}
+        for size, state in self.states.items():
+            log_probs = dict(zip(thetas, self.cache_log_probs(state, hidden, targets, thetas))) if thetas else {}
             for base, setting in self._cached(size):
-                mixed[base + with_cache(size)] = mix(found[base], log_probs[setting.theta], setting.weight)
+                mixed[base + with_cache(size)] = mix(scores[base], log_probs[setting.theta], setting.weight)
         return mixed
 
-    def _cache_log_probs(self, past: Past, hidden: Tensor, targets: Tensor, thetas: Sequence[float]) -> Tensor:
-        """log p_cache of targets (T,), given what a past holds and the segment up to each token: (n, T)."""
-        held = log_sums(hidden, targets, past.cache.hidden, past.cache.tokens, thetas)
-        sums = torch.logaddexp(held, causal_log_sums(hidden, targets, thetas))
+    def cache_log_probs(self, state: TextState, hidden: Tensor, targets: Tensor, thetas: Sequence[float]) -> Tensor:
+        """Return log p_cache of targets (T,), given the cache and the segment up to each token, shape (n, T)."""
+        cached = log_sums(hidden, targets, state.cache.hidden, state.cache.tokens, thetas)
+        sums = torch.logaddexp(cached, causal_log_sums(hidden, targets, thetas))
         return sums[1] - sums[0]
 
 
-def _collect(parts: Dict[str, List[Tensor]], found: Dict[str, Tensor]) -> None:
-    for name, log_probs in found.items():
+def _collect(parts: Dict[str, List[Tensor]], scores: Scores) -> None:
+    for name, log_probs in scores.items():
         parts.setdefault(name, []).append(log_probs)

@@ -1,15 +1,14 @@
-"""Any checkpoint as one or more systems that are asked the same: the backbone, memory off and on, with a neural cache.
+"""Score the same text with several systems that share one backbone: backbone alone, memory off and on, neural cache.
 
 >>> scorer = Scorer.load("checkpoints", tokenizer="data")
->>> past = scorer.new_past()
->>> scorer.memorize(past, scorer.tokenizer.encode(novel))           # a long text, once
->>> window = scorer.window(past, scorer.tokenizer.encode("The"), room=20)
->>> window.score([scorer.tokenizer.encode(text) for text in texts])  # many continuations, and the past stays as it is
+>>> state = scorer.new_state()
+>>> scorer.memorize(state, scorer.tokenizer.encode(novel))            # a long text, once
+>>> window = scorer.window(state, scorer.tokenizer.encode("The"), room=20)
+>>> window.score([scorer.tokenizer.encode(text) for text in texts])   # many continuations; the state stays as it is
 
-Legend: B rows, S tokens of a window that all rows share, R tokens of a row, T tokens of a window, D width, V symbols.
+Legend: B rows, T tokens of a window and of a segment, D width, V symbols.
 """
 
-import contextlib
 import os
 import pickle
 from typing import Any, Dict, List, Optional, Tuple
@@ -23,44 +22,45 @@ from torch import Tensor
 from ...backbones.base import Backbone, EncodedSegment
 from ...backbones.loading import load_backbone
 from ...hub import LongMem, find_checkpoint, find_data
-from ...memory.bank import MemoryBank
 from ...memory.branches import MemoryBranches
 from ...memory.cache import CacheSettings, NeuralCache
+from ...memory.reader import MemoryReader
 from ...models.longmem_decoder import LongMemDecoder
 from ...models.longmem_lm import LongMemModel
 from ...progress import token_bar
 from ...safe_load import why_unreadable
 from .description import describe
-from .past import Past
 from .systems import BACKBONE, OFF, ON, WITH_CACHE
-from .text_tokenizer import Tokenizer
+from .text_state import TextState
+from .text_tokenizer import TextTokenizer
 from .window import Window
 
-_TOKENS_AT_ONCE = 4096  # of segments that are memorised, which do not see each other
+CACHE_SIZE = 65536  # tokens of the neural cache of a backbone alone
+_TOKENS_AT_ONCE = 4096  # tokens of segments that are memorized in one batch: they do not see each other
 
 
 class Scorer:
-    """Systems that share one backbone, and so one reading of every text.
+    """Systems that share one backbone, and so one encoding of every text.
 
     Args:
-        backbone: of all systems.
-        decoder: of a model with a memory; None for a backbone alone.
-        tokenizer: of the tokens.
-        size: T, tokens of a window and of a segment that is memorised.
-        memory_size: tokens that the memory and the cache hold.
+        backbone: Frozen backbone of all systems.
+        decoder: LongMem decoder with its side network and memory; None for a backbone alone.
+        tokenizer: Tokenizer of the backbone's dictionary.
+        size: Number T of tokens of a window, and of a segment that is memorized.
+        memory_size: Number of tokens that the memory and the cache hold.
 
     Attributes:
-        cache: how the neural cache is mixed in, for "backbone" and "memory on"; empty without it.
+        cache: Settings of the neural cache by system, for "backbone" and "memory on"; empty without a cache.
 
     Raises:
-        ValueError: where a size does not fit.
+        ValueError: The window does not fit the backbone.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         decoder: Optional[LongMemDecoder],
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         size: int,
         memory_size: int,
     ):
@@ -68,7 +68,7 @@ class Scorer:
         if longest is not None and size > longest:
             raise ValueError(f"--tokens-per-sample {size} is longer than the backbone's {longest} positions: lower it")
         if size < 2:
-            raise ValueError(f"--tokens-per-sample {size} is too small: a window has at least 2 tokens")
+            raise ValueError(f"--tokens-per-sample {size} is smaller than 2, the smallest window: raise it")
         self.backbone, self.decoder, self.tokenizer = backbone, decoder, tokenizer
         self.size, self.memory_size = size, memory_size
         self.cache: Dict[str, CacheSettings] = {}
@@ -83,27 +83,27 @@ class Scorer:
         tokens_per_sample: Optional[int] = None,
         **settings,
     ) -> "Scorer":
-        """Load a checkpoint: of ``longmem_lm``, of a released LongMem, or of any language model that can be a backbone.
+        """Load a checkpoint: a ``longmem_lm``, a released LongMem, or any language model that can be a backbone.
 
         Args:
-            path: of the checkpoint, or of a directory with ``checkpoint_best.pt``, ``checkpoint_last.pt`` or
-                ``model.pt``.
-            tokenizer: directory of ``dict.txt`` and ``sentencepiece.model``, or GPT-2's ``encoder.json`` and
-                ``vocab.bpe``; by default that of the checkpoint, then the one it was trained on.
-            device: by default a GPU if there is one.
-            backbone: checkpoint of the backbone, where it has moved.
-            tokens_per_sample: T, by default that of the checkpoint's training.
-            settings: of a LongMem in place of the checkpoint's, such as ``memory_size``, ``k`` and ``chunk_size``; None
-                leaves one alone. A backbone alone has but the ``memory_size`` of its neural cache.
+            path: Path of a checkpoint, or of a directory that contains ``checkpoint_best.pt``, ``checkpoint_last.pt``
+                or ``model.pt``.
+            tokenizer: Path of a directory that contains ``dict.txt`` and ``sentencepiece.model``, or GPT-2's
+                ``encoder.json`` and ``vocab.bpe``; by default the checkpoint's, then the one of its training data.
+            device: Device of the model; by default a GPU if there is one.
+            backbone: Path of the backbone's checkpoint, if it has moved.
+            tokens_per_sample: Number T of tokens of a window; by default that of the checkpoint's training.
+            settings: Settings of a LongMem in place of the checkpoint's, such as ``memory_size``, ``k`` and
+                ``chunk_size``; None keeps the checkpoint's. A backbone alone has only the ``memory_size`` of its cache.
 
         Raises:
-            FileNotFoundError: the checkpoint or the dictionary is missing.
-            ValueError: the checkpoint can be none of these, or a setting does not fit.
+            FileNotFoundError: The checkpoint or the dictionary is missing.
+            ValueError: The checkpoint holds another kind of model, or a setting does not fit.
         """
         checkpoint = find_checkpoint(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = {name: value for name, value in settings.items() if value is not None}
-        cfg = _configuration(checkpoint)
+        cfg = _read_configuration(checkpoint)
         directory = find_data(tokenizer, checkpoint, cfg["task"].get("data"))
         name = cfg["model"]["_name"]
         if issubclass(ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name) or object, LongMemModel):
@@ -112,22 +112,25 @@ class Scorer:
             loaded = LongMem.from_pretrained(checkpoint, data=directory, device=device, **settings)
             decoder, task = loaded.model.decoder, loaded.task
             size = task.args.tokens_per_sample
-            memory_size = decoder.cfg.memory_size if decoder.has_memory else 0
-            return cls(decoder.backbone, decoder, Tokenizer(task.dictionary, loaded.bpe), size, memory_size)
+            memory_size = decoder.memory_factory.settings.size
+            return cls(decoder.backbone, decoder, TextTokenizer(task.dictionary, loaded.bpe), size, memory_size)
         if backbone is not None:
-            raise ValueError(f"{checkpoint} is a {name} and has no other backbone: leave out --backbone")
+            raise ValueError(f"{checkpoint} is a {name} without another backbone: leave out --backbone")
         unknown = sorted(set(settings) - {"memory_size", "k", "chunk_size"})
         if unknown:
-            raise ValueError(f"{checkpoint} is a {name} without a memory and has no setting {unknown[0]}: leave it out")
+            raise ValueError(f"{checkpoint}, a {name}, does not have the setting {unknown[0]}: leave it out")
         dictionary = Dictionary.load(os.path.join(directory, "dict.txt"))
-        model = load_backbone(checkpoint, dictionary, 0).to(device)
-        size = tokens_per_sample or cfg["task"].get("tokens_per_sample") or model.config["max_target_positions"]
-        memory_size = settings.get("memory_size", 65536)  # of the cache
-        return cls(model, None, Tokenizer.load(directory, dictionary), size, memory_size)
+        model = load_backbone(checkpoint, dictionary).to(device)
+        size = tokens_per_sample or cfg["task"].get("tokens_per_sample") or model.trained_window
+        if size is None:
+            raise ValueError(f"{checkpoint} does not tell the window it was trained with: give --tokens-per-sample")
+        memory_size = settings.get("memory_size", CACHE_SIZE)
+        return cls(model, None, TextTokenizer.load(directory, dictionary), size, memory_size)
 
     @property
     def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
+        """Device of the model."""
+        return self.backbone.device
 
     @property
     def has_memory(self) -> bool:
@@ -141,158 +144,167 @@ class Scorer:
         return plain + [name + WITH_CACHE for name in plain if name in self.cache]
 
     def describe(self) -> Dict[str, Any]:
-        """What is evaluated, plain JSON types: which weights, what sizes, how they read."""
+        """Describe the weights, the sizes and the reading of the systems, in plain JSON types."""
         return describe(self)
 
-    def new_past(
+    def new_state(
         self, memory_size: Optional[int] = None, at_most: Optional[int] = None, cached: Optional[bool] = None
-    ) -> Past:
-        """The start of a document.
+    ) -> TextState:
+        """Return the state at the start of a document.
 
         Args:
-            memory_size: tokens that memory and cache hold, by default the scorer's.
-            at_most: tokens that it will ever be given, if that is known: no more room is taken then.
-            cached: whether it has a cache, by default where the scorer has settings for one.
+            memory_size: Number of tokens that memory and cache hold; by default the scorer's.
+            at_most: Maximum number of tokens that will be memorized, if known, so that no more room is allocated.
+            cached: If true, the state has a cache; by default if the scorer has settings for one.
         """
         size = self.memory_size if memory_size is None else memory_size
         if at_most is not None:
             size = min(size, at_most + self.size)
         bank = cache = None
         if self.has_memory and size:
-            with self._memory_of(size):
-                bank = self.decoder.new_bank()
+            bank = self.decoder.memory_factory.with_size(size).bank(1, self.backbone.dtype, self.device)
         if size and (bool(self.cache) if cached is None else cached):
             cache = NeuralCache(size, self.backbone.width, self.device)
-        return Past(self.tokenizer.eos, bank, cache)
+        return TextState(self.tokenizer.eos, bank, cache)
 
     @torch.no_grad()
-    def memorize(self, past: Past, tokens: Tensor) -> None:
-        """Let a past go on with tokens (length,): segment by segment, each encoded by itself, as a document is read.
+    def memorize(self, state: TextState, tokens: Tensor) -> None:
+        """Read a text behind a state, segment by segment, and write it into the state's memory and cache.
 
-        Tokens that memory and cache could not hold to the end are not encoded.
+        Every segment is encoded by itself, as when a document is scored. Tokens that would be evicted before the end of
+        the text are not encoded.
+
+        Args:
+            state: State to advance.
+            tokens: Token ids of the text, shape (length,), int64.
         """
         tokens = tokens.to(self.device)
         if not len(tokens):
             return
-        inputs = torch.cat([tokens.new_tensor([past.last]), tokens[:-1]])
-        past.last = int(tokens[-1])
-        begin = past.tokens
-        past.tokens += len(tokens)
-        if past.bank is None and past.cache is None:
+        inputs = torch.cat([tokens.new_tensor([state.last]), tokens[:-1]])
+        begin = state.tokens
+        state.last, state.tokens = int(tokens[-1]), begin + len(tokens)
+        if state.bank is None and state.cache is None:
             return
-        skipped = self._skip(past, begin, len(tokens))
+        skipped = self._skip(state, begin, len(tokens))
         inputs, tokens = inputs[skipped:], tokens[skipped:]
         whole = len(inputs) // self.size * self.size
         parts = list(inputs[:whole].view(-1, self.size).split(max(1, _TOKENS_AT_ONCE // self.size)))
         if whole < len(inputs):
             parts.append(inputs[whole:][None])
-        with token_bar(len(inputs), "memorising") as progress:
+        with token_bar(len(inputs), "memorizing") as progress:
             for part, followers in zip(parts, tokens.split([part.numel() for part in parts])):
-                encoded = self.backbone(part) if past.cache is not None else self.backbone.encode_for_memory(part)
-                self.remember(past, encoded, followers)
+                encode = self.backbone.encode_for_memory if state.cache is None else self.backbone.encode
+                self.write(state, encode(part), followers)
                 progress.update(part.numel())
 
-    def _skip(self, past: Past, begin: int, length: int) -> int:
-        """How many of ``length`` tokens from ``begin`` on need not be encoded: whole segments that would give way."""
-        held = 0 if past.cache is None else past.cache.size
-        if past.bank is not None:
-            held = max(held, (past.bank.chunks + 1) * past.bank.chunk_size)
-        skipped = max(0, length - held) // self.size * self.size
-        if skipped and past.bank is not None:
-            past.bank.reset(0, begin + skipped)
+    def _skip(self, state: TextState, begin: int, length: int) -> int:
+        """Skip whole segments of ``length`` tokens from ``begin`` on that would be evicted; return how many tokens."""
+        capacity = 0 if state.cache is None else state.cache.size
+        if state.bank is not None:
+            capacity = max(capacity, (state.bank.chunks + 1) * state.bank.chunk_size)
+        skipped = max(0, length - capacity) // self.size * self.size
+        if skipped and state.bank is not None:
+            state.bank.reset(0, begin + skipped)
         return skipped
 
-    def remember(self, past: Past, encoded: EncodedSegment, followers: Tensor) -> None:
-        """Put encoded segments, end to end, with what followed each of their tokens into memory and cache."""
-        if past.bank is not None:
-            for keys, values in zip(encoded.keys, encoded.values):
-                past.bank.append(0, keys, values)
-        if past.cache is not None:
-            past.cache.append(self.final_hidden(encoded).flatten(0, 1), followers)
-
-    def window(self, past: Past, prefix: Optional[Tensor] = None, room: int = 0) -> Window:
-        """The end of a text that continuations share, shape (length,), read behind a past; see :class:`.window.Window`.
+    def write(self, state: TextState, encoded: EncodedSegment, followers: Tensor) -> None:
+        """Write consecutive encoded segments into a state's memory and cache.
 
         Args:
-            past: only read; what of the prefix does not fit into the window goes into a copy of it.
-            prefix: by default nothing.
-            room: tokens that a continuation may have, with its own prompt.
+            state: State to write into; its ``last`` and ``tokens`` are left to the caller.
+            encoded: Encoded segments, one a row, in the order of the text.
+            followers: Token ids that followed the inputs, shape (B T,), int64.
         """
-        return Window(self, past, prefix, room)
+        if state.bank is not None:
+            for keys, values in zip(encoded.keys, encoded.values):
+                state.bank.append(0, keys, values)
+        if state.cache is not None:
+            state.cache.append(self.backbone.final_hidden(encoded).flatten(0, 1), followers)
 
-    def final_hidden(self, encoded: EncodedSegment) -> Tensor:
-        """What the backbone's output layer is given, shape (B, T, D)."""
-        x, norm = encoded.hidden[-1], self.backbone.decoder.layer_norm
-        if norm is not None and not self.backbone.normalize_last_hidden:  # else it went through already
-            x = norm(x)
-        return x.transpose(0, 1)
+    def window(self, state: TextState, prefix: Optional[Tensor] = None, room: int = 0) -> Window:
+        """Read the end of the text that continuations share; see :class:`.window.Window`.
 
-    def reader(self, past: Past, rows: int):
-        """What the side network reads a past with, for a number of rows; None where it has none."""
-        return None if past.bank is None else self.branches(past.bank, rows).reader()
+        Args:
+            state: State of the text before the prefix; only read.
+            prefix: Token ids of the end of the text, shape (length,), int64; by default none.
+            room: Maximum number of tokens of a continuation with its prompt.
+        """
+        return Window(self, state, prefix, room)
 
-    def branches(self, bank: MemoryBank, rows: int) -> MemoryBranches:
-        """Memories that all begin with a bank, which is only read, for a number of rows."""
-        with self._memory_of(bank.chunks * bank.chunk_size):
-            return self.decoder.memory_branches(rows, bank)
+    def branches(self, state: TextState, rows: int) -> Optional[MemoryBranches]:
+        """Return memories for a number of rows that all start from a state's, which is only read; None without one."""
+        bank = state.bank
+        if bank is None:
+            return None
+        factory = self.decoder.memory_factory.with_size(bank.chunks * bank.chunk_size)
+        return factory.branches(rows, self.backbone.dtype, self.device, bank)
 
-    @contextlib.contextmanager
-    def _memory_of(self, size: int):
-        """Within this context the decoder makes and searches memories of so many tokens, and at least one chunk."""
-        cfg = self.decoder.cfg
-        kept, cfg.memory_size = cfg.memory_size, max(size, cfg.chunk_size)
-        try:
-            yield
-        finally:
-            cfg.memory_size = kept
+    def reader(self, state: TextState, rows: int) -> Optional[MemoryReader]:
+        """Return the reader of a state's memory for a number of rows; None without a memory."""
+        branches = self.branches(state, rows)
+        return None if branches is None else branches.reader()
 
     def features(
-        self, tokens: Tensor, pasts: Dict[str, Past], states: Optional[Dict[str, dict]] = None, start: int = 0
+        self,
+        tokens: Tensor,
+        states: Dict[str, TextState],
+        incremental: Optional[Dict[str, dict]] = None,
+        start: int = 0,
     ) -> Tuple[Dict[str, Tensor], EncodedSegment]:
-        """What each system gives to the output layer for tokens (B, T), (B, T, D) each, and what the backbone made.
+        """Run the backbone once, and each plain system's side network on its hidden states.
 
         Args:
-            tokens: read from position ``start`` of the window on.
-            pasts: systems that read a memory, and which: "memory on" for one, or several by other names.
-            states: incremental state of each system, to go on from and to extend.
+            tokens: Token ids of the inputs, shape (B, T), int64.
+            states: State of each system that reads a memory: "memory on", or several by other names.
+            incremental: fairseq's incremental state of each system, to continue from and to extend; by default none.
+            start: Position of the first input in the window.
+
+        Returns:
+            Input of the output layer by system, shape (B, T, D), and the encoded segment.
         """
-        states = states or {}
-        encoded = self.backbone(tokens, states.get(BACKBONE), start)
-        features = {BACKBONE: self.final_hidden(encoded)}
+        incremental = incremental or {}
+        encoded = self.backbone.encode(tokens, incremental.get(BACKBONE), start)
+        features = {BACKBONE: self.backbone.final_hidden(encoded)}
         if self.decoder is not None:
-            readers = {OFF: None, **{name: self.reader(past, len(tokens)) for name, past in pasts.items()}}
+            readers = {OFF: None, **{name: self.reader(state, len(tokens)) for name, state in states.items()}}
             for name, reader in readers.items():
-                network = self.decoder.side_network(encoded, reader, states.get(name))
+                network = self.decoder.side_network(encoded, reader, incremental.get(name))
                 features[name] = self.decoder.features(network)
         return features, encoded
 
     def log_probs(self, features: Tensor) -> Tensor:
-        """Log-probabilities (..., V), float32, of features (..., D): all systems have the backbone's output layer."""
+        """Return log-probabilities (..., V), float32, of features (..., D): the backbone's output layer is shared."""
         return self.backbone.output(features).float().log_softmax(-1)
 
     def target_log_probs(self, features: Dict[str, Tensor], targets: Tensor, at_once: int = 1024) -> Dict[str, Tensor]:
-        """Those of targets (n,) by each system, given features (n, D) of each: (n,) float32."""
-        return {
-            name: torch.cat(
-                [
-                    self.log_probs(part).gather(1, wanted[:, None])[:, 0]
-                    for part, wanted in zip(x.split(at_once), targets.split(at_once))
-                ]
-            )
-            for name, x in features.items()
-        }
+        """Return the log-probabilities of targets by system.
+
+        Args:
+            features: Input of the output layer by system, shape (n, D).
+            targets: Token ids to predict, shape (n,), int64.
+            at_once: Number of targets per block, which limits the memory of the logits.
+
+        Returns:
+            Log-probabilities by system, shape (n,), float32.
+        """
+        log_probs = {}
+        for name, x in features.items():
+            blocks = zip(x.split(at_once), targets.split(at_once))
+            log_probs[name] = torch.cat([self.log_probs(x).gather(1, target[:, None])[:, 0] for x, target in blocks])
+        return log_probs
 
 
-def _configuration(checkpoint: str):
-    """What a checkpoint says of its model and its task.
+def _read_configuration(checkpoint: str):
+    """Return the configuration that a checkpoint holds.
 
     Raises:
-        ValueError: it cannot be read, or does not say.
+        ValueError: The checkpoint is not readable, or has no configuration.
     """
     try:
         cfg = checkpoint_utils.load_checkpoint_to_cpu(checkpoint).get("cfg")
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{checkpoint} cannot be read: {why_unreadable(error)}") from error
+        raise ValueError(f"{checkpoint} is not readable: {why_unreadable(error)}") from error
     if not cfg:
-        raise ValueError(f"{checkpoint} is no checkpoint of fairseq 0.11 or later: it lacks its configuration")
+        raise ValueError(f"{checkpoint} has no configuration: it is not a checkpoint of fairseq 0.11 or later")
     return cfg

@@ -1,4 +1,4 @@
-"""Answers of any system, by fairseq's generator.
+"""One system of a scorer as a decoder for fairseq's generator.
 
 Legend: B rows (hypotheses), S tokens of a prompt in the window, T tokens of a full window, D width, V symbols.
 """
@@ -6,40 +6,38 @@ Legend: B rows (hypotheses), S tokens of a prompt in the window, T tokens of a f
 from typing import Dict, List, Optional, Sequence
 
 import torch
-from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel
+from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
 from ...backbones.base import EncodedSegment
-from ...memory.cache import distribution, mix
+from ...memory.cache import log_distribution, mix
+from ...memory.reader import MemoryReader
 from ...models.live_window import WINDOW, LiveWindow
-from ...tasks.generator import LongMemGenerator
-from .past import Past
-from .systems import BACKBONE, ON, WITH_CACHE
+from .systems import BACKBONE, ON, without_cache
+from .text_state import TextState
 
 _CACHE = "longmem.neural_cache"  # entry of an incremental state
-_TOKENS_AT_ONCE = 16384  # prompts times tokens of a window
 
 
 class SystemDecoder(FairseqIncrementalDecoder):
-    """One of a scorer's systems as a decoder that fairseq's generator can drive, token by token.
+    """One system of a scorer as a decoder that fairseq's generator drives token by token.
 
     Args:
-        scorer: whose system.
-        system: its name.
-        past: only read.
-        one_line: a newline ends the answer, as end-of-sentence does.
+        scorer: Scorer of the system.
+        system: Name of the system.
+        state: State of the text before the prompts; only read.
+        one_line: If true, a newline ends the answer as end-of-sentence does.
     """
 
-    def __init__(self, scorer, system: str, past: Past, one_line: bool = True):
+    def __init__(self, scorer, system: str, state: TextState, one_line: bool = True):
         super().__init__(scorer.tokenizer.dictionary)
-        self.base = system[: -len(WITH_CACHE)] if system.endswith(WITH_CACHE) else system
+        self.base = without_cache(system)
         self.setting = scorer.cache[self.base] if system != self.base else None
-        self.has_memory = self.base == ON and past.bank is not None
-        self.past, self.pasts = past, [past]
+        self.state, self.states = state, [state]
         self.backbone = scorer.backbone
         if self.base != BACKBONE:
             self.side_layers = scorer.decoder.layers  # so that their caches are found and reordered
-        self._scorer = [scorer]  # in a list, as its decoder is no part of this one
+        self._scorer = [scorer]  # in a list, so that the scorer's decoder is not registered as a part of this one
         ends = scorer.tokenizer.line_ends() if one_line else torch.zeros(0, dtype=torch.int64)
         self._ends = torch.cat([ends, torch.tensor([scorer.tokenizer.eos])]).to(scorer.device)
         self._silent = scorer.tokenizer.silent().to(scorer.device)
@@ -47,54 +45,65 @@ class SystemDecoder(FairseqIncrementalDecoder):
 
     @property
     def device(self) -> torch.device:
+        """Device of the model."""
         return self._scorer[0].device
 
-    def memory_branches(self, rows: int, base):
-        """See :meth:`longmem_fairseq.models.longmem_decoder.LongMemDecoder.memory_branches`."""
-        return self._scorer[0].branches(base, rows)
-
-    def side_network(self, encoded: EncodedSegment, reader, state=None) -> List[Tensor]:
-        """What the output layer is given, (B, T, D), in a list; the backbone's own hidden states are kept."""
+    def side_network(
+        self, encoded: EncodedSegment, reader: Optional[MemoryReader], incremental_state=None
+    ) -> List[Tensor]:
+        """Return the input of the output layer, (B, T, D), in a list; keeps the backbone's final hidden states."""
         scorer = self._scorer[0]
-        self._hidden = scorer.final_hidden(encoded)
+        self._hidden = self.backbone.final_hidden(encoded)
         if self.base == BACKBONE:
             return [self._hidden]
-        return [scorer.decoder.features(scorer.decoder.side_network(encoded, reader, state))]
+        return [scorer.decoder.features(scorer.decoder.side_network(encoded, reader, incremental_state))]
 
     @torch.no_grad()
-    def begin(self, prompts: Sequence[Tensor], room: int) -> Dict[str, dict]:
-        """Read all of the prompts (length,) but their last token: an incremental state to go on from.
+    def prefill(self, prompts: Sequence[Tensor], room: int) -> Dict[str, dict]:
+        """Read all tokens of the prompts but the last.
 
-        Of a prompt that does not leave ``room`` tokens in the window the beginning is memorised, for its row only.
+        The start of a prompt that does not leave ``room`` tokens in the window is memorized, for its row only.
+
+        Args:
+            prompts: Token ids of the prompts, shape (length,), int64, each.
+            room: Number of tokens of the window that stay free.
+
+        Returns:
+            Incremental state to continue from.
         """
-        scorer, self.pasts, of, pieces = self._scorer[0], [self.past], [], []
+        scorer, pieces = self._scorer[0], []
+        self.states, numbers = [self.state], []  # numbers: the state behind which each row is read
         for prompt in prompts:
-            beyond, past = max(0, len(prompt) + room - scorer.size), self.past
-            of.append(len(self.pasts) if beyond else 0)
+            beyond, state = max(0, len(prompt) + room - scorer.size), self.state
+            numbers.append(len(self.states) if beyond else 0)
             if beyond:
-                past = self.past.copy()
-                scorer.memorize(past, prompt[:beyond])
-                self.pasts.append(past)
-            stream = torch.cat([torch.tensor([past.last]), prompt[beyond:].cpu()])
+                state = self.state.copy()
+                scorer.memorize(state, prompt[:beyond])
+                self.states.append(state)
+            stream = torch.cat([torch.tensor([state.last]), prompt[beyond:].cpu()])
             pieces.append(stream[:-1].to(scorer.device))
-        window = LiveWindow(self, scorer.size, len(prompts), self.past.bank)
-        if window.branches is not None:
-            window.branches.banks = [self.pasts[number].bank for number in of]
-        state: Dict[str, dict] = {WINDOW: {"window": window}}
-        window.fill(pieces, state)
+        branches = scorer.branches(self.state, len(prompts)) if self.base == ON else None
+        if branches is not None:
+            branches.banks = [self.states[number].bank for number in numbers]
+        window = LiveWindow(self, scorer.size, len(prompts), branches)
+        incremental_state: Dict[str, dict] = {WINDOW: {"window": window}}
+        window.fill(pieces, incremental_state)
         if self.setting is not None:
-            state[_CACHE] = {"past": torch.tensor(of, device=scorer.device), **self._cached(pieces)}
-        return state
+            entry = {"state": torch.tensor(numbers, device=scorer.device), **self._cache_entries(pieces)}
+            incremental_state[_CACHE] = entry
+        return incremental_state
 
-    def _cached(self, pieces: Sequence[Tensor]) -> Dict[str, Tensor]:
-        """Entries of the prompts in the window: hidden (B, S, D), tokens (B, S), and the last hidden state of each row.
+    def _cache_entries(self, pieces: Sequence[Tensor]) -> Dict[str, Tensor]:
+        """Return the cache entries of the prompts in the window.
 
-        What followed the last one is not known yet; ``waits`` says where there is one.
+        These are ``hidden`` (B, S, D) and ``tokens`` (B, S), and the ``last`` hidden state of each row (B, D), whose
+        token is not known yet; ``waits`` (B,) tells which rows have one.
         """
         lengths = torch.tensor([len(piece) for piece in pieces], device=self.device)
-        D = self.backbone.width
         S = int(lengths.max())
-        hidden = self._hidden if S else torch.zeros(len(pieces), 1, D, device=self.device)
+        hidden = self._hidden
+        if not S:
+            hidden = torch.zeros(len(pieces), 1, self.backbone.width, device=self.device)
         tokens = torch.full((len(pieces), S), -1, device=self.device)
         for row, piece in enumerate(pieces):
             tokens[row, : max(0, len(piece) - 1)] = piece[1:]
@@ -103,90 +112,34 @@ class SystemDecoder(FairseqIncrementalDecoder):
 
     @torch.no_grad()
     def forward(self, prev_output_tokens: Tensor, encoder_out=None, incremental_state=None, **unused):
-        """Log-probabilities (B, 1, V) behind one more token of each row; only the last column is read."""
+        """Return log-probabilities (B, 1, V) behind one more token of each row; only the last column is read."""
         scorer, tokens = self._scorer[0], prev_output_tokens[:, -1:]
         (features,) = incremental_state[WINDOW]["window"].step(tokens, incremental_state)
         log_probs = scorer.log_probs(features[:, -1])  # (B, V)
         if self.setting is not None:
-            log_probs = self._mixed(log_probs, tokens, incremental_state[_CACHE])
+            log_probs = self._mixed_with_cache(log_probs, tokens, incremental_state[_CACHE])
         ended = log_probs[:, self._ends].logsumexp(1)
         log_probs[:, self._ends] = log_probs[:, self._silent] = float("-inf")
         log_probs[:, scorer.tokenizer.eos] = ended
         return log_probs[:, None], {"attn": None}
 
-    def _mixed(self, log_probs: Tensor, tokens: Tensor, entry: Dict[str, Tensor]) -> Tensor:
+    def _mixed_with_cache(self, log_probs: Tensor, tokens: Tensor, entry: Dict[str, Tensor]) -> Tensor:
         follower = torch.where(entry["waits"][:, None], tokens, -torch.ones_like(tokens))
         entry["hidden"] = torch.cat([entry["hidden"], entry["last"][:, None]], dim=1)
         entry["tokens"] = torch.cat([entry["tokens"], follower], dim=1)
         entry["last"], entry["waits"] = self._hidden[:, -1], torch.ones_like(entry["waits"])
         mixed = torch.empty_like(log_probs)
-        for number in entry["past"].unique().tolist():
-            rows = entry["past"] == number
-            cache = self.pasts[number].cache
-            held = [] if cache is None else [(cache.hidden, cache.tokens)]
-            parts = [*held, (entry["hidden"][rows], entry["tokens"][rows])]
-            found = distribution(entry["last"][rows], parts, self.setting.theta, log_probs.size(1))
-            empty = ~found.any(dim=1, keepdim=True)
-            mixed[rows] = mix(log_probs[rows], found.log().masked_fill(empty, float("nan")), self.setting.weight)
+        for number in entry["state"].unique().tolist():
+            rows, cache = entry["state"] == number, self.states[number].cache
+            parts = [] if cache is None else [(cache.hidden, cache.tokens)]
+            parts.append((entry["hidden"][rows], entry["tokens"][rows]))
+            cached = log_distribution(entry["last"][rows], parts, self.setting.theta, log_probs.size(1))
+            mixed[rows] = mix(log_probs[rows], cached, self.setting.weight)
         return mixed
 
     def reorder_incremental_state(self, incremental_state, new_order: Tensor) -> None:
-        """Row i goes on as row ``new_order[i]``; the attention modules reorder their caches themselves."""
+        """Let row i continue row ``new_order[i]``; the attention modules reorder their caches themselves."""
         incremental_state[WINDOW]["window"].reorder(new_order)
         if _CACHE in incremental_state:
-            incremental_state[_CACHE] = {
-                name: x.index_select(0, new_order) for name, x in incremental_state[_CACHE].items()
-            }
-
-
-@torch.no_grad()
-def generate(
-    scorer,
-    system: str,
-    past: Past,
-    prompts: Sequence[Tensor],
-    max_new_tokens: int,
-    beam: int = 1,
-    one_line: bool = True,
-) -> List[Tensor]:
-    """Continue prompts, each behind the same past, which is only read.
-
-    Args:
-        scorer: whose system.
-        system: its name.
-        past: what was memorised.
-        prompts: shape (length,) each, int64.
-        max_new_tokens: of an answer, which has at least one.
-        beam: hypotheses; the best is given.
-        one_line: the answer ends before a newline.
-
-    Returns:
-        New tokens of each, without end-of-sentence, on the CPU.
-
-    Raises:
-        ValueError: the window has no room for the answers.
-    """
-    room = max_new_tokens + 1
-    if room > scorer.size:
-        raise ValueError(
-            f"--max-new-tokens {max_new_tokens} does not fit into the window of {scorer.size} tokens: lower it"
-        )
-    decoder, found = SystemDecoder(scorer, system, past, one_line), []
-    generator = LongMemGenerator(
-        [FairseqLanguageModel(decoder)],
-        scorer.tokenizer.dictionary,
-        scorer.size,
-        document_memories=[None],
-        beam_size=beam,
-        max_len_b=max_new_tokens,
-        min_len=1,
-    )
-    at_once = max(1, _TOKENS_AT_ONCE // (scorer.size * beam))
-    for begin in range(0, len(prompts), at_once):
-        batch = prompts[begin : begin + at_once]
-        generator.model.prefilled = [decoder.begin(batch, room)]
-        last = torch.tensor([int(prompt[-1]) if len(prompt) else past.last for prompt in batch], device=scorer.device)
-        sample = {"net_input": {"src_tokens": last[:, None], "src_lengths": torch.ones_like(last)}}
-        best = generator._generate(sample, bos_token=last.repeat_interleave(beam))
-        found += [rows[0]["tokens"].cpu() for rows in best]
-    return [tokens[:-1] if len(tokens) and int(tokens[-1]) == scorer.tokenizer.eos else tokens for tokens in found]
+            entry = incremental_state[_CACHE]
+            incremental_state[_CACHE] = {name: x.index_select(0, new_order) for name, x in entry.items()}

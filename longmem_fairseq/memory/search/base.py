@@ -15,7 +15,7 @@ Legend: B rows of a batch, H KV heads, G query heads of a KV head, T tokens, d w
 import functools
 import logging
 from abc import ABC, abstractmethod
-from typing import Callable, ClassVar, Dict, List, Optional, Tuple, Type
+from typing import Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch
@@ -126,6 +126,19 @@ def registered_searches() -> Tuple[str, ...]:
     return (AUTO, *BACKENDS)
 
 
+def check_search(name: str) -> None:
+    """Refuse a value of ``--memory-search`` that is not registered, before anything is built.
+
+    Args:
+        name: Name of a registered backend, or ``auto``.
+
+    Raises:
+        ValueError: The name is not registered.
+    """
+    if name not in registered_searches():
+        raise ValueError(f"--memory-search {name} is unknown: choose {_listed(registered_searches())}")
+
+
 def choose_search(name: str, device: torch.device) -> SearchBackend:
     """Make the search backend for ``--memory-search``.
 
@@ -136,10 +149,10 @@ def choose_search(name: str, device: torch.device) -> SearchBackend:
     Raises:
         ValueError: The name is not registered, or the backend cannot run here.
     """
-    if name not in registered_searches():
-        raise ValueError(f"--memory-search {name} is unknown: choose {_listed(registered_searches())}")
-    reasons = {}
-    for candidate in _PREFERENCE if name == AUTO else (name,):
+    check_search(name)
+    reasons: Dict[str, str] = {}
+    candidates = _PREFERENCE if name == AUTO else (name,)
+    for candidate in candidates:
         reason = BACKENDS[candidate].unavailable(device)
         if reason is None:
             for other, why in reasons.items():
@@ -157,20 +170,7 @@ def _log_choice(name: str, other: str, reason: str) -> None:
     logger.info("search by %s, as %s is not available: %s", name, other, reason)
 
 
-def _listed(names) -> str:
+def _listed(names: Sequence[str]) -> str:
     """Return names as a sentence lists them: ``a, b or c``."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
-
-
-# Names of the search functions, for modules that are not adapted yet.
-SEARCHES = ("auto", "native", "faiss", "torch")
-SearchFunction = Callable[[MemoryBank, np.ndarray, Tensor, int], Tensor]
-
-
-def __getattr__(name: str):
-    if name == "has_faiss_gpu":
-        from .faiss import has_faiss_gpu
-
-        return has_faiss_gpu
-    raise AttributeError(name)

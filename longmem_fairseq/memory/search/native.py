@@ -66,7 +66,7 @@ class NativeSearch(SearchBackend):
     @classmethod
     def unavailable(cls, device: torch.device) -> Optional[str]:
         if device.type != "cpu":
-            return f"it searches main memory, but the memory is on {device} (see --memory-device)"
+            return f"it searches main memory, but the memory is on {device}"
         reason = FaissSearch.unavailable(device)
         if reason is None:
             try:

@@ -1,0 +1,30 @@
+"""Where the reading of a text stands: the tokens before this point, in a memory and in a neural cache."""
+
+import copy
+from dataclasses import dataclass
+from typing import Optional
+
+from ...memory.bank import MemoryBank
+from ...memory.cache import NeuralCache
+
+
+@dataclass
+class TextState:
+    """A text read up to some point. :meth:`.scorer.Scorer.memorize` advances it; everything else only reads it.
+
+    Attributes:
+        last: Last token read, the input that predicts the next one; end-of-sentence at the start of a document. Memory
+            and cache do not hold it yet.
+        bank: Memory bank of one lane; None for a model without a memory.
+        cache: Neural cache; None where no system is mixed with one.
+        tokens: Number of tokens read.
+    """
+
+    last: int
+    bank: Optional[MemoryBank] = None
+    cache: Optional[NeuralCache] = None
+    tokens: int = 0
+
+    def copy(self) -> "TextState":
+        """Return a copy that shares nothing with this state."""
+        return copy.deepcopy(self)

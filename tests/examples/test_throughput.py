@@ -1,0 +1,90 @@
+"""Test the benchmark of throughput as a whole command on tiny shapes, with an index on real keys, and its refusals."""
+
+import json
+
+import pytest
+
+from examples.benchmark import throughput
+from tests.examples.commands import run_example
+
+TINY = "--layers 2 --dim 16 --heads 2 --vocab 50 --retrieval-layer-index 1 --segment 16 --k 8 --steps 2 --threads 1"
+
+
+def test_throughput(tmp_path):
+    done = run_example(
+        "benchmark.throughput", *TINY.split(), "--memory-sizes", 0, 64, "--batch", 2, "--full-windows", 32,
+        "--memory-search", "torch", "--json", tmp_path / "t.json", "--png", tmp_path / "t.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "t.json").read_text())
+    off, on = result["rows"]
+    assert [off["memory_size"], on["memory_size"]] == [0, 64]
+    assert on["tokens_per_second"] == pytest.approx(2 * 16 / on["seconds_per_step"])
+    assert on["ratio_to_off"] == pytest.approx(on["tokens_per_second"] / off["tokens_per_second"])
+    # 2 lanes, 2 heads, 16 chunks of 4 tokens, width 8: keys and values, means, and one chunk a lane for the tail.
+    assert off["bank_bytes"] == 0 and on["bank_bytes"] == 2 * 2 * 16 * (2 * 4 * 8 * 4 + 4 * 8) + 2 * 2 * 2 * 4 * 8 * 4
+    assert min(off["peak_memory_bytes"], on["peak_memory_bytes"]) > 2**26  # PyTorch alone takes more
+    (full,) = result["full_attention"]
+    assert full["speed_of_longmem"] == pytest.approx(on["tokens_per_second"] / full["tokens_per_second"])
+    assert on["ratio_to_full"]["32"] == full["speed_of_longmem"] and full["roofline_share"] > 0
+    assert "| 64 |" in done.stdout and "full attention" in done.stdout
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "generate"])
+def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
+    """The small memory is searched exactly, the large one by the index, in a file."""
+    indexed = "--memory-sizes 0 64 4096 --memory-index IVF32,Flat:nprobe=4 --gbps 10"
+    arguments = [*TINY.split(), *indexed.split(), "--keys", str(keys), "--memory-map", str(tmp_path), "--mode", mode,
+                 "--tflops", "1", "--dtype", "bf16", "--batch", "2"]  # fmt: skip
+    options = throughput.parse(arguments)
+    speed = throughput.machine_speed(options)
+    real, decoder = throughput.load_real_keys(options), throughput.build_decoder(options)
+    variants = [throughput.build_variant(name, decoder, options, real) for name in throughput.names_of(options)]
+    for variant in variants:
+        variant.fill()
+    rows = throughput.measure(variants, options)
+    for row, variant in zip(rows, variants):
+        row["memory_size"] = variant.memory_size
+    throughput.compare(rows, [], options, speed)
+    assert [variant.decoder.memory_factory.settings.index for variant in variants[1:]] == ["flat", "IVF32,Flat"]
+    assert variants[0].tokens == 2 * (4 if mode == "generate" else 16)
+    assert rows[2]["cost_of_smallest"] == pytest.approx(rows[2]["seconds_per_step"] / rows[1]["seconds_per_step"])
+    assert rows[2]["roofline_share"] > 0
+    assert variants[2].banks
+    for bank in variants[2].banks:
+        assert bank.placement.directory == str(tmp_path) and bank.held.tolist() == [1024] * bank.lanes and bank.indices
+    if mode != "generate":
+        assert 0.5 < rows[2]["recall"] < 1 and rows[1]["recall"] is None
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["--memory-sizes", "8"], "--memory-sizes 8 is smaller than one segment of 16 tokens"),
+        (
+            ["--mode", "train", "--full-windows", "32"],
+            "--full-windows needs --mode eval: leave it out",
+        ),
+        (["--memory-sizes", "64", "--memory-index", "IVF99,Flat"], "IVF99,Flat is trained on 99 chunks or more"),
+        (["--memory-index", "IVF4,Flat:x=1"], "IVF4,Flat:x=1 has search parameters that cannot be set for IVF4,Flat"),
+        (["--memory-index-parameters", "x=1", "--memory-index", "IVF4,Flat"], "IVF4,Flat:x=1 has search parameters"),
+        (["--memory-device", "cuda"], "--memory-device cuda: the model is on cpu"),
+        (["--heads", "3"], "--dim must be a multiple of --heads"),
+        (["--steps", "0"], "--steps 0 is less than 1"),
+    ],
+)
+def test_refusals(changes, message):
+    with pytest.raises(SystemExit, match=message):
+        throughput.parse([*TINY.split(), *changes])
+
+
+def test_the_work_of_search_and_reading():
+    work = throughput.memory_work(throughput.parse([*TINY.split(), "--batch", "3", "--dtype", "float16"]), 64)
+    queries = 3 * 2 * 16
+    assert work["search_operations"] == queries * 16 * 8 * 2  # 16 chunks, width 8
+    assert work["read_operations"] == queries * 8 * 8 * 4
+    assert work["search_bytes"] == 4 * (3 * 2 * 16 * 8 + queries * 8)
+    assert work["read_bytes"] == queries * 8 * 8 * 2 * 2
+    half = throughput.memory_work(throughput.parse([*TINY.split(), "--batch", "3", "--dtype", "bfloat16"]), 64)
+    assert half == {**work, "read_bytes": 2 * work["read_bytes"]}, "its memory is float32"

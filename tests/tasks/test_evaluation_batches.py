@@ -1,0 +1,177 @@
+"""fairseq-eval-lm as users run it: every token, per document, the same however it is run."""
+
+import csv
+import json
+import logging
+import math
+import re
+import sys
+
+import pytest
+import torch
+
+from longmem_fairseq.data.lane_dataset import LaneDataset
+from longmem_fairseq.data.lane_iterator import LaneIterator
+from longmem_fairseq.tasks.evaluation_batches import EvaluationBatches
+from tests.conftest import VALID_LENGTHS
+from tests.data.test_lane_dataset import Documents
+from tests.fairseq_runs import TASK, finish, random_documents, run, run_ranks, start, write_data
+
+TOKENS = sum(VALID_LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def options(tiny_data, tiny_longmem):
+    return [tiny_data, *TASK, "--path", tiny_longmem.checkpoint, "--gen-subset", "valid", "--cpu"]
+
+
+@pytest.fixture(scope="module")
+def reference(options, tmp_path_factory):
+    """Evaluated with the defaults: all documents side by side."""
+    results = tmp_path_factory.mktemp("reference")
+    return run("eval_lm", *options, "--results-path", results, cwd=results), documents(results)
+
+
+def documents(results):
+    return {row["name"]: row for row in map(json.loads, (results / "documents.jsonl").read_text().splitlines())}
+
+
+def reported(output):
+    """The number of tokens and the base-2 loss of fairseq's last lines, which must be there once."""
+    (tokens,) = re.findall(r"Evaluated ([\d,]+) tokens", output)
+    (loss,) = re.findall(r"Loss \(base 2\): ([\d.]+)", output)
+    return int(tokens.replace(",", "")), float(loss)
+
+
+def same_documents(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        for figure in ("tokens", "perplexity", "perplexity_without_memory"):
+            assert a[name][figure] == pytest.approx(b[name][figure], rel=1e-5)
+    return True
+
+
+def test_documents(reference, options, tmp_path):
+    output, found = reference
+    assert [row["tokens"] for row in found.values()] == VALID_LENGTHS
+    tokens, loss = reported(output)
+    assert tokens == TOKENS
+    total = sum(row["tokens"] * math.log2(row["perplexity"]) for row in found.values())
+    assert loss == pytest.approx(total / TOKENS, abs=1e-4)
+    # the one of a single token has no past; some of the others must gain or lose by theirs
+    single = found["valid:2"]
+    assert single["perplexity"] == pytest.approx(single["perplexity_without_memory"])
+    assert found["valid:3"]["perplexity"] != pytest.approx(found["valid:3"]["perplexity_without_memory"], rel=1e-6)
+
+
+def test_order_lanes_and_workers_do_not_matter(reference, options, tmp_path):
+    """Nor does it matter which of the two files one reads."""
+    data = write_data(tmp_path / "data", valid=random_documents(VALID_LENGTHS, seed=1)[::-1])
+    options = [data, *options[1:], "--batch-size", 1, "--num-workers", 3, "--results-path", tmp_path / "new"]
+    run("eval_lm", *options, cwd=tmp_path)
+    with open(tmp_path / "new" / "documents.csv", newline="") as f:
+        table = [{k: v if k == "name" else float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    assert same_documents({f"valid:{i}": row for i, row in enumerate(table[::-1])}, reference[1])
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["documents.csv", "documents.jsonl"]
+
+
+def test_two_ranks_report_one_result(reference, options, tmp_path):
+    first, second = run_ranks("eval_lm", *options, "--results-path", tmp_path, cwd=tmp_path)
+    assert reported(first) == reported(reference[0])
+    assert same_documents(documents(tmp_path), reference[1])
+
+
+def test_two_ranks_without_files(reference, options, tmp_path):
+    first, _ = run_ranks("eval_lm", *options, "--batch-size", 1, cwd=tmp_path)
+    assert reported(first) == reported(reference[0])
+
+
+def test_shards_that_run_apart_are_put_together(reference, options, tmp_path):
+    shards = ["--num-shards", 2, "--results-path", tmp_path, "--shard-id"]
+    processes = [start("eval_lm", *options, *shards, shard, cwd=tmp_path) for shard in range(2)]
+    outputs = [finish(process) for process in processes]
+    assert same_documents(documents(tmp_path), reference[1])
+    assert sum(reported(output)[0] for output in outputs) == TOKENS
+    results = [re.search(r"Loss \(base 2\): .*", output)[0] for output in outputs]
+    whole = re.search(r"Loss \(base 2\): .*", reference[0])[0]
+    assert whole in results
+    for shard, result in enumerate(results):
+        assert result == whole or result.endswith(f"(shard {shard} of 2)")
+
+
+def test_segments_and_memory_come_from_the_checkpoint(reference, options, tmp_path):
+    assert "--tokens-per-sample: 16, from the checkpoint" in reference[0]
+    overrides = "{'memory_size': 0, 'tokens_per_sample': 8}"
+    output = run("eval_lm", *options, "--model-overrides", overrides, "--results-path", tmp_path, cwd=tmp_path)
+    assert "--tokens-per-sample: 8, from the checkpoint" in output
+    assert reported(output)[0] == TOKENS
+    for row in documents(tmp_path).values():
+        assert row["perplexity"] == row["perplexity_without_memory"]
+
+
+def test_memory_off_is_what_is_reported_as_without_memory(reference, options, tmp_path):
+    overrides = "{'use_external_memory': False}"
+    run("eval_lm", *options, "--model-overrides", overrides, "--results-path", tmp_path, cwd=tmp_path)
+    for name, row in documents(tmp_path).items():
+        assert row["perplexity"] == pytest.approx(reference[1][name]["perplexity_without_memory"], rel=1e-5)
+
+
+def test_the_backbone_alone(reference, options, tiny_backbone, tmp_path):
+    options = [*options]
+    options[options.index("--path") + 1] = tiny_backbone
+    output = run("eval_lm", *options, "--tokens-per-sample", 16, "--results-path", tmp_path, cwd=tmp_path)
+    assert reported(output)[0] == TOKENS
+    assert [row["tokens"] for row in documents(tmp_path).values()] == VALID_LENGTHS
+
+
+def test_a_damaged_checkpoint_is_refused(options, tiny_longmem, tmp_path):
+    (tmp_path / "cut.pt").write_bytes(tiny_longmem.checkpoint.read_bytes()[:5000])
+    options = [*options]
+    options[options.index("--path") + 1] = tmp_path / "cut.pt"
+    output = run("eval_lm", *options, cwd=tmp_path, succeeds=False)
+    assert re.search(r"checkpoint .*cut.pt cannot be read \(.+\)", output)
+
+
+def test_a_context_window_is_refused(options, tmp_path):
+    output = run("eval_lm", *options, "--context-window", 4, cwd=tmp_path, succeeds=False)
+    assert "--context-window 4 is not supported" in output
+
+
+def test_without_our_task_there_is_an_error(tiny_data, tiny_longmem, tmp_path):
+    output = run(
+        "eval_lm", tiny_data, *TASK[:2], "--path", tiny_longmem.checkpoint, "--gen-subset", "valid", "--cpu",
+        "--tokens-per-sample", 16, cwd=tmp_path, succeeds=False,
+    )  # fmt: skip
+    assert "--task longmem_language_modeling" in output
+
+
+def evaluation(**options):
+    dataset = LaneDataset(Documents(random_documents(VALID_LENGTHS)), 2, 1, 16, 2)
+    return EvaluationBatches(LaneIterator(dataset, 0).next_epoch_itr(), dataset, torch.nn.Identity(), **options)
+
+
+def test_speed_is_logged_where_there_is_no_terminal(caplog):
+    with caplog.at_level(logging.INFO):
+        steps = len(list(evaluation(log_interval=2)))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == steps // 2
+    assert all(re.fullmatch(rf"\d+ of {TOKENS} tokens, [\d,]+ tokens/s", line) for line in lines)
+
+
+def test_speed_is_shown_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    list(evaluation())
+    assert re.search(rf"/{TOKENS} \[.* tokens/s\]", capsys.readouterr().err)
+
+
+def test_a_results_path_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "results").write_text("")
+    with pytest.raises(OSError, match="--results-path .*results cannot be made a directory"):
+        evaluation(results_path=str(tmp_path / "results"))
+
+
+def test_tokens_that_were_not_scored_are_an_error(tmp_path):
+    """If a batch is lost on its way through fairseq, no results are written."""
+    with pytest.raises(RuntimeError, match="0 of the 50 tokens of document 0 were scored"):
+        list(evaluation(results_path=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
