@@ -330,6 +330,7 @@ def _load_directory(directory: str, data: str, settings: dict):
     task_args = OmegaConf.create({**values, "data": data, "path": directory, "fp16": False})
     task = LongMemLanguageModelingTask(task_args, Dictionary.load(os.path.join(data, "dict.txt")))
     cfg = argparse.Namespace(
+        _name="longmem_lm",
         **{**saved, **settings},
         save_backbone=True,
         backbone_config=json.dumps(backbone),

@@ -1,4 +1,4 @@
-"""Test the sizes in the README: parameters, bytes of memory, and the formulas of peak memory."""
+"""Test the table of sizes in docs/backbones.md: parameters, bytes of memory, and the formulas of peak memory."""
 
 import argparse
 import json
@@ -19,14 +19,14 @@ OPTIONS = argparse.Namespace(segment=1024, batch=1, memory_size=65536)
 
 @pytest.fixture(scope="module")
 def table():
-    """Read the README's table: the cells of each size."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    """Read the table: the cells of each size."""
+    lines = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip().replace(",", "") for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     return {row[0]: row[1:] for row in rows if row[0] in sizes.GPT2}
 
 
 @pytest.mark.parametrize("name", sizes.GPT2)
-def test_the_table_of_the_readme(table, name):
+def test_the_table_of_the_documentation(table, name):
     backbone, side, memory, evaluation, _, training, _ = table[name]
     figures = sizes.computed(name, OPTIONS)
     assert (figures["backbone"], figures["side_network"]) == (int(backbone), int(side))
