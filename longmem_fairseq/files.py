@@ -12,7 +12,8 @@ def write_whole(path: PathLike, write: Callable[[str], Any]) -> None:
     """Let a function write a file under a temporary name beside its place, then move it there in one step.
 
     The temporary file is removed when the function fails or is interrupted; what was at ``path`` before is then still
-    there. It keeps the suffix of ``path``, because some libraries choose a format by it.
+    there. It keeps the suffix of ``path``, because some libraries choose a format by it. The file gets the mode of the
+    one that it replaces, otherwise that of any new file, whatever mode the function gave it.
 
     Args:
         path: Path of the file to write.
@@ -25,6 +26,7 @@ def write_whole(path: PathLike, write: Callable[[str], Any]) -> None:
     temporary = target.with_name(f"{target.stem}.part.{os.getpid()}{target.suffix}")
     try:
         write(str(temporary))
+        os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else _default_mode())
         os.replace(temporary, target)
     except OSError as error:
         raise OSError(f"{target} cannot be written: {error.strerror or error}") from error
@@ -65,3 +67,10 @@ def write_json(path: PathLike, value: Any, indent: int = 2) -> None:
         OSError: The file cannot be written; the message names ``path``.
     """
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def _default_mode() -> int:
+    """Return the mode that the process gives new files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask

@@ -21,8 +21,6 @@ from fairseq.dataclass.utils import overwrite_args_by_name
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
-import longmem_fairseq  # noqa: F401  (registers task and model)
-
 from .memory.document_memory import DocumentMemory
 from .memory.memory_file import load_memory, save_memory
 from .models.longmem_config import LongMemConfig
@@ -332,6 +330,7 @@ def _load_directory(directory: str, data: str, settings: dict):
     task_args = OmegaConf.create({**values, "data": data, "path": directory, "fp16": False})
     task = LongMemLanguageModelingTask(task_args, Dictionary.load(os.path.join(data, "dict.txt")))
     cfg = argparse.Namespace(
+        _name="longmem_lm",
         **{**saved, **settings},
         save_backbone=True,
         backbone_config=json.dumps(backbone),

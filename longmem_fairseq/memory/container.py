@@ -66,7 +66,6 @@ def write_container(path: str, tensors: Dict[str, Tensor], header: Header, check
                 save_file(tensors, written, metadata=header)
             except SafetensorError as error:  # so the library reports that a disk is full
                 raise OSError(str(error)) from error
-            os.chmod(written, _default_mode())  # the library's files are readable by their owner alone
             os.replace(written, temporary)
 
     write_whole(path, write)
@@ -111,10 +110,3 @@ def _header_bytes(header: Header) -> bytes:
 
 def _data(x: Tensor) -> memoryview:
     return memoryview(x.flatten().view(torch.uint8).numpy())
-
-
-def _default_mode() -> int:
-    """Return the mode that a new file gets by the process's umask."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask

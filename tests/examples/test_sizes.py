@@ -1,4 +1,4 @@
-"""Test the sizes in the README: parameters, bytes of memory, and the formulas of peak memory."""
+"""Test the table of sizes in docs/backbones.md: parameters, bytes of memory, and the formulas of peak memory."""
 
 import argparse
 import json
@@ -19,14 +19,14 @@ OPTIONS = argparse.Namespace(segment=1024, batch=1, memory_size=65536)
 
 @pytest.fixture(scope="module")
 def table():
-    """Read the README's table: the cells of each size."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    """Read the table: the cells of each size."""
+    lines = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip().replace(",", "") for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     return {row[0]: row[1:] for row in rows if row[0] in sizes.GPT2}
 
 
 @pytest.mark.parametrize("name", sizes.GPT2)
-def test_the_table_of_the_readme(table, name):
+def test_the_table_of_the_documentation(table, name):
     backbone, side, memory, evaluation, _, training, _ = table[name]
     figures = sizes.computed(name, OPTIONS)
     assert (figures["backbone"], figures["side_network"]) == (int(backbone), int(side))
@@ -38,9 +38,14 @@ def test_the_table_of_the_readme(table, name):
 def test_parameters_of_the_released_model():
     """Count the parameters of LongMem-558M, built with this project's settings for it."""
     config = dict(
-        _name="parallel_lm", decoder_layers=24, decoder_embed_dim=1024, decoder_ffn_embed_dim=4096,
-        decoder_attention_heads=16, decoder_normalize_before=True, activation_fn="gelu_accurate",
-    )  # fmt: skip
+        _name="parallel_lm",
+        decoder_layers=24,
+        decoder_embed_dim=1024,
+        decoder_ffn_embed_dim=4096,
+        decoder_attention_heads=16,
+        decoder_normalize_before=True,
+        activation_fn="gelu_accurate",
+    )
     dictionary = make_dictionary(51200 - 4)
     description = json.dumps(describe_backbone(argparse.Namespace(**config), len(dictionary)))
     cfg = argparse.Namespace(
@@ -59,9 +64,14 @@ def test_activations_that_training_keeps(tmp_path):
     """Count what the side layers save for the backward pass and compare it with the formula."""
     T, D, F, layers = 64, 48, 192, 12
     backbone = dict(
-        decoder_layers=layers, decoder_embed_dim=D, decoder_input_dim=D, decoder_output_dim=D, decoder_ffn_embed_dim=F,
-        activation_fn="gelu_accurate", max_target_positions=T,
-    )  # fmt: skip
+        decoder_layers=layers,
+        decoder_embed_dim=D,
+        decoder_input_dim=D,
+        decoder_output_dim=D,
+        decoder_ffn_embed_dim=F,
+        activation_fn="gelu_accurate",
+        max_target_positions=T,
+    )
     model = longmem(tmp_path, backbone=backbone, memory_size=4 * T, k=4, chunk_size=4, tokens_per_sample=T).train()
     *before, (tokens, segments) = batches(documents([3 * T]), T)
     for earlier, places in before:
