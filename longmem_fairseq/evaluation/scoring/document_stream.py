@@ -22,8 +22,8 @@ class DocumentStream:
     tokens before the segment, as many as it holds. Where the scorer has cache settings, there is one cache per memory
     size.
 
-    :class:`longmem_fairseq.models.reading.DocumentReader` reads behind one memory; here memories of several sizes, caches
-    and a backbone without a memory share one encoding, with the same scores.
+    :class:`longmem_fairseq.models.reading.DocumentReader` reads behind one memory, with the same scores; here memories
+    of several sizes, caches and the backbone alone share one encoding.
 
     Args:
         scorer: Scorer whose systems read the document.
