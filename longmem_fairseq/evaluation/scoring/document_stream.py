@@ -44,7 +44,7 @@ class DocumentStream:
                 )
         self.scorer, self.windows = scorer, list(windows)
         self.states: Dict[int, TextState] = {size: self.new_state(size) for size in memory_sizes}
-        self.last = scorer.tokenizer.eos
+        self.text = TextState(scorer.tokenizer.eos)
         self.systems = self._systems()
 
     def new_state(self, size: int) -> TextState:
@@ -74,8 +74,7 @@ class DocumentStream:
         """
         for state in self.states.values():
             self.scorer.memorize(state, tokens)
-        if len(tokens):
-            self.last = int(tokens[-1])
+        self.text.advance(tokens)
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Scores:
@@ -89,8 +88,7 @@ class DocumentStream:
             Log-probabilities (natural) of the tokens by system, shape (length,), float32, on the CPU.
         """
         scorer, tokens = self.scorer, tokens.to(self.scorer.device)
-        inputs = torch.cat([tokens.new_tensor([self.last]), tokens[:-1]])
-        self.last = int(tokens[-1])
+        inputs = self.text.advance(tokens)
         parts: Dict[str, List[Tensor]] = {}
         for window in self.windows:
             for piece, targets in zip(inputs.split(window), tokens.split(window)):
@@ -111,7 +109,7 @@ class DocumentStream:
         scores.update(self.mixed_with_caches(scores, features[BACKBONE][0], targets))
         for state in self.states.values():
             scorer.write(state, encoded, targets)
-            state.last, state.tokens = int(targets[-1]), state.tokens + len(targets)
+            state.advance(targets)
         return scores
 
     def plain_scores(self, features: Dict[str, Tensor], targets: Tensor) -> Scores:

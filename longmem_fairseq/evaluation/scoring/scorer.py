@@ -178,13 +178,9 @@ class Scorer:
             state: State to advance.
             tokens: Token ids of the text, shape (length,), int64.
         """
-        tokens = tokens.to(self.device)
-        if not len(tokens):
-            return
-        inputs = torch.cat([tokens.new_tensor([state.last]), tokens[:-1]])
-        begin = state.tokens
-        state.last, state.tokens = int(tokens[-1]), begin + len(tokens)
-        if state.bank is None and state.cache is None:
+        begin, tokens = state.tokens, tokens.to(self.device)
+        inputs = state.advance(tokens)
+        if not len(tokens) or (state.bank is None and state.cache is None):
             return
         skipped = self._skip(state, begin, len(tokens))
         inputs, tokens = inputs[skipped:], tokens[skipped:]
@@ -212,7 +208,7 @@ class Scorer:
         """Write consecutive encoded segments into a state's memory and cache.
 
         Args:
-            state: State to write into; its ``last`` and ``tokens`` are left to the caller.
+            state: State to write into; :meth:`.TextState.advance` is left to the caller.
             encoded: Encoded segments, one a row, in the order of the text.
             followers: Token ids that followed the inputs, shape (B T,), int64.
         """
