@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: all blocks are parsed, those marked ``<!-- test -->`` are run, all links resolve.
+"""README, docs/ and the pages of examples/: blocks are parsed, those marked ``<!-- test -->`` run, and links resolve.
 
 ``<!-- test: slow -->`` marks blocks that run only with ``LONGMEM_SLOW=1``. A mark stands on the line before the fence.
 """
@@ -19,7 +19,7 @@ import pytest
 
 from tests.repository import ROOT, copy_repository
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
 README_WORDS, README_LINES = 2300, 230  # the README is for the first ten minutes
 TIME_LIMIT = {"test": 600, "slow": 3600}  # seconds for one block
 FENCE = re.compile(r"^(?:<!-- (test(?:: slow)?) -->\n)?```(bash|sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -318,7 +318,7 @@ def test_links_resolve(page):
 
 def test_every_page_is_in_the_index():
     index = set(links(text(ROOT / "docs" / "README.md")))
-    assert {page.name for page in PAGES[1:]} - {"README.md"} <= index
+    assert {page.name for page in PAGES if page.parent.name == "docs"} - {"README.md"} <= index
 
 
 def test_marked_blocks_run(tmp_path):

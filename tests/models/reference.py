@@ -1,4 +1,4 @@
-"""LongMem written down as METHOD.md says it, one lane, head and query at a time, in float64: slow, and plain to read.
+"""LongMem as docs/method.md describes it, one lane, head and query at a time, in float64: slow, and plain to read.
 
 It shares no code with the package: it is given weights by name and tokens, and returns logits.
 """

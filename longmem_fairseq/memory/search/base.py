@@ -1,7 +1,7 @@
 """The contract of a search backend, and the registry that ``--memory-search`` chooses from.
 
 A search finds, for each query, the chunks of a memory bank whose mean keys have the largest inner products with it
-(METHOD: "One step", 3). A backend is a class in a file of its own, registered under the name that selects it::
+(docs/method.md, "One step", 3). A backend is a class in a file of its own, registered under the name that selects it::
 
     @register_search("mine")
     class MySearch(SearchBackend):
