@@ -91,7 +91,9 @@ class ChapterBreak(Evaluation):
     name, title = "chapterbreak", "Identification of the next chapter's beginning"
 
     def add_arguments(self, parser) -> None:
-        parser.add_argument("--data", required=True, metavar="FILE", help="the official JSON, or JSON lines (README)")
+        parser.add_argument(
+            "--data", required=True, metavar="FILE", help="the official JSON, or JSON lines (docs/evaluation.md)"
+        )
         parser.add_argument("--valid", metavar="FILE", help="the same, to tune the neural cache on its contexts")
         parser.add_argument(
             "--books",

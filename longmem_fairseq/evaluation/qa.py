@@ -134,7 +134,9 @@ class QuestionAnswering(Evaluation):
         self._memorized, self._state = None, None  # article that the state has read
 
     def add_arguments(self, parser) -> None:
-        parser.add_argument("--data", required=True, metavar="FILE", help="SQuAD 1.1's JSON, or JSON lines (README)")
+        parser.add_argument(
+            "--data", required=True, metavar="FILE", help="SQuAD 1.1's JSON, or JSON lines (docs/evaluation.md)"
+        )
         parser.add_argument("--train", metavar="FILE", help="the same, for demonstrations and to tune the cache on")
         parser.add_argument(
             "--demonstrations",

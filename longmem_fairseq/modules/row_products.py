@@ -39,7 +39,8 @@ def row_products(q: Tensor, table: Tensor, rows: Tensor) -> Tensor:
         blocks = zip(q.to(table.dtype).split(4096), rows.split(4096))
         return torch.cat([(table[block] @ x[:, :, None]).squeeze(-1) for x, block in blocks]).float()
     bags = torch.arange(Q, device=rows.device)
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    # The operator has no public name.
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(  # noqa: SLF001
         q.to(table.dtype).contiguous(), table, rows.reshape(-1), bags * K, bags.repeat_interleave(K), 0
     )
     return products.view(Q, K).float()

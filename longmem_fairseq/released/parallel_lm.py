@@ -115,7 +115,7 @@ def newgpt_mini(args):
 @register_model_architecture("parallel_lm", "parallel_lm_medium")
 @register_model_architecture("parallel_lm", "newgpt-medium")
 def parallel_lm_medium(args):
-    """24 layers of width 1024, 16 heads: the size of GPT-2 medium and the released backbone; also under its released name."""
+    """24 layers of width 1024, 16 heads: GPT-2 medium's size, that of the released backbone."""
     _architecture(args, 24, 1024, 16)
 
 
