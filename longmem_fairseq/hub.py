@@ -21,8 +21,6 @@ from fairseq.dataclass.utils import overwrite_args_by_name
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
-import longmem_fairseq  # noqa: F401  (registers task and model)
-
 from .memory.document_memory import DocumentMemory
 from .memory.memory_file import load_memory, save_memory
 from .models.longmem_config import LongMemConfig

@@ -64,6 +64,22 @@ class TextCodec(ABC):
             ValueError: The BPE does not define them.
         """
 
+    def is_text(self, symbol: str) -> bool:
+        """Return whether a symbol stands for text.
+
+        Args:
+            symbol: Symbol of the dictionary.
+        """
+        return symbol in self.symbol_bytes
+
+    def starts_line(self, symbol: str) -> bool:
+        """Return whether a symbol's text starts with a newline.
+
+        Args:
+            symbol: Symbol of the dictionary.
+        """
+        return self.symbol_bytes.get(symbol, b"").startswith(b"\n")
+
     def texts(self, symbols: Sequence[str]) -> List[str]:
         """Decode symbols one by one.
 
@@ -145,6 +161,12 @@ class WordsText(TextCodec):
         raise ValueError(
             f"{type(self.bpe).__name__} does not define the text of single tokens: use sentencepiece or GPT-2's BPE"
         )
+
+    def is_text(self, symbol: str) -> bool:
+        return True
+
+    def starts_line(self, symbol: str) -> bool:
+        return False
 
     def texts(self, symbols: Sequence[str]) -> List[str]:
         if self.bpe is not None:

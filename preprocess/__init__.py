@@ -1,1 +1,1 @@
-"""From text to fairseq data: scripts to be run from a clone, importable as ``preprocess.*``."""
+"""Scripts that turn text into fairseq data and convert models; run as ``python -m preprocess.NAME`` from a clone."""

@@ -22,7 +22,7 @@ class EncoderSettings:
 
     Args:
         tokenizer: Arguments of ``load_tokenizer``.
-        dtype: numpy's name of the dtype of the tokens on disk.
+        dtype: Name in numpy of the dtype of the tokens on disk.
         bad_documents: ``refuse`` to raise at a bad document, ``skip`` to leave it out.
         seed: Seed of all random choices.
     """

@@ -35,7 +35,7 @@ class SplitWriter:
     Args:
         workspace: Workspace that the files are written to.
         split: Name of the split, ``train``, ``valid`` or ``test``.
-        dtype: numpy dtype of the tokens.
+        dtype: Type of the tokens, of numpy.
 
     Raises:
         InputError: A file of a killed run does not match its journal.
@@ -160,7 +160,7 @@ def write_index(path: Path, sizes_path: Path, dtype: type) -> None:
     Args:
         path: Path of the index to write.
         sizes_path: Path of a file of the documents' numbers of tokens, int32.
-        dtype: numpy dtype of the tokens.
+        dtype: Type of the tokens, of numpy.
     """
     sizes = np.memmap(sizes_path, dtype=np.int32, mode="r") if sizes_path.stat().st_size else np.empty(0, np.int32)
     with open(path, "wb") as stream:

@@ -103,7 +103,7 @@ def run_ranks(program: str, *arguments, cwd: Path, ranks: int = 2) -> List[str]:
 
 def figures(output: str, tag: str, name: str) -> List[float]:
     """All values of a figure that fairseq-train logged (as JSON) for ``train_inner``, ``train`` or a split."""
-    lines = [json.loads(found) for found in re.findall(rf"\| {tag} \| (\{{.*\}})$", output, re.MULTILINE)]
+    lines = [json.loads(line) for line in re.findall(rf"\| {tag} \| (\{{.*\}})$", output, re.MULTILINE)]
     return [float(line[name] if name in line else line[f"{tag}_{name}"]) for line in lines]
 
 

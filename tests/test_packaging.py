@@ -79,7 +79,7 @@ def test_leaves_an_existing_fairseq_environment_alone(site):
 def test_extras_provide_the_requirements_of_preprocessing(site, extra):
     scripts = [path for path in repository_files() if path.parts[0] == "preprocess" and path.suffix == ".py"]
     text = "".join((ROOT / path).read_text() for path in scripts)
-    needed = set(re.findall(r'\bneed\("(\w+)"', text))
+    needed = set(re.findall(r'\brequire_package\("(\w+)"', text))
     assert {"regex", "tokenizers", "zstandard"} <= needed
     requirements = next(importlib.metadata.distributions(path=[str(site)])).requires
     provided = {re.match(r"[\w-]+", line)[0] for line in requirements if re.search(rf"extra == .{extra}.", line)}

@@ -2,8 +2,8 @@
 
     python -m examples.books.evaluate --path CHECKPOINT --data books_test/ --valid books_valid/ --results-path DIR
 
-The baseline beside it is a neural cache over the same tokens as the memory, tuned on the documents of --valid. The
-documentation ("Evaluation") tells which formats it reads and where the published collections are.
+The baseline beside it is a neural cache over the same tokens as the memory, tuned on the documents of --valid. See
+docs/evaluation.md for the formats that it reads and for the published collections.
 """
 
 from longmem_fairseq.evaluation.books import Books

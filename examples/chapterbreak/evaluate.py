@@ -3,7 +3,7 @@
     python -m examples.chapterbreak.evaluate --path CHECKPOINT --data chapterbreak_test.jsonl \
         --valid chapterbreak_valid.jsonl --results-path DIR
 
---data is the official ChapterBreak JSON or JSON lines (documentation, "Evaluation").
+--data is the official ChapterBreak JSON or JSON lines (docs/evaluation.md).
 """
 
 from longmem_fairseq.evaluation.chapterbreak import ChapterBreak

@@ -3,7 +3,7 @@
     python -m examples.compare.evaluate --path backbone=BACKBONE.pt longmem=CHECKPOINT --data DATA --results-path DIR
 
 --data is a directory of the data that plan.json, beside this file, names; --plan names another plan. Each evaluation is
-one of those in the other folders, with its own options (documentation, "Evaluation").
+one of those in the other folders, with its own options (docs/evaluation.md).
 """
 
 import os

@@ -3,7 +3,7 @@
     python -m examples.dialogue.evaluate --path CHECKPOINT --data msc.test.jsonl --valid msc.valid.jsonl \
         --results-path DIR
 
---data has the layout of MSC, LoCoMo, Conversation Chronicles, or JSON lines (documentation, "Evaluation").
+--data has the layout of MSC, LoCoMo, Conversation Chronicles, or JSON lines (docs/evaluation.md).
 """
 
 from longmem_fairseq.evaluation.command import main

@@ -2,8 +2,8 @@
 
     python -m examples.in_context.evaluate --path CHECKPOINT --data icl/ --chunk-size 2 --results-path DIR
 
-prints mean and deviation over six draws of demonstrations, raw and calibrated, beside the majority baseline. The
-documentation ("Evaluation") tells which formats it reads and where the sets are.
+prints mean and deviation over six draws of demonstrations, raw and calibrated, beside the majority baseline. See
+docs/evaluation.md for the formats that it reads and for the sets.
 """
 
 from longmem_fairseq.evaluation.command import main

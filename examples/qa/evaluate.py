@@ -2,7 +2,7 @@
 
     python -m examples.qa.evaluate --path CHECKPOINT --data dev-v1.1.json --train train-v1.1.json --results-path DIR
 
---data and --train are SQuAD 1.1's JSON or JSON lines (documentation, "Evaluation").
+--data and --train are SQuAD 1.1's JSON or JSON lines (docs/evaluation.md).
 """
 
 from longmem_fairseq.evaluation.command import main

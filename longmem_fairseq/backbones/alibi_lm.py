@@ -34,14 +34,18 @@ class AlibiLanguageModel(TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args, task):
-        """Build the model from its configuration; ``transformer_lm`` checks none of what ALiBi rules out, so we do.
+        """Build the model from its configuration.
+
+        Args:
+            args: Configuration of the model.
+            task: fairseq task with the dictionary.
 
         Raises:
-            ValueError: for adaptive inputs, an adaptive softmax or character embeddings.
+            ValueError: The configuration has adaptive inputs, an adaptive softmax or character embeddings.
         """
         for option in ("adaptive_input", "adaptive_softmax_cutoff", "character_embeddings"):
             if safe_getattr(args, option, None):
-                raise ValueError(f"alibi_lm has no --{option.replace('_', '-')}: use --arch transformer_lm for it")
+                raise ValueError(f"alibi_lm does not support --{option.replace('_', '-')}: use --arch transformer_lm")
         args.decoder_normalize_before = True
         args.no_token_positional_embeddings = True
         args.decoder_learned_pos = False

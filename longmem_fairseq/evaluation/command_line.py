@@ -15,7 +15,7 @@ def parser_of(evaluation: Evaluation) -> argparse.ArgumentParser:
     """Return the command line of an evaluation."""
     script = evaluation.script or f"examples.{evaluation.name}.evaluate"
     parser = argparse.ArgumentParser(prog=f"python -m {script}", description=evaluation.title)
-    parser.add_argument("--path", required=True, help="checkpoint or its directory: a LongMem, or a backbone alone")
+    parser.add_argument("--path", required=True, help="checkpoint or directory of a LongMem, or of a backbone alone")
     parser.add_argument(
         "--results-path", required=True, help="directory of the report; an interrupted run continues there"
     )

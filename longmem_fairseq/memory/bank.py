@@ -1,6 +1,7 @@
-"""The memory bank: keys and values of past tokens, in chunks, per lane and head (METHOD: "One step", 3 and 5).
+"""The memory bank: keys and values of past tokens, in chunks, per lane and head (docs/method.md, "One step").
 
-Legend: L lanes, H heads, N chunks that a lane holds, C tokens of a chunk, d width of a head, T tokens of a segment.
+Legend: L lanes, H key/value heads, N chunks that a lane holds, C tokens of a chunk, d width of a head, T tokens of a
+segment.
 """
 
 import copy
@@ -16,34 +17,38 @@ from .placement import Placement
 class MemoryBank:
     """A ring buffer of chunked keys and values for each lane, allocated once.
 
-    Chunk i of a stream (its tokens i*C to i*C + C - 1) always lies in slot i mod N, so what a lane holds depends only
-    on the tokens it was given, not on when writing began; the newest chunk overwrites the oldest, and eviction costs
-    nothing. Tokens that do not fill a chunk yet wait in a tail and join the next segment's.
+    Chunk i of a stream (its tokens i*C to i*C + C - 1) is always stored in slot i mod N, so what a lane holds depends
+    only on the tokens it was given, not on when writing began. The newest chunk overwrites the oldest, and eviction
+    costs nothing. Tokens that do not fill a chunk yet wait in a tail and join the next segment's.
 
-    It holds ``L * H * N * (2 * C * d * bytes(dtype) + 4 * d)`` bytes, plus one chunk a lane for the tail.
+    The bank takes ``L * H * N * (2 * C * d * bytes(dtype) + 4 * d)`` bytes, plus one chunk a lane for the tail.
 
     Args:
-        lanes: L.
-        heads: H.
-        head_dim: d.
-        memory_size: tokens that a lane holds; rounded down to whole chunks, N = memory_size // chunk_size.
-        chunk_size: C.
-        dtype: of keys and values; the chunk means that are searched are always float32.
-        device: where the bank lies, if ``placement`` does not say it.
-        exact_means: average keys before they are rounded to ``dtype``, as the released LongMem does; otherwise what is
-            held decides, so that it does not matter which chunks a segment's end cut in two.
-        placement: where keys and values, and where the chunk means lie.
+        lanes: Number of lanes, L.
+        heads: Number of key/value heads, H.
+        head_dim: Width of a head, d.
+        memory_size: Number of tokens that a lane holds, rounded down to whole chunks: N = memory_size // chunk_size.
+        chunk_size: Number of tokens in a chunk, C.
+        dtype: Precision of keys and values; the chunk means that are searched are always float32.
+        device: Device of the bank, where there is no ``placement``.
+        exact_means: Whether keys are averaged before they are rounded to ``dtype``, as the released LongMem does.
+            Otherwise the stored keys are averaged, so that it does not matter which chunks a segment's end cut in two.
+        placement: Devices and files of the buffers; None for ``device``.
 
     Attributes:
-        keys, values: shape (L, H, N, C, d).
-        means: mean key of each chunk, shape (L, H, N, d), float32.
-        first, written: number of the first chunk a lane was given since its reset, and one past the last, shape (L,).
-        resets: how often each lane began anew, shape (L,): as long as it stays the same, a chunk is what it was.
-        indices: of lanes that are searched by an index (see :class:`longmem_fairseq.memory.search.index.IndexSearch`).
+        keys: Keys, shape (L, H, N, C, d).
+        values: Values, shape (L, H, N, C, d).
+        means: Mean key of each chunk, shape (L, H, N, d), float32.
+        first: Number of the first chunk that each lane was given since its reset, shape (L,), int64.
+        written: One past the number of the last chunk of each lane, shape (L,), int64.
+        position: Number of tokens of each lane's stream so far, shape (L,), int64.
+        resets: Number of resets of each lane, shape (L,), int64: while it stays the same, no chunk changes.
+        indices: Indices of lanes that are searched approximately (see
+            :class:`longmem_fairseq.memory.search.index.IndexSearch`).
 
     Raises:
-        ValueError: it would hold no chunk.
-        OSError: there is no room for its files.
+        ValueError: The bank has no room for a chunk.
+        OSError: The disk has no room for its files.
     """
 
     def __init__(
@@ -60,8 +65,8 @@ class MemoryBank:
     ):
         if chunk_size < 1 or memory_size < chunk_size:
             raise ValueError(
-                f"a memory of {memory_size} tokens holds no chunk of {chunk_size}: raise --memory-size or lower "
-                "--chunk-size"
+                f"a memory of {memory_size} tokens has no room for a chunk of {chunk_size}: raise --memory-size, or "
+                "lower --chunk-size"
             )
         self.lanes, self.heads, self.head_dim, self.chunk_size = lanes, heads, head_dim, chunk_size
         self.chunks = memory_size // chunk_size
@@ -74,36 +79,49 @@ class MemoryBank:
         self._tail = torch.zeros(2, lanes, heads, chunk_size, head_dim, dtype=tail, device=placement.tokens)
         self.first = np.zeros(lanes, dtype=np.int64)
         self.written = np.zeros(lanes, dtype=np.int64)
-        self.position = np.zeros(lanes, dtype=np.int64)  # tokens of the stream that were given or skipped
+        self.position = np.zeros(lanes, dtype=np.int64)
         self.resets = np.zeros(lanes, dtype=np.int64)
         self.indices: Dict = {}
 
     @property
     def held(self) -> np.ndarray:
-        """Chunks that each lane holds, shape (L,)."""
+        """Number of chunks that each lane holds, shape (L,), int64."""
         return np.minimum(self.written - self.first, self.chunks)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
+        """Number of bytes of the buffers."""
         return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.means, self._tail))
 
     def reset(self, lane: int, position: int = 0) -> None:
-        """Forget all of a lane, whose next token is number ``position`` of its stream.
+        """Empty a lane.
 
-        Where a stream is joined amid a chunk, the rest of that chunk is left out.
+        Args:
+            lane: Number of the lane.
+            position: Number of the stream's next token. If that is inside a chunk, the rest of the chunk is left out.
         """
         self.first[lane] = self.written[lane] = -(-position // self.chunk_size)
         self.position[lane] = position
         self.resets[lane] += 1
 
     def evict(self, lane: int, chunks: int) -> None:
-        """Let the oldest chunks of a lane go before they must; all of them where it holds fewer."""
+        """Evict the oldest chunks of a lane before the bank is full; all of them where it holds fewer.
+
+        Args:
+            lane: Number of the lane.
+            chunks: Number of chunks to evict.
+        """
         oldest = self.written[lane] - self.held[lane]
         self.first[lane] = min(oldest + chunks, self.written[lane])
 
     def append(self, lane: int, keys: Tensor, values: Tensor) -> None:
-        """Add tokens to a lane: keys and values of shape (H, T, d), any floating dtype."""
+        """Write tokens into a lane.
+
+        Args:
+            lane: Number of the lane.
+            keys: Keys, shape (H, T, d), any floating dtype.
+            values: Values, shape (H, T, d), any floating dtype.
+        """
         C, N, T = self.chunk_size, self.chunks, keys.size(1)
         skip = min(T, max(0, int(self.written[lane]) * C - int(self.position[lane])))
         waiting = max(0, int(self.position[lane]) - int(self.written[lane]) * C)
@@ -116,7 +134,7 @@ class MemoryBank:
             self._tail[:, lane, :, :rest] = new[:, :, chunks * C :]
         if not chunks:
             return
-        kept = min(chunks, N)  # of a segment longer than the memory only the end can stay
+        kept = min(chunks, N)  # a segment longer than the memory leaves only its end
         begin = int(self.written[lane]) + chunks - kept
         new = new[:, :, (chunks - kept) * C : chunks * C].reshape(2, self.heads, kept, C, self.head_dim)
         means = new[0].float().mean(dim=2)  # (H, kept, d)
@@ -130,20 +148,32 @@ class MemoryBank:
         self.written[lane] += chunks
 
     def contents(self, lane: int) -> Tuple[Tensor, Tensor, Tensor]:
-        """A copy of what a lane holds, oldest chunk first: keys and values (H, n, C, d), mean keys (H, n, d)."""
+        """Return a copy of the n chunks of a lane, oldest first.
+
+        Args:
+            lane: Number of the lane.
+
+        Returns:
+            Keys and values (H, n, C, d), and mean keys (H, n, d).
+        """
         oldest, newest = int(self.written[lane] - self.held[lane]), int(self.written[lane])
         slots = torch.arange(oldest, newest) % self.chunks
         return tuple(x[lane][:, slots.to(x.device)] for x in (self.keys, self.values, self.means))
 
     def state(self) -> Tuple[Dict[str, Tensor], Dict[str, List[int]]]:
-        """All that the bank holds, bit by bit: tensors by name, those of empty lanes left out, and counters (L,)."""
+        """Return all that the bank holds, bit by bit: tensors by name, without those of empty lanes, and counters."""
         tensors = {"tail": self._tail}
         for lane in np.flatnonzero(self.held).tolist():
             tensors.update((f"{name}.{lane}", x) for name, x in zip(("keys", "values", "means"), self.contents(lane)))
         return tensors, {name: getattr(self, name).tolist() for name in ("first", "written", "position")}
 
     def restore(self, tensors: Dict[str, Tensor], counters: Dict[str, List[int]]) -> None:
-        """Hold what :meth:`state` gave of a bank of the same sizes and precision, on any device."""
+        """Hold the same as another bank.
+
+        Args:
+            tensors: Tensors of its :meth:`state`; it had the same sizes and precision, on any device.
+            counters: Counters of its state.
+        """
         self._tail.copy_(tensors["tail"])
         for name, values in counters.items():
             getattr(self, name)[:] = values
@@ -156,7 +186,7 @@ class MemoryBank:
                 buffer[lane][:, slots.to(buffer.device)] = tensors[f"{name}.{lane}"].to(buffer.device)
 
     def __deepcopy__(self, memo) -> "MemoryBank":
-        """A bank that holds the same, placed in the same way; what was overwritten or never written is not copied."""
+        """Return a bank that holds the same, placed in the same way; only slots that hold chunks are copied."""
         other = MemoryBank(
             self.lanes,
             self.heads,
@@ -178,26 +208,30 @@ class MemoryBank:
         return other
 
     def tokens(self, lane: int, dtype: Optional[torch.dtype] = None) -> Tuple[Tensor, Tensor]:
-        """A copy of all that a lane was given and still has, oldest token first: keys and values (H, tokens, d).
+        """Return a copy of all tokens of a lane, oldest first, those that do not fill a chunk yet included.
 
-        It ends with the tokens that do not fill a chunk yet, and so with the lane's last one. By default it has the
-        bank's precision.
+        Args:
+            lane: Number of the lane.
+            dtype: Precision of the copy; None for the bank's.
+
+        Returns:
+            Keys and values, shape (H, tokens, d).
         """
         C, held = self.chunk_size, int(self.held[lane])
         waiting = max(0, int(self.position[lane]) - int(self.written[lane]) * C)
         begin = (int(self.written[lane]) - held) % self.chunks
         first = min(held, self.chunks - begin)  # chunks before the ring closes
-        found = []
+        copies = []
         for buffer, tail in zip((self.keys, self.values), self._tail):
             x = buffer.new_empty(self.heads, held * C + waiting, self.head_dim, dtype=dtype or buffer.dtype)
             x[:, : first * C].copy_(buffer[lane, :, begin : begin + first].flatten(1, 2))
             x[:, first * C : held * C].copy_(buffer[lane, :, : held - first].flatten(1, 2))
             x[:, held * C :].copy_(tail[lane, :, :waiting])
-            found.append(x)
-        return tuple(found)
+            copies.append(x)
+        return tuple(copies)
 
     def spans(self, lane: int) -> Tuple[Tuple[int, int], ...]:
-        """Slots that hold chunks, as one or two (begin, end) ranges; none where the lane is empty."""
+        """Return the slots of a lane that hold chunks, as one or two (begin, end) ranges; () for an empty lane."""
         held = int(self.held[lane])
         if held in (0, self.chunks):
             return ((0, held),) if held else ()
@@ -207,7 +241,12 @@ class MemoryBank:
         return ((0, begin + held - self.chunks), (begin, self.chunks))
 
     def chunk_numbers(self, lanes: np.ndarray, slots: Tensor) -> Tensor:
-        """The chunk (counted from its stream's start) that lies in each slot; slots (B, ...) of lanes (B,)."""
+        """Return the number of the chunk in each slot, counted from its stream's start.
+
+        Args:
+            lanes: Lane of each row, shape (B,), int64.
+            slots: Slots, shape (B, ...), int64.
+        """
         newest = torch.from_numpy(self.written[lanes] - 1).to(slots.device, non_blocking=True)
         newest = newest.view(-1, *([1] * (slots.dim() - 1)))
         return newest - (newest - slots) % self.chunks

@@ -1,4 +1,4 @@
-"""Where a memory lies: on the model's device, in the CPU's memory, or in a file that is mapped there."""
+"""Where a memory is stored: on the model's device, in the CPU's memory, or in a file that is mapped there."""
 
 import mmap
 import os
@@ -15,13 +15,13 @@ DEVICES = ("auto", "cuda", "cpu")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a bank lie.
+    """Where the parts of a bank are stored.
 
     Attributes:
-        tokens: device of keys and values.
-        means: device of the chunk means, which are searched.
-        directory: keys and values are in files there, on the CPU; None for none.
-        map_means: the chunk means are in a file too.
+        tokens: Device of keys and values.
+        means: Device of the chunk means, which are searched.
+        directory: Directory of memory-mapped files for keys and values, on the CPU; None for no files.
+        map_means: Whether the chunk means are in a file too.
     """
 
     tokens: torch.device = torch.device("cpu")
@@ -30,11 +30,11 @@ class Placement:
     map_means: bool = False
 
     def new_tokens(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Zeros for keys or values."""
+        """Return zeros of a shape for keys or values."""
         return self._zeros(shape, dtype, self.tokens, self.directory is not None)
 
     def new_means(self, shape: Sequence[int]) -> Tensor:
-        """Zeros for chunk means, float32."""
+        """Return zeros of a shape for chunk means, float32."""
         return self._zeros(shape, torch.float32, self.means, self.directory is not None and self.map_means)
 
     def _zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, mapped: bool) -> Tensor:
@@ -46,18 +46,18 @@ class Placement:
 
 
 def choose_placement(device: str, directory: Optional[str], model: torch.device, indexed: bool) -> Placement:
-    """The placement for ``--memory-device`` and ``--memory-map``.
+    """Return the placement for ``--memory-device`` and ``--memory-map``.
 
-    The means are searched: by an index on the CPU, and exactly where the model is.
+    The means are searched: by an index on the CPU, and exactly on the model's device.
 
     Args:
-        device: ``auto``, ``cuda`` or ``cpu``.
-        directory: of ``--memory-map``, or None.
-        model: the device that it is on.
-        indexed: whether the search is by an index (``--memory-index``).
+        device: Value of ``--memory-device``: ``auto``, ``cuda`` or ``cpu``.
+        directory: Value of ``--memory-map``, or None.
+        model: Device of the model.
+        indexed: Whether the search is by an index (``--memory-index``).
 
     Raises:
-        ValueError: it cannot lie there.
+        ValueError: The memory cannot be stored there.
     """
     cpu = torch.device("cpu")
     if device not in DEVICES:
@@ -70,7 +70,7 @@ def choose_placement(device: str, directory: Optional[str], model: torch.device,
             )
         if not os.path.isdir(directory) or not os.access(directory, os.W_OK):
             raise ValueError(
-                f"--memory-map {directory} is no directory that can be written: name another one (in evaluation: "
+                f"--memory-map {directory} is not a directory that can be written: name another one (in evaluation: "
                 "--model-overrides \"{'memory_map': '...'}\")"
             )
     if device == "cuda" and model.type != "cuda":
@@ -80,13 +80,17 @@ def choose_placement(device: str, directory: Optional[str], model: torch.device,
 
 
 def mapped_zeros(directory: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros in a file in a directory, which has no name and is gone with the last tensor or process that uses it.
+    """Return zeros in a file without a name, which is removed with the last tensor or process that uses it.
 
-    Its room on the disk is taken at once, since a disk that is full later could only be told by a signal that ends the
-    process.
+    Its room on the disk is taken at once, since a disk that is full later would end the process by a signal.
+
+    Args:
+        directory: Directory of the file.
+        shape: Shape of the tensor.
+        dtype: Type of the tensor.
 
     Raises:
-        OSError: there is no room.
+        OSError: The disk has no room.
     """
     size = prod(shape) * torch.empty(0, dtype=dtype).element_size()
     handle, path = tempfile.mkstemp(dir=directory, prefix="longmem-memory-")
@@ -101,5 +105,5 @@ def mapped_zeros(directory: str, shape: Sequence[int], dtype: torch.dtype) -> Te
         ) from error
     finally:
         os.close(handle)
-    buffer.madvise(mmap.MADV_RANDOM)  # chunks are read here and there: what lies beside them would be read for nothing
+    buffer.madvise(mmap.MADV_RANDOM)  # chunks are read here and there, so reading ahead is wasted
     return torch.frombuffer(buffer, dtype=dtype).view(*shape)

@@ -158,7 +158,7 @@ def default_memory_layer(num_layers: int, reduction: int) -> int:
         Number m of the layer, counted from 0.
     """
     fitting = range(1, num_layers, reduction) if reduction > 1 else range(num_layers)
-    return next((m for m in fitting if 3 * m >= 2 * num_layers), num_layers - 1)
+    return next((m for m in fitting if 3 * m >= 2 * num_layers), fitting[-1])
 
 
 def check_options(cfg: Any, backbone: Backbone) -> None:

@@ -244,7 +244,8 @@ def _save_settings(cfg, **settings: Any) -> None:
 
     fairseq builds a model from a copy of its configuration, and saves the original, which has the same parent.
     """
-    original = OmegaConf.select(cfg._get_parent(), "model") if OmegaConf.is_config(cfg) and cfg._get_parent() else None
+    parent = cfg._get_parent() if OmegaConf.is_config(cfg) else None  # noqa: SLF001  (omegaconf has no public name)
+    original = OmegaConf.select(parent, "model") if parent else None
     for name, value in settings.items():
         setattr(cfg, name, value)
         if original is not None and name in original:

@@ -1,7 +1,7 @@
-"""Memory attention on CUDA as one Triton kernel: each query reads its chunks where they lie in the bank.
+"""Memory attention on CUDA as one Triton kernel: each query reads its chunks in place.
 
-It computes what :func:`longmem_fairseq.modules.joint_attention.memory_attention` does on the CPU. A program handles one
-query of one head: it loads the K = n * C tokens of its chunks block by block (an online softmax joins the blocks),
+It computes the same as :func:`longmem_fairseq.modules.memory_attention.memory_attention` on the CPU. A program handles
+one query of one head: it loads the K = n * C tokens of its chunks block by block (an online softmax joins the blocks),
 so nothing of size (B, H, T, K) is ever written. The backward pass computes the weights again; queries and slots are
 all that is kept for it.
 
@@ -20,7 +20,7 @@ _BLOCK = 4096
 
 @triton.jit
 def _tokens(slots, row, n, start, base, C: tl.constexpr, d: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Where in the bank the tokens start to start + BLOCK_K - 1 of a query lie, and which of them there are."""
+    """Return the offsets of a query's tokens start to start + BLOCK_K - 1 in the bank, and which of them exist."""
     token = start + tl.arange(0, BLOCK_K)
     slot = tl.load(slots + row * n + token // C, mask=token < n * C, other=-1)
     return ((base + slot) * C + token % C) * d, slot >= 0
@@ -128,7 +128,7 @@ def _backward(
 
 
 def _launch(kernel, out: Tensor, q: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, slots: Tensor, *rest):
-    """Run one program per query and return ``out``; ``rest`` are the arguments behind the slots."""
+    """Run one program per query and return ``out``; ``rest`` are the kernel's arguments behind the slots."""
     B, H, T, d = q.shape
     N, C, n = keys.size(2), keys.size(3), slots.size(3)
     BLOCK_D = triton.next_power_of_2(d)
@@ -151,7 +151,7 @@ class _MemoryAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """The memory has no gradient (it was computed by the frozen backbone); the query has."""
+        """Return the gradient of the queries; the memory has none, since the frozen backbone computed it."""
         q, keys, values, lanes, slots = ctx.saved_tensors
         grad_q = torch.empty_like(q)
         _launch(_backward, grad_q, q, keys, values, lanes, slots, grad.contiguous(), grad_q, ctx.scaling)
@@ -161,14 +161,21 @@ class _MemoryAttention(torch.autograd.Function):
 def memory_attention_triton(
     q: Tensor, keys: Tensor, values: Tensor, lanes: Tensor, slots: Tensor, scaling: float
 ) -> Tensor:
-    """Attend from each query to all tokens of its retrieved chunks.
+    """Compute :func:`longmem_fairseq.modules.memory_attention.memory_attention` on CUDA.
 
-    Arguments and result as for :func:`longmem_fairseq.modules.joint_attention.memory_attention`. Sums are float32
-    whatever the dtypes of queries and bank, which may differ.
+    Sums are float32 whatever the dtypes of queries and bank, which may differ.
+
+    Args:
+        q: Queries, shape (B, H, T, d).
+        keys: Keys of the bank, shape (L, H, N, C, d), contiguous.
+        values: Values of the bank, shape (L, H, N, C, d), contiguous.
+        lanes: Lane of the bank for each row of the batch, shape (B,), int64.
+        slots: Slots of the retrieved chunks, shape (B, H, T, n), int64; -1 reads nothing.
+        scaling: Factor of the scores, 1 / sqrt(d).
 
     Raises:
-        ValueError: where the bank is not contiguous (a copy of it is never wanted).
+        ValueError: The bank is not contiguous; a copy of it would be as large as the memory.
     """
     if not (keys.is_contiguous() and values.is_contiguous()):
-        raise ValueError("memory attention reads a bank that is contiguous, shape (L, H, N, C, d)")
+        raise ValueError("memory attention needs a contiguous bank of shape (L, H, N, C, d)")
     return _MemoryAttention.apply(q.contiguous(), keys, values, lanes.contiguous(), slots.contiguous(), scaling)

@@ -1,4 +1,4 @@
-"""What memory attention gives to each chunk it reads: for looking into the model, not for running it.
+"""The share of memory attention that each chunk gets: for inspecting the model, not for running it.
 
 Legend: B rows of a batch, H heads, T tokens of a segment, d width of a head, L lanes of the bank, N slots of a lane, C
 tokens of a chunk, n chunks read per query and head.
@@ -11,35 +11,37 @@ from .row_products import row_products
 
 
 def chunk_scores(q: Tensor, means: Tensor, lanes: Tensor, slots: Tensor) -> Tensor:
-    """The inner products by which search ranked chunks, float32.
+    """Return the inner products by which the search ranked chunks.
 
     Args:
-        q: queries, shape (B, H, T, d), any floating dtype.
-        means: mean keys of the bank's chunks, shape (L, H, N, d), float32.
-        lanes: row of the bank for each row of the batch, shape (B,), int64.
-        slots: chunks that were found, shape (B, H, T, n), int64; -1 is none.
+        q: Queries, shape (B, H, T, d), any floating dtype.
+        means: Mean keys of the bank's chunks, shape (L, H, N, d), float32.
+        lanes: Lane of the bank for each row of the batch, shape (B,), int64.
+        slots: Slots of chunks, shape (B, H, T, n), int64; -1 for none.
 
     Returns:
-        Shape (B, H, T, n); zero where there is no chunk.
+        Scores, shape (B, H, T, n), float32; zero where there is no chunk.
     """
     device = q.device
-    q, lanes, slots = (x.to(means.device) for x in (q, lanes, slots))  # the memory may lie elsewhere
+    q, lanes, slots = (x.to(means.device) for x in (q, lanes, slots))  # the bank may be on another device
     rows = _first_rows(means, lanes, slots)
     products = row_products(q.float().reshape(-1, q.size(-1)), means.view(-1, means.size(-1)), rows.flatten(0, 2))
     return products.view(slots.shape).masked_fill(slots < 0, 0.0).to(device)
 
 
 def chunk_masses(q: Tensor, keys: Tensor, lanes: Tensor, slots: Tensor, scaling: float) -> Tensor:
-    """How the attention of each query to the memory divides among the chunks that it reads, float32.
+    """Return how the attention of each query to the memory divides among the chunks that it reads.
 
     Args:
-        q, lanes, slots: as for :func:`chunk_scores`.
-        keys: of the bank, shape (L, H, N, C, d).
-        scaling: of the scores, 1 / sqrt(d).
+        q: Queries, shape (B, H, T, d), any floating dtype.
+        keys: Keys of the bank, shape (L, H, N, C, d).
+        lanes: Lane of the bank for each row of the batch, shape (B,), int64.
+        slots: Slots of chunks, shape (B, H, T, n), int64; -1 for none.
+        scaling: Factor of the scores, 1 / sqrt(d).
 
     Returns:
-        Shape (B, H, T, n): the softmax over all tokens read, summed over each chunk's. So a query's sum to 1, or to 0
-        where it reads nothing.
+        Masses, shape (B, H, T, n), float32: the softmax over all tokens that a query reads, summed over the tokens of
+        each chunk. A query's masses sum to 1, or to 0 where it reads nothing.
     """
     C, d = keys.shape[-2:]
     device = q.device
@@ -52,7 +54,7 @@ def chunk_masses(q: Tensor, keys: Tensor, lanes: Tensor, slots: Tensor, scaling:
 
 
 def _first_rows(table: Tensor, lanes: Tensor, slots: Tensor) -> Tensor:
-    """Where slots lie in a table (L, H, N, ...) whose first three dimensions are one, shape (B, H, T, n)."""
+    """Return the rows of slots in a table (L * H * N, ...) made of (L, H, N, ...), shape (B, H, T, n)."""
     H, N = table.shape[1:3]
     heads = torch.arange(H, device=slots.device)
     return (lanes[:, None] * H + heads)[:, :, None, None] * N + slots.clamp(min=0)

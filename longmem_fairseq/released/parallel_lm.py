@@ -1,7 +1,8 @@
 """A language model whose layers have attention and MLP side by side: the backbone of the released LongMem.
 
-ALiBi, one LayerNorm a layer, biases in the MLP and in the output projection only, which is not tied to the embedding.
-Trainable by ``fairseq-train``; the released backbone's checkpoint is one of its architectures.
+It has ALiBi, one LayerNorm a layer, biases in the MLP and in the output projection only, and an output projection that
+is not tied to the embedding. ``fairseq-train`` trains it, and the released backbone's checkpoint is one of its
+architectures.
 """
 
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class ParallelDecoder(TransformerDecoder):
         nn.init.zeros_(self.output_projection.bias)
 
     def upgrade_state_dict_named(self, state_dict, name):
-        """Take the weights of a released backbone by their names there."""
+        """Rename the weights of a released backbone, which has other names."""
         released_checkpoint.rename_backbone(state_dict, name + ".")
         return super().upgrade_state_dict_named(state_dict, name)
 
@@ -51,15 +52,21 @@ class ParallelLanguageModel(TransformerLanguageModel):
 
     @classmethod
     def build_model(cls, args, task):
-        """Build the model from its configuration, its own or that of a released backbone.
+        """Build the model from its own configuration or that of a released backbone.
+
+        Args:
+            args: Configuration of the model.
+            task: fairseq task with the dictionary.
 
         Raises:
-            ValueError: for settings that this model does not have.
+            ValueError: The configuration has settings that this model does not support.
         """
         _translate(args)
         for option in ("adaptive_input", "adaptive_softmax_cutoff", "character_embeddings", "layernorm_embedding"):
             if safe_getattr(args, option, None):
-                raise ValueError(f"parallel_lm has no --{option.replace('_', '-')}: use --arch transformer_lm for it")
+                raise ValueError(
+                    f"parallel_lm does not support --{option.replace('_', '-')}: use --arch transformer_lm"
+                )
         if safe_getattr(args, "max_target_positions", None) is None:
             args.max_target_positions = args.tokens_per_sample
         embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_embed_dim)
@@ -67,7 +74,7 @@ class ParallelLanguageModel(TransformerLanguageModel):
 
 
 def _translate(args) -> None:
-    """Bring the settings of a released backbone under their names here, and set what this model does not vary."""
+    """Translate the settings of a released backbone, and set what this model does not vary."""
     for name, value in released_checkpoint.backbone_settings(args).items():
         setattr(args, name, value)
     args.no_token_positional_embeddings = args.no_scale_embedding = True
@@ -95,7 +102,7 @@ def parallel_lm_tiny(args):
 @register_model_architecture("parallel_lm", "parallel_lm_small")
 @register_model_architecture("parallel_lm", "newgpt-small")
 def parallel_lm_small(args):
-    """12 layers of width 768, 12 heads: GPT-2 small's size; under its released name too."""
+    """12 layers of width 768, 12 heads: GPT-2 small's size; also under its released name."""
     _architecture(args, 12, 768, 12)
 
 
@@ -108,7 +115,7 @@ def newgpt_mini(args):
 @register_model_architecture("parallel_lm", "parallel_lm_medium")
 @register_model_architecture("parallel_lm", "newgpt-medium")
 def parallel_lm_medium(args):
-    """24 layers of width 1024, 16 heads: GPT-2 medium's size, that of the released backbone; by its name there too."""
+    """24 layers of width 1024, 16 heads: GPT-2 medium's size, that of the released backbone."""
     _architecture(args, 24, 1024, 16)
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints of the released LongMem: reading them safely, and their settings and weights under the names used here.
+"""Checkpoints of the released LongMem: reading them safely, and translating their settings and names of weights.
 
-The format is described by what its files hold. A backbone has ``decoder.model.transformer.*`` and
+A backbone has ``decoder.model.transformer.*`` and
 ``decoder.model.lm_head.*``; a side network ``decoder.layers.*``, ``decoder.layer_norm.*``, the gate
 ``decoder.layers.<s>.self_attn.memory_bias`` and, below ``decoder.pretrained_model.``, a copy of its whole backbone.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..safe_load import load_safely, settings
 
 COPY = "decoder.pretrained_model."  # the backbone inside a side network's checkpoint
-# Of the released side network, what differs from its backbone (see LongMemConfig for their meaning).
+# Settings in which the released side network differs from its backbone (see LongMemConfig).
 SIDE_NETWORK = {"side_activation_fn": "gelu", "side_layer_norm_eps": 1e-5, "normalize_last_hidden": True}
 _BACKBONE_EPS = 1e-6
 _KEPT = (
@@ -33,18 +33,21 @@ _KEPT = (
 
 
 def read_checkpoint(path: str) -> Tuple[Namespace, Dict[str, Tensor]]:
-    """Settings and weights of a checkpoint, by the names that they have in the file.
+    """Read the settings and weights of a checkpoint, under the names in the file.
+
+    Args:
+        path: Path of the checkpoint.
 
     Raises:
-        FileNotFoundError: where the file does not exist.
-        ValueError: where it is no checkpoint, or holds anything but tensors and plain data.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a checkpoint, or holds anything but tensors and plain data.
     """
     try:
         state = load_safely(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict) or not state.get("cfg"):
-        raise ValueError(f"{path} is no checkpoint of the released LongMem: it lacks model or cfg")
+        raise ValueError(f"{path} is not a checkpoint of the released LongMem: it lacks model or cfg")
     return settings(state), dict(state["model"])
 
 
@@ -53,9 +56,14 @@ def is_released_side_network(weights: MutableMapping[str, Tensor]) -> bool:
 
 
 def released_backbone(cfg: Any, weights: Dict[str, Tensor]) -> Optional[Tuple[Namespace, Dict[str, Tensor]]]:
-    """Settings and weights (below ``decoder.``) of a released backbone, or of its copy in a side network's file.
+    """Return settings and weights of a released backbone, or of its copy in a side network's file.
 
-    None where the file is not of the released format.
+    Args:
+        cfg: Settings in the checkpoint.
+        weights: Tensors of the checkpoint by name.
+
+    Returns:
+        Settings of a ``parallel_lm`` and its weights, ``decoder.*``; None where the file is not of this format.
     """
     if any(key.startswith(COPY) for key in weights):
         weights = {key[len(COPY) :]: x for key, x in weights.items() if key.startswith(COPY)}
@@ -70,10 +78,16 @@ def released_backbone(cfg: Any, weights: Dict[str, Tensor]) -> Optional[Tuple[Na
 
 
 def backbone_settings(cfg: Any) -> Dict[str, Any]:
-    """Settings of a released backbone as ``parallel_lm`` has them; empty where ``cfg`` is not of one.
+    """Translate the settings of a released backbone to those of ``parallel_lm``.
+
+    Args:
+        cfg: Settings in the checkpoint.
+
+    Returns:
+        The settings; empty where ``cfg`` does not describe a released backbone.
 
     Raises:
-        ValueError: where its positions are not ALiBi's.
+        ValueError: Its positions are not ALiBi's.
     """
     mode = safe_getattr(cfg, "newgpt_mode", None)
     if mode is None:
@@ -96,15 +110,18 @@ def _backbone(layers: int, width: int, ffn: int, heads: int) -> Dict[str, Any]:
 
 
 def is_released_side_settings(cfg: Any) -> bool:
-    """Whether these are the settings of a released side network: those name sizes, which here the backbone decides."""
+    """Return whether these are settings of a released side network, which contain sizes of layers."""
     return safe_getattr(cfg, "decoder_layers", None) is not None
 
 
 def side_network_settings(cfg: Any) -> Dict[str, Any]:
-    """Settings of a released side network as ``longmem_lm`` has them, without those of its backbone.
+    """Translate the settings of a released side network to those of ``longmem_lm``, without those of its backbone.
+
+    Args:
+        cfg: Settings in the checkpoint.
 
     Raises:
-        ValueError: where the side network is none that this model can express.
+        ValueError: The side network has layers that ``longmem_lm`` cannot express.
     """
     if not safe_getattr(cfg, "decoder_normalize_before", True) or safe_getattr(cfg, "no_decoder_final_norm", False):
         raise ValueError("a released side network without pre-norm layers and final LayerNorm is not supported")
@@ -114,7 +131,7 @@ def side_network_settings(cfg: Any) -> Dict[str, Any]:
 
 
 def copied_backbone_settings(cfg: Any) -> Dict[str, Any]:
-    """Settings of the backbone that a released side network was trained on, as ``parallel_lm`` has them."""
+    """Return the settings of ``parallel_lm`` for the backbone that a released side network was trained on."""
     return _backbone(
         cfg.decoder_layers * cfg.layer_reduction_factor,
         cfg.decoder_embed_dim,
@@ -135,21 +152,31 @@ _BACKBONE_NAMES = (
 
 
 def rename_backbone(weights: MutableMapping[str, Tensor], prefix: str) -> None:
-    """Give the weights of a released backbone, below ``prefix``, their names in ``parallel_lm``; others stay."""
-    found = False
+    """Give the weights of a released backbone their names in ``parallel_lm``, in place; others stay.
+
+    Args:
+        weights: Tensors by name.
+        prefix: Prefix of the backbone's names.
+    """
+    any_renamed = False
     for key in [key for key in weights if key.startswith(prefix + "model.")]:
         for pattern, name in _BACKBONE_NAMES:
             renamed, matched = re.subn("^" + re.escape(prefix) + pattern, prefix + name, key)
             if matched:
                 weights[renamed] = weights.pop(key)
-                found = True
+                any_renamed = True
                 break
-    if found:
+    if any_renamed:
         weights[prefix + "version"] = torch.tensor([3.0])
 
 
 def rename_side_network(weights: MutableMapping[str, Tensor], backbone_prefix: str) -> None:
-    """Give the weights of a released side network, and of its backbone's copy, their names in ``longmem_lm``."""
+    """Give the weights of a released side network and of its backbone's copy their names in ``longmem_lm``, in place.
+
+    Args:
+        weights: Tensors by name.
+        backbone_prefix: Prefix that the names of the backbone's weights get.
+    """
     # Copies of the backbone's own tensors, and the version of fairseq's decoder.
     for name in ("embed_tokens.weight", "output_projection.weight", "output_projection.bias", "version"):
         weights.pop("decoder." + name, None)

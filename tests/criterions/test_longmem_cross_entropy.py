@@ -71,14 +71,14 @@ def test_loss_and_gradients_are_fairseqs(model, sentence_avg, training):
     for kind in (criterion(0, sentence_avg), CrossEntropyCriterion(task_of(VOCABULARY), sentence_avg)):
         model.train(training)
         model.decoder.reset_memory()
-        found = []
+        outputs = []
         for sample in samples():
             model.zero_grad()
             loss, size, logged = kind(model, sample)
             loss.backward()
             gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-            found.append([loss.detach(), torch.tensor(size), logged, gradients])
-        results.append(found)
+            outputs.append([loss.detach(), torch.tensor(size), logged, gradients])
+        results.append(outputs)
     for (loss, size, logged, gradients), (loss_, size_, logged_, gradients_) in zip(*results):
         torch.testing.assert_close(loss, loss_)
         assert size == size_
@@ -248,13 +248,13 @@ def test_distance_is_the_mean_over_all_that_is_read(tmp_path):
     ranks = logs(model, criterion())
     for sample, log in zip(samples(), ranks):
         segments = sample["net_input"]["segments"]
-        found = []
+        distances = []
         for start, length in zip(segments.starts, segments.lengths):
             chunks = range(start // C)[-N:]
-            found += [start + t - (c * C + (C - 1) / 2) for t in range(length) for c in chunks] * H
-        assert float(log["memory_reads"]) == len(found)
-        assert float(log["memory_distance"]) == pytest.approx(sum(found))
-        total, reads = total + sum(found), reads + len(found)
+            distances += [start + t - (c * C + (C - 1) / 2) for t in range(length) for c in chunks] * H
+        assert float(log["memory_reads"]) == len(distances)
+        assert float(log["memory_distance"]) == pytest.approx(sum(distances))
+        total, reads = total + sum(distances), reads + len(distances)
     assert reduced(ranks)["mem_dist"] == round(total / reads)
 
 
@@ -293,7 +293,7 @@ def test_works_through_a_wrapper_of_distributed_training(model):
 def test_registered_under_its_name():
     assert CRITERION_REGISTRY["longmem_cross_entropy"] is LongMemCrossEntropyCriterion
     cfg = OmegaConf.structured(LongMemCrossEntropyConfig(without_memory_interval=7, sentence_avg=True))
-    cfg._name = "longmem_cross_entropy"
+    cfg["_name"] = "longmem_cross_entropy"
     built = build_criterion(cfg, task_of(VOCABULARY))
     assert built.without_memory_interval == 7 and built.sentence_avg is True
 

@@ -85,9 +85,9 @@ def test_all_ranks_together_read_the_corpus(documents, ranks, update_freq):
         epoch = iterator(documents, rank, ranks).next_epoch_itr()
         batches = [batch for group in GroupedIterator(epoch, update_freq) for batch in group]
         steps.add(len(batches))
-        found = tokens_of(batches)
-        assert not set(found) & set(read)
-        read.update(found)
+        tokens = tokens_of(batches)
+        assert not set(tokens) & set(read)
+        read.update(tokens)
     assert len(steps) == 1, "every rank must take part in every update"
     assert read == {i: documents.read(i, 0, n).tolist() for i, n in enumerate(LENGTHS)}
 

@@ -21,7 +21,7 @@ def books():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, text):
     directory = tmp_path_factory.mktemp("books")
-    (directory / "long.txt").write_text(text * 6)
+    (directory / "long.txt").write_text(text * 3)  # 2,048 to 4,096 tokens
     (directory / "short.txt").write_text(text[300:1500])
     return directory
 

@@ -14,7 +14,7 @@ from longmem_fairseq.evaluation.scoring.systems import BACKBONE, OFF, ON
 from longmem_fairseq.evaluation.scoring.window import Continuation
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.memory.cache import CacheSettings, distribution
-from tests.evaluation.conftest import T
+from tests.evaluation.conftest import SHIPPED, T
 from tests.fairseq_runs import TASK, make_dictionary, run, write_split
 from tests.repository import ROOT
 
@@ -212,6 +212,18 @@ def test_a_backbone_alone(files):
     (scores,) = scorer.window(state, tokens_of(5, 1), room=4).score([tokens_of(4, 2)])
     assert list(scores) == scorer.systems and len(state.cache) == 64
     assert scorer.describe()["backbone"] == "transformer_lm" and "k" not in scorer.describe()
+
+
+def test_a_model_directory(text):
+    """The shipped model, against the Python API."""
+    scorer = Scorer.load(str(SHIPPED), device="cpu", memory_size=512)
+    model = LongMem.from_pretrained(str(SHIPPED), device="cpu", memory_size=512)
+    scores = DocumentStream(scorer, [512]).read(model.encode(text))
+    for system, loaded in (("memory 512", model), (OFF, model.without_memory())):
+        close(scores[system], loaded.score(text).log_probabilities)
+    assert (scores["memory 512"] - scores[OFF]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="holds its own backbone: leave out --backbone"):
+        Scorer.load(str(SHIPPED), device="cpu", backbone="x")
 
 
 def test_a_released_model(tmp_path):

@@ -92,9 +92,11 @@ def throughput(name, mode="eval", **row):
 def test_targets():
     """Each figure is compared with its upper or lower limit; parts without figures have no targets."""
     parts = [
-        throughput("throughput-eval-8"), throughput("throughput-train-8", "train", ratio_to_off=0.8, roofline_ms=0.5),
-        {"part": "throughput-eval-1", "result": None}, {"part": "tests", "result": None},
-    ]  # fmt: skip
+        throughput("throughput-eval-8"),
+        throughput("throughput-train-8", "train", ratio_to_off=0.8, roofline_ms=0.5),
+        {"part": "throughput-eval-1", "result": None},
+        {"part": "tests", "result": None},
+    ]
     rows = {(row["part"], row["target"]): (row["found"], row["limit"], row["met"]) for row in gpu_report.targets(parts)}
     assert rows == {
         ("throughput-eval-8", "65k of memory: speed of memory off"): (0.95, "at least 0.9", True),

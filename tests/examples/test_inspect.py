@@ -117,8 +117,10 @@ def test_in_a_browser(gpt2, trace):
         shown.mouse("document.getElementById('next')")
         assert f"token {30 + chosen}\n" in panel(), "the first jump is to what the memory helped most"
         for option in ("gain", "0"):
-            shown.run(f"(() => {{ const s = document.getElementById('colour'); s.value = '{option}'; "
-                      "s.dispatchEvent(new Event('change')); })()")  # fmt: skip
+            shown.run(
+                f"(() => {{ const s = document.getElementById('colour'); s.value = '{option}'; "
+                "s.dispatchEvent(new Event('change')); })()"
+            )
             other = shown.run("[...document.querySelectorAll('#text span')].map(e => e.style.backgroundColor)")
             assert other != colours
             colours = other

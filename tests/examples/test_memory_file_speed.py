@@ -20,9 +20,12 @@ def test_memory_file(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options, sentence",
-    [("--tokens 0", "--tokens 0 is less than 1"), ("--tokens 3", "less than one chunk of 4"),
-     ("--directory no/such", "--directory no/such does not exist")],
-)  # fmt: skip
+    [
+        ("--tokens 0", "--tokens 0 is less than 1"),
+        ("--tokens 3", "less than one chunk of 4"),
+        ("--directory no/such", "--directory no/such does not exist"),
+    ],
+)
 def test_refusals(options, sentence):
     with pytest.raises(SystemExit, match=sentence):
         memory_file_speed.parse(options.split())

@@ -38,9 +38,14 @@ def test_the_table_of_the_documentation(table, name):
 def test_parameters_of_the_released_model():
     """Count the parameters of LongMem-558M, built with this project's settings for it."""
     config = dict(
-        _name="parallel_lm", decoder_layers=24, decoder_embed_dim=1024, decoder_ffn_embed_dim=4096,
-        decoder_attention_heads=16, decoder_normalize_before=True, activation_fn="gelu_accurate",
-    )  # fmt: skip
+        _name="parallel_lm",
+        decoder_layers=24,
+        decoder_embed_dim=1024,
+        decoder_ffn_embed_dim=4096,
+        decoder_attention_heads=16,
+        decoder_normalize_before=True,
+        activation_fn="gelu_accurate",
+    )
     dictionary = make_dictionary(51200 - 4)
     description = json.dumps(describe_backbone(argparse.Namespace(**config), len(dictionary)))
     cfg = argparse.Namespace(
@@ -59,9 +64,14 @@ def test_activations_that_training_keeps(tmp_path):
     """Count what the side layers save for the backward pass and compare it with the formula."""
     T, D, F, layers = 64, 48, 192, 12
     backbone = dict(
-        decoder_layers=layers, decoder_embed_dim=D, decoder_input_dim=D, decoder_output_dim=D, decoder_ffn_embed_dim=F,
-        activation_fn="gelu_accurate", max_target_positions=T,
-    )  # fmt: skip
+        decoder_layers=layers,
+        decoder_embed_dim=D,
+        decoder_input_dim=D,
+        decoder_output_dim=D,
+        decoder_ffn_embed_dim=F,
+        activation_fn="gelu_accurate",
+        max_target_positions=T,
+    )
     model = longmem(tmp_path, backbone=backbone, memory_size=4 * T, k=4, chunk_size=4, tokens_per_sample=T).train()
     *before, (tokens, segments) = batches(documents([3 * T]), T)
     for earlier, places in before:

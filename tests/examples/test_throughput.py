@@ -34,9 +34,9 @@ def test_throughput(tmp_path):
 @pytest.mark.parametrize("mode", ["eval", "train", "generate"])
 def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
     """The small memory is searched exactly, the large one by the index, in a file."""
-    indexed = "--memory-sizes 0 64 4096 --memory-index IVF32,Flat:nprobe=4 --gbps 10"
-    arguments = [*TINY.split(), *indexed.split(), "--keys", str(keys), "--memory-map", str(tmp_path), "--mode", mode,
-                 "--tflops", "1", "--dtype", "bf16", "--batch", "2"]  # fmt: skip
+    indexed = "--memory-sizes 0 64 4096 --memory-index IVF32,Flat:nprobe=4 --tflops 1 --gbps 10 --dtype bf16 --batch 2"
+    paths = ["--keys", str(keys), "--memory-map", str(tmp_path)]
+    arguments = [*TINY.split(), *indexed.split(), *paths, "--mode", mode]
     options = throughput.parse(arguments)
     speed = throughput.machine_speed(options)
     real, decoder = throughput.load_real_keys(options), throughput.build_decoder(options)

@@ -85,7 +85,9 @@ def test_activation_checkpointing_changes_no_gradient():
     "option, value", [("adaptive_input", True), ("adaptive_softmax_cutoff", "10,20"), ("character_embeddings", True)]
 )
 def test_what_alibi_rules_out_is_refused(option, value):
-    with pytest.raises(ValueError, match=f"alibi_lm has no --{option.replace('_', '-')}: use --arch transformer_lm"):
+    with pytest.raises(
+        ValueError, match=f"alibi_lm does not support --{option.replace('_', '-')}: use --arch transformer_lm"
+    ):
         stock_model("alibi_lm", **{option: value})
 
 

@@ -147,7 +147,7 @@ def test_half_precision_caches_keep_their_type(tmp_path):
     (doc,) = documents([3 * T])
     state = prefill(model.decoder, [doc], T)
     decode(model, state, doc[None])
-    caches = [m._get_input_buffer(state)["prev_key"] for m in model.modules() if isinstance(m, SelfAttention)]
+    caches = [m.cache(state)["prev_key"] for m in model.modules() if isinstance(m, SelfAttention)]
     assert {cache.dtype for cache in caches} == {torch.bfloat16}
 
 

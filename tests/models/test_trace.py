@@ -113,7 +113,7 @@ def test_a_part_is_what_it_is_in_the_whole(model, begin, length):
 
 def test_what_cannot_be_traced(model):
     for options, sentence in (
-        (dict(begin=45), "tokens 0 to 44: none of them between 45 and 45"),
+        (dict(begin=45), "tokens 0 to 44, none of them between 45 and 45"),
         (dict(begin=-1), "none of them between -1"),
         (dict(length=0), "none of them between 0 and 0"),
         (dict(kept=0), "keeping 0 reads of each token shows nothing"),

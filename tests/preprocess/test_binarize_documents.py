@@ -264,7 +264,7 @@ def test_data_is_only_replaced_with_overwrite(inputs, model_file, tmp_path, capl
     assert not (made / "valid.bin").exists() and not (made / ".partial").exists()  # nothing of the old set remains
     verify(made, "train", full=True)
     (made / "train.bin").write_bytes(before)
-    with pytest.raises(SystemExit, match="its manifest says .* truncated or was replaced .*--overwrite"):
+    with pytest.raises(SystemExit, match="its manifest says .* truncated or was replaced; --overwrite"):
         main([*train, "--tokenizer", str(model_file)])
 
 

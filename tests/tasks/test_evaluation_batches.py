@@ -52,16 +52,16 @@ def same_documents(a, b):
 
 
 def test_documents(reference, options, tmp_path):
-    output, found = reference
-    assert [row["tokens"] for row in found.values()] == VALID_LENGTHS
+    output, rows = reference
+    assert [row["tokens"] for row in rows.values()] == VALID_LENGTHS
     tokens, loss = reported(output)
     assert tokens == TOKENS
-    total = sum(row["tokens"] * math.log2(row["perplexity"]) for row in found.values())
+    total = sum(row["tokens"] * math.log2(row["perplexity"]) for row in rows.values())
     assert loss == pytest.approx(total / TOKENS, abs=1e-4)
-    # the one of a single token has no past; some of the others must gain or lose by theirs
-    single = found["valid:2"]
+    # A document of a single token has no past; some of the others must gain or lose by reading it.
+    single = rows["valid:2"]
     assert single["perplexity"] == pytest.approx(single["perplexity_without_memory"])
-    assert found["valid:3"]["perplexity"] != pytest.approx(found["valid:3"]["perplexity_without_memory"], rel=1e-6)
+    assert rows["valid:3"]["perplexity"] != pytest.approx(rows["valid:3"]["perplexity_without_memory"], rel=1e-6)
 
 
 def test_order_lanes_and_workers_do_not_matter(reference, options, tmp_path):

@@ -37,11 +37,11 @@ def generate(models, prompts, task=None, batch=None, **options):
     models = models if isinstance(models, list) else [models]
     generator = task.build_generator(models, SimpleNamespace(**{"beam": 1, "max_len_b": 20, **options}))
     dataset = task.build_dataset_for_inference(prompts, [len(prompt) for prompt in prompts])
-    found = {}
+    results = {}
     for sample in task.get_batch_iterator(dataset, max_sentences=batch or len(prompts)).next_epoch_itr(shuffle=False):
         for index, hypotheses in zip(sample["id"].tolist(), task.inference_step(generator, models, sample)):
-            found[index] = hypotheses
-    return [found[i] for i in range(len(prompts))]
+            results[index] = hypotheses
+    return [results[i] for i in range(len(prompts))]
 
 
 def tokens_of(hypotheses):
@@ -129,13 +129,13 @@ def test_no_ngram_is_repeated(model):
 def test_samples_follow_the_seed(model):
     def sample(seed, **options):
         torch.manual_seed(seed)
-        return [tokens_of(found) for found in generate(model, PROMPTS, beam=3, sampling=True, **options)]
+        return [tokens_of(results) for results in generate(model, PROMPTS, beam=3, sampling=True, **options)]
 
     assert sample(1) == sample(1) != sample(2)
     assert sample(1, sampling_topk=5) != sample(1, sampling_topp=0.5)
-    best = [tokens_of(found)[0][0] for found in generate(model, PROMPTS)]
+    best = [tokens_of(results)[0][0] for results in generate(model, PROMPTS)]
     nucleus = sample(3, sampling_topk=1)
-    assert [found[0][0] for found in nucleus] == best
+    assert [results[0][0] for results in nucleus] == best
 
 
 def test_an_empty_prompt_starts_a_document(model):
@@ -145,7 +145,7 @@ def test_an_empty_prompt_starts_a_document(model):
 
 def test_an_ensemble_of_equals_is_one(model):
     one, two = (generate(models, PROMPTS, beam=3) for models in (model, [model, model]))
-    assert [tokens_of(found) for found in one] == [tokens_of(found) for found in two]
+    assert [tokens_of(results) for results in one] == [tokens_of(results) for results in two]
 
 
 def test_a_stock_model_is_continued_by_the_stock_generator():
@@ -168,13 +168,13 @@ def test_a_stock_model_is_continued_by_the_stock_generator():
 def test_turns_are_remembered(model):
     task = make_task(memorize_turns=True)
     first, second = PROMPTS[3], PROMPTS[4]
-    found = generate(model, [first, second, second], task, batch=1)
+    results = generate(model, [first, second, second], task, batch=1)
     document_memory = task.session.generator.document_memories[0]
-    answers = [hypotheses[0]["tokens"][:-1] for hypotheses in found]
+    answers = [hypotheses[0]["tokens"][:-1] for hypotheses in results]
     assert [document.name for document in document_memory.documents][-1] == "turn 3"
     assert document_memory.end == sum(len(p) + len(a) + 1 for p, a in zip([first, second, second], answers))
     alone = generate(model, [second])[0][0]
-    past = found[1][0]
+    past = results[1][0]
     n = min(len(alone["tokens"]), len(past["tokens"]))
     assert (alone["positional_scores"][:n] - past["positional_scores"][:n]).abs().max() > 1e-3
     with pytest.raises(ValueError, match="not 3 at once: set --batch-size 1"):

@@ -57,14 +57,14 @@ def with_book(tiny_data, tiny_longmem, prompt_files):
 def test_answers_over_three_windows(with_book, tiny_data, tiny_longmem, prompt_files):
     """Each has its length in new tokens, and every token the probability that the model gives it there."""
     assert "memorized book.txt: 200 tokens" in with_book and "memorized letter.txt: 9 tokens" in with_book
-    found = hypotheses_of(with_book)
-    assert [index for index, _, _ in found] == ["0", "0", "1", "1", "2", "2"]
+    hypotheses = hypotheses_of(with_book)
+    assert [index for index, _, _ in hypotheses] == ["0", "0", "1", "1", "2", "2"]
     printed = re.findall(r"^P-\d+\t(.*)$", with_book, re.MULTILINE)
     model = LongMem.from_pretrained(str(tiny_longmem.checkpoint), data=str(tiny_data), device="cpu")
     for name in ("book.txt", "letter.txt"):
         model.memorize((prompt_files / name).read_text(), name)
     eos = torch.tensor([model.task.dictionary.eos()])
-    for (index, score, text), scores in zip(found, printed):
+    for (index, score, text), scores in zip(hypotheses, printed):
         answer = torch.cat([model.encode(text), eos])
         assert len(answer) == LONG + 1
         inputs = torch.cat([eos, model.encode(words(range(PROMPTS[int(index)]))), answer[:-1]])
@@ -73,8 +73,8 @@ def test_answers_over_three_windows(with_book, tiny_data, tiny_longmem, prompt_f
         with torch.no_grad():
             logits = [model.model.decoder(token.view(1, 1), incremental_state=state)[0][0] for token in inputs[begin:]]
         expected = torch.cat(logits).log_softmax(-1).gather(1, answer[:, None])[:, 0] / math.log(2)
-        said = torch.tensor([float(x) for x in scores.split()])
-        torch.testing.assert_close(said, expected, atol=2e-4, rtol=1e-4)
+        reported = torch.tensor([float(x) for x in scores.split()])
+        torch.testing.assert_close(reported, expected, atol=2e-4, rtol=1e-4)
         assert float(score) == pytest.approx(float(expected.mean()), abs=2e-4)
 
 
@@ -97,12 +97,12 @@ def test_prompts_by_pipe_and_turns(tiny_data, tiny_longmem, prompt_files):
         stdin=open(prompt_files / "prompts.txt"),
     )  # fmt: skip
     output = finish(process)
-    found = hypotheses_of(output)
-    assert [index for index, _, _ in found] == ["0", "1", "2"]
+    hypotheses = hypotheses_of(output)
+    assert [index for index, _, _ in hypotheses] == ["0", "1", "2"]
     assert output.count("saved ") == 3, "after every turn"
     with safe_open(prompt_files / "turns.memory", framework="pt") as file:
         documents = json.loads(file.metadata()["documents"])
-    turns = [n + len(text.split()) + 1 for n, (_, _, text) in zip(PROMPTS, found)]  # with an end-of-sentence each
+    turns = [n + len(text.split()) + 1 for n, (_, _, text) in zip(PROMPTS, hypotheses)]  # with an end-of-sentence each
     # The memory of 64 tokens has all of the last turn, and the end of the one before.
     assert [name for name, _, _ in documents] == ["turn 1", "turn 2", "turn 3"][-len(documents) :]
     assert documents[-1][2] - documents[-1][1] == turns[2] and documents[-1][2] >= 64 - 3
@@ -172,14 +172,14 @@ def test_tokenizers(tmp_path):
     outputs = {gpt2: finish(process), spm: finish(other)}
     for (directory, output), n_best in zip(outputs.items(), (4, 2)):
         assert re.search(r"memorized (-|story): [\d,]+ tokens", output)
-        found = hypotheses_of(output)
-        assert len(found) == 3 * n_best
+        hypotheses = hypotheses_of(output)
+        assert len(hypotheses) == 3 * n_best
         lines = one_line(LongMem.from_pretrained(str(directory), device="cpu").bpe)
         sources = re.findall(r"^S-\d\t(.*)$", output, re.MULTILINE)
         assert [lines.decode(source) for source in sources] == [STORY.strip().replace("\n", "<0x0A>"), "else:", "x"]
         answers = re.findall(r"^D-(\d)\t\S+\t(.*)$", output, re.MULTILINE)
-        assert answers == [(index, lines.decode(text)) for index, _, text in found]
+        assert answers == [(index, lines.decode(text)) for index, _, text in hypotheses]
     for _, _, text in hypotheses_of(outputs[gpt2]):
         symbols = text.split()
-        assert len(symbols) == 30 and len(set(zip(symbols, symbols[1:]))) == 29, "no pair is said twice"
+        assert len(symbols) == 30 and len(set(zip(symbols, symbols[1:]))) == 29, "no pair is generated twice"
     assert all(len(text.split()) <= 9 for _, _, text in hypotheses_of(outputs[spm]))

@@ -40,14 +40,14 @@ def logits_of_documents(model, documents, lanes, ranks=1):
     """Logits (tokens, V) of each document, with the memory on, in evaluation."""
     model.eval()
     dataset = LaneDataset(Documents(documents), lanes, ranks, T, EOS, seed=1)
-    found = {}
+    collected = {}
     for rank in range(ranks):
         for sample in filter(None, LaneIterator(dataset, rank).next_epoch_itr()):
             with torch.no_grad():
                 logits = model(**sample["net_input"])[0]
             for row, (piece,) in enumerate(sample["pieces"]):
-                found.setdefault(piece.document, []).append(logits[row, : piece.stop - piece.start])
-    return {document: torch.cat(parts) for document, parts in found.items()}
+                collected.setdefault(piece.document, []).append(logits[row, : piece.stop - piece.start])
+    return {document: torch.cat(parts) for document, parts in collected.items()}
 
 
 @settings(max_examples=15)
@@ -111,7 +111,7 @@ def test_only_training_changes_the_training_memory(loaded, data):
 
 
 def test_batches_that_run_out_of_memory_leave_the_others_as_they_were(loaded):
-    """fairseq leaves such a batch out and goes on. Whether it fails before its keys are known or after, the next one
+    """fairseq leaves such a batch out and continues. Whether it fails before its keys are known or after, the next one
     finds them: by replay in the first case."""
     model, task = loaded.model, loaded.task
     if not task.datasets:

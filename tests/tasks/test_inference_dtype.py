@@ -50,7 +50,7 @@ def test_commands_and_python_agree_and_are_close_to_float32(models, tiny_data, t
 
     documents = random_documents(VALID_LENGTHS, seed=1)
     exact, half = (losses(models[dtype], documents) for dtype in ("float32", "bfloat16"))
-    total = [sum(x * n for x, n in zip(found, VALID_LENGTHS)) / sum(VALID_LENGTHS) for found in (exact, half)]
+    total = [sum(x * n for x, n in zip(loss, VALID_LENGTHS)) / sum(VALID_LENGTHS) for loss in (exact, half)]
     assert half != exact
     assert math.exp(total[1]) == pytest.approx(math.exp(total[0]), rel=1e-3)
 
@@ -77,14 +77,14 @@ def test_the_memory_has_a_precision_of_its_own(tiny_data, tiny_longmem, memory_d
 @torch.no_grad()
 def test_the_backbone_alone(tiny_data, tiny_backbone):
     """A stock transformer_lm, loaded as the commands do it."""
-    found = []
+    means = []
     for dtype in ("float32", "bfloat16"):
         task = make_task(tiny_data, path=str(tiny_backbone), inference_dtype=dtype)
         (model,), _ = checkpoint_utils.load_model_ensemble([str(tiny_backbone)], task=task)
         assert str(model.decoder.layers[0].fc1.weight.dtype) == f"torch.{dtype}"
         tokens = torch.from_numpy(random_documents([16], seed=1)[0])[None]
-        found.append(model.eval()(tokens)[0].log_softmax(-1).gather(2, tokens[..., None]).mean().item())
-    assert found[0] != found[1] and found[1] == pytest.approx(found[0], rel=1e-3)
+        means.append(model.eval()(tokens)[0].log_softmax(-1).gather(2, tokens[..., None]).mean().item())
+    assert means[0] != means[1] and means[1] == pytest.approx(means[0], rel=1e-3)
 
 
 def test_a_checkpoint_from_before_the_option_that_was_trained_in_half_precision(tiny_data, tiny_longmem, tmp_path):

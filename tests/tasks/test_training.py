@@ -77,7 +77,7 @@ def interrupt(update, act, *options, cwd, **more):
 
 @pytest.fixture(scope="module")
 def killed(tiny_options, tmp_path_factory):
-    """A training that was killed amid its first epoch, after it had saved at least the checkpoint of update 10."""
+    """A training that was killed within its first epoch, after it had saved at least the checkpoint of update 10."""
     directory = tmp_path_factory.mktemp("killed")
     options = [*tiny_options, "--batch-size", 4, "--num-workers", 1, "--save-interval-updates", 5]
     options += ["--keep-interval-updates", 2, "--memory-snapshot", "--save-dir", directory]
@@ -103,7 +103,7 @@ def test_a_killed_training_continues_bit_by_bit(killed, tiny_longmem, tmp_path):
     options = [*options[:-1], run_directory, "--num-workers", 0]
     last.write_bytes(last.read_bytes()[:1000])  # as if it was killed while fairseq copied its newest checkpoint there
 
-    # Continues from the snapshot, and is killed by the kernel amid the bytes of the checkpoint of update 30.
+    # Continues from the snapshot, and is killed by the kernel within the bytes of the checkpoint of update 30.
     (tmp_path / "sitecustomize.py").write_text("import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)")
     limit = between(run_directory)
     ended, first = interrupt(
@@ -170,7 +170,7 @@ def test_damaged_data_is_an_error_and_leaves_the_last_checkpoint(killed, tiny_da
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_other_lanes_cannot_continue_amid_an_epoch(killed, tmp_path):
+def test_other_lanes_cannot_continue_within_an_epoch(killed, tmp_path):
     directory, options = killed
     shutil.copytree(directory, tmp_path / "run")
     options = [*options[:-1], tmp_path / "run"]
@@ -198,12 +198,12 @@ def test_two_ranks_do_what_one_does(ranks, tmp_path):
         assert two_ranks == pytest.approx(one_rank, rel=2e-3, abs=2e-3)
     for split in ("valid", "single"):
         assert figures(ranks.log, split, "loss") == pytest.approx(figures(one, split, "loss"), abs=2e-3)
-    # A bias of the keys has no gradient but what rounding leaves of it, and so no direction.
-    ours, theirs = (
+    # The gradient of a bias of the keys is 0 up to rounding, so its direction is arbitrary.
+    two_ranks, one_rank = (
         {name: x for name, x in weights(path).items() if not name.endswith("k_proj.bias")}
         for path in (ranks.checkpoint, tmp_path / "checkpoint_last.pt")
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(two_ranks, one_rank, rtol=1e-3, atol=1e-3)
 
 
 def test_two_ranks_continue_bit_by_bit(ranks, tmp_path):

@@ -22,6 +22,9 @@ class DocumentStream:
     tokens before the segment, as many as it holds. Where the scorer has cache settings, there is one cache per memory
     size.
 
+    :class:`longmem_fairseq.models.reading.DocumentReader` reads behind one memory, with the same scores; here memories
+    of several sizes, caches and the backbone alone share one encoding.
+
     Args:
         scorer: Scorer whose systems read the document.
         memory_sizes: Sizes of the memories and caches in tokens, above 0.
@@ -44,7 +47,7 @@ class DocumentStream:
                 )
         self.scorer, self.windows = scorer, list(windows)
         self.states: Dict[int, TextState] = {size: self.new_state(size) for size in memory_sizes}
-        self.last = scorer.tokenizer.eos
+        self.text = TextState(scorer.tokenizer.eos)
         self.systems = self._systems()
 
     def new_state(self, size: int) -> TextState:
@@ -74,8 +77,7 @@ class DocumentStream:
         """
         for state in self.states.values():
             self.scorer.memorize(state, tokens)
-        if len(tokens):
-            self.last = int(tokens[-1])
+        self.text.advance(tokens)
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Scores:
@@ -89,8 +91,7 @@ class DocumentStream:
             Log-probabilities (natural) of the tokens by system, shape (length,), float32, on the CPU.
         """
         scorer, tokens = self.scorer, tokens.to(self.scorer.device)
-        inputs = torch.cat([tokens.new_tensor([self.last]), tokens[:-1]])
-        self.last = int(tokens[-1])
+        inputs = self.text.advance(tokens)
         parts: Dict[str, List[Tensor]] = {}
         for window in self.windows:
             for piece, targets in zip(inputs.split(window), tokens.split(window)):
@@ -111,7 +112,7 @@ class DocumentStream:
         scores.update(self.mixed_with_caches(scores, features[BACKBONE][0], targets))
         for state in self.states.values():
             scorer.write(state, encoded, targets)
-            state.last, state.tokens = int(targets[-1]), state.tokens + len(targets)
+            state.advance(targets)
         return scores
 
     def plain_scores(self, features: Dict[str, Tensor], targets: Tensor) -> Scores:

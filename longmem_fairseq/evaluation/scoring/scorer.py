@@ -27,6 +27,7 @@ from ...memory.cache import CacheSettings, NeuralCache
 from ...memory.reader import MemoryReader
 from ...models.longmem_decoder import LongMemDecoder
 from ...models.longmem_lm import LongMemModel
+from ...models.model_directory import is_model_directory
 from ...progress import token_bar
 from ...safe_load import why_unreadable
 from .description import describe
@@ -86,8 +87,8 @@ class Scorer:
         """Load a checkpoint: a ``longmem_lm``, a released LongMem, or any language model that can be a backbone.
 
         Args:
-            path: Path of a checkpoint, or of a directory that contains ``checkpoint_best.pt``, ``checkpoint_last.pt``
-                or ``model.pt``.
+            path: Path of a checkpoint, of a directory that contains ``checkpoint_best.pt``, ``checkpoint_last.pt`` or
+                ``model.pt``, or of a model directory (``config.json`` and safetensors files).
             tokenizer: Path of a directory that contains ``dict.txt`` and ``sentencepiece.model``, or GPT-2's
                 ``encoder.json`` and ``vocab.bpe``; by default the checkpoint's, then the one of its training data.
             device: Device of the model; by default a GPU if there is one.
@@ -100,20 +101,21 @@ class Scorer:
             FileNotFoundError: The checkpoint or the dictionary is missing.
             ValueError: The checkpoint holds another kind of model, or a setting does not fit.
         """
-        checkpoint = find_checkpoint(path)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         settings = {name: value for name, value in settings.items() if value is not None}
+        window = {} if tokens_per_sample is None else {"tokens_per_sample": tokens_per_sample}
+        if is_model_directory(path):
+            if backbone is not None:
+                raise ValueError(f"{path} holds its own backbone: leave out --backbone")
+            return cls._of_longmem(LongMem.from_pretrained(path, tokenizer, device=device, **window, **settings))
+        checkpoint = find_checkpoint(path)
         cfg = _read_configuration(checkpoint)
         directory = find_data(tokenizer, checkpoint, cfg["task"].get("data"))
         name = cfg["model"]["_name"]
         if issubclass(ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name) or object, LongMemModel):
-            named = {"pretrained_model_path": backbone, "tokens_per_sample": tokens_per_sample}
-            settings.update({name: value for name, value in named.items() if value is not None})
-            loaded = LongMem.from_pretrained(checkpoint, data=directory, device=device, **settings)
-            decoder, task = loaded.model.decoder, loaded.task
-            size = task.args.tokens_per_sample
-            memory_size = decoder.memory_factory.settings.size
-            return cls(decoder.backbone, decoder, TextTokenizer(task.dictionary, loaded.bpe), size, memory_size)
+            moved = {} if backbone is None else {"pretrained_model_path": backbone}
+            loaded = LongMem.from_pretrained(checkpoint, directory, device=device, **window, **moved, **settings)
+            return cls._of_longmem(loaded)
         if backbone is not None:
             raise ValueError(f"{checkpoint} is a {name} without another backbone: leave out --backbone")
         unknown = sorted(set(settings) - {"memory_size", "k", "chunk_size"})
@@ -126,6 +128,14 @@ class Scorer:
             raise ValueError(f"{checkpoint} does not tell the window it was trained with: give --tokens-per-sample")
         memory_size = settings.get("memory_size", CACHE_SIZE)
         return cls(model, None, TextTokenizer.load(directory, dictionary), size, memory_size)
+
+    @classmethod
+    def _of_longmem(cls, model: LongMem) -> "Scorer":
+        decoder, task = model.model.decoder, model.task
+        tokenizer = TextTokenizer(task.dictionary, model.bpe)
+        return cls(
+            decoder.backbone, decoder, tokenizer, task.args.tokens_per_sample, decoder.memory_factory.settings.size
+        )
 
     @property
     def device(self) -> torch.device:
@@ -178,13 +188,9 @@ class Scorer:
             state: State to advance.
             tokens: Token ids of the text, shape (length,), int64.
         """
-        tokens = tokens.to(self.device)
-        if not len(tokens):
-            return
-        inputs = torch.cat([tokens.new_tensor([state.last]), tokens[:-1]])
-        begin = state.tokens
-        state.last, state.tokens = int(tokens[-1]), begin + len(tokens)
-        if state.bank is None and state.cache is None:
+        begin, tokens = state.tokens, tokens.to(self.device)
+        inputs = state.advance(tokens)
+        if not len(tokens) or (state.bank is None and state.cache is None):
             return
         skipped = self._skip(state, begin, len(tokens))
         inputs, tokens = inputs[skipped:], tokens[skipped:]
@@ -212,7 +218,7 @@ class Scorer:
         """Write consecutive encoded segments into a state's memory and cache.
 
         Args:
-            state: State to write into; its ``last`` and ``tokens`` are left to the caller.
+            state: State to write into; :meth:`.TextState.advance` is left to the caller.
             encoded: Encoded segments, one a row, in the order of the text.
             followers: Token ids that followed the inputs, shape (B T,), int64.
         """

@@ -1,8 +1,11 @@
-"""Where the reading of a text stands: the tokens before this point, in a memory and in a neural cache."""
+"""The state of reading a text: the tokens so far, in a memory and in a neural cache."""
 
 import copy
 from dataclasses import dataclass
 from typing import Optional
+
+import torch
+from torch import Tensor
 
 from ...memory.bank import MemoryBank
 from ...memory.cache import NeuralCache
@@ -24,6 +27,21 @@ class TextState:
     bank: Optional[MemoryBank] = None
     cache: Optional[NeuralCache] = None
     tokens: int = 0
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Count tokens as read; memory and cache are left to the caller.
+
+        Args:
+            tokens: Token ids that follow, shape (length,), int64.
+
+        Returns:
+            Inputs that predict them: the last token before and all of them but the last, shape (length,), int64.
+        """
+        if not len(tokens):
+            return tokens
+        inputs = torch.cat([tokens.new_tensor([self.last]), tokens[:-1]])
+        self.last, self.tokens = int(tokens[-1]), self.tokens + len(tokens)
+        return inputs
 
     def copy(self) -> "TextState":
         """Return a copy that shares nothing with this state."""

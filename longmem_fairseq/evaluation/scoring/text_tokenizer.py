@@ -7,9 +7,7 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from ...text import decode_text, encode_text, find_bpe, token_texts
-
-_NEWLINE = "<0x0A>", "\u010a"  # as the pieces of sentencepiece and of GPT-2 spell it
+from ...text import decode_text, encode_text, find_bpe, text_codec, token_texts
 
 
 class TextTokenizer:
@@ -22,8 +20,9 @@ class TextTokenizer:
 
     def __init__(self, dictionary: Dictionary, bpe=None):
         self.dictionary, self.bpe = dictionary, bpe
+        self._codec = text_codec(bpe)
         # A BPE that puts a space before every text would double the space that a continuation starts with.
-        self._adds_space = hasattr(bpe, "sp") and bpe.sp.encode("x", out_type=str)[0].startswith("\u2581")
+        self._adds_space = self._codec.adds_space
 
     @classmethod
     def load(cls, directory: str, dictionary: Dictionary) -> "TextTokenizer":
@@ -82,21 +81,19 @@ class TextTokenizer:
 
     def line_ends(self) -> Tensor:
         """Return the token ids whose text starts with a newline, shape (n,), int64."""
-        return self._symbols(lambda piece: piece is not None and piece.startswith(_NEWLINE))
+        return self._numbers(self._codec.starts_line)
 
     def silent(self) -> Tensor:
         """Return the token ids that stand for no text, shape (n,), int64, except end-of-sentence.
 
         These are the special symbols and those that only pad the dictionary.
         """
-        symbols = self._symbols(lambda piece: piece is None)
-        return symbols[symbols != self.eos]
+        special = [number for number in range(self.dictionary.nspecial) if number != self.eos]
+        padding = self._numbers(lambda symbol: not self._codec.is_text(symbol))
+        return torch.cat([torch.tensor(special, dtype=torch.int64), padding])
 
-    def _symbols(self, condition: Callable[[Optional[str]], bool]) -> Tensor:
-        """Return the token ids whose piece, in the BPE's spelling or None for a silent symbol, meets a condition."""
-        special = self.dictionary.nspecial
-        pieces = [None] * special + self.dictionary.symbols[special:]
-        if hasattr(getattr(self.bpe, "bpe", None), "decoder"):  # GPT-2's, whose symbols are numbers
-            known = self.bpe.bpe.decoder
-            pieces = [known.get(int(piece)) if piece is not None and piece.isdigit() else None for piece in pieces]
-        return torch.tensor([number for number, piece in enumerate(pieces) if condition(piece)], dtype=torch.int64)
+    def _numbers(self, condition: Callable[[str], bool]) -> Tensor:
+        """Return the token ids, special ones left out, whose symbol meets a condition."""
+        special, symbols = self.dictionary.nspecial, self.dictionary.symbols
+        numbers = [number for number in range(special, len(symbols)) if condition(symbols[number])]
+        return torch.tensor(numbers, dtype=torch.int64)

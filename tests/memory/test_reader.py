@@ -1,0 +1,136 @@
+"""Readers with fewer key/value heads than query heads, and what all readers tell of a batch.
+
+A bank of 3 key/value heads that 9 query heads read must give the same as a bank of 9 heads in which every key/value
+head is repeated for its three query heads.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from longmem_fairseq.data.segments import Segments
+from longmem_fairseq.memory.bank import MemoryBank
+from longmem_fairseq.memory.branches import MemoryBranches
+from longmem_fairseq.memory.reader import ChunkReader
+from longmem_fairseq.memory.search.torch import TorchSearch
+from longmem_fairseq.memory.stream_memory import StreamMemory
+from longmem_fairseq.models.trace import ReadRecorder
+from longmem_fairseq.modules.memory_attention import memory_attention, naive_memory_attention
+from longmem_fairseq.released.shared_memory import SharedMemory
+
+H, KV, d, C, N, T, B = 9, 3, 5, 2, 7, 6, 2
+SCALING = 0.4
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bank_of(heads, lanes=1):
+    return MemoryBank(lanes, heads, d, N * C, C)
+
+
+def chunk_reader(attention=memory_attention):
+    return ChunkReader(TorchSearch(), attention, 3)
+
+
+def repeat(x):
+    """Repeat each key/value head for its query heads: (B, KV, T, d) -> (B, H, T, d)."""
+    return x.repeat_interleave(H // KV, dim=1)
+
+
+def segments(start):
+    return Segments(np.arange(B), np.arange(B), np.full(B, start), np.full(B, T), B)
+
+
+def read_streams(memory_class, lanes, heads, attention=memory_attention):
+    """Return Z and the retrieved chunks of three segments, and the readers."""
+    memory = memory_class(bank_of(heads, lanes), chunk_reader(attention))
+    results = []
+    for i in range(3):
+        keys, values = random(B, KV, T, d, seed=2 * i), random(B, KV, T, d, seed=2 * i + 1)
+        reader = memory.open(segments(i * T))
+        z, present = reader(random(B, H, T, d, seed=100 + i), SCALING)
+        results.append((z, reader.retrieved, reader, present))
+        memory.write(segments(i * T), *((keys, values) if heads == KV else (repeat(keys), repeat(values))))
+    return results
+
+
+@pytest.mark.parametrize("attention", [memory_attention, naive_memory_attention])
+@pytest.mark.parametrize("memory_class, lanes", [(StreamMemory, B), (SharedMemory, 1)])
+def test_grouped_heads_equal_repeated_heads(memory_class, lanes, attention):
+    grouped, repeated = (read_streams(memory_class, lanes, heads, attention) for heads in (KV, H))
+    assert grouped[0][1] is None and not grouped[0][0].any(), "there is nothing to read in the first segment"
+    for (z, retrieved, *_), (expected, expected_retrieved, *_) in zip(grouped[1:], repeated[1:]):
+        torch.testing.assert_close(z, expected)
+        assert torch.equal(retrieved, expected_retrieved) and retrieved.shape == (B, H, T, 3)
+
+
+def test_grouped_heads_have_the_gradient_of_repeated_heads():
+    gradients = []
+    for heads in (KV, H):
+        bank = bank_of(heads)
+        keys = random(1, KV, N * C, d, seed=0)
+        bank.append(0, *((keys[0], keys[0]) if heads == KV else (repeat(keys)[0], repeat(keys)[0])))
+        q = random(B, H, T, d, seed=1).requires_grad_()
+        z, _ = MemoryBranches(B, lambda: None, chunk_reader(), base=bank).reader()(q, SCALING)
+        z.backward(random(B, H, T, d, seed=2))
+        gradients.append(q.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_grouped_heads_of_branches_equal_repeated_heads():
+    """Three rows, of which two share a bank; one has written other tokens."""
+    results = []
+    for heads in (KV, H):
+        keys = random(1, KV, N * C, d, seed=0)
+        base = bank_of(heads)
+        base.append(0, *((keys[0], -keys[0]) if heads == KV else (repeat(keys)[0], -repeat(keys)[0])))
+        branches = MemoryBranches(3, lambda: None, chunk_reader(), base=base)
+        new = random(1, KV, T, d, seed=3)
+        branches.write([1], torch.arange(T)[None], *((new, new) if heads == KV else (repeat(new), repeat(new))))
+        reader = branches.reader()
+        z, present = reader(random(3, H, T, d, seed=4), SCALING)
+        assert present is None
+        results.append((z, reader.retrieved, reader.fill))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1]) and results[0][2] == results[1][2] == 1.0
+
+
+def test_a_trace_of_grouped_heads_equals_that_of_repeated_heads():
+    columns = []
+    for heads in (KV, H):
+        keys = random(1, KV, N * C, d, seed=0)
+        bank = bank_of(heads)
+        bank.append(0, *((keys[0], keys[0]) if heads == KV else (repeat(keys)[0], repeat(keys)[0])))
+        branches = MemoryBranches(1, lambda: None, chunk_reader(), base=bank)
+        branches.on_read = recorder = ReadRecorder(torch.linspace(0.1, 0.9, H), T, kept=4)
+        branches.reader()(random(1, H, T, d, seed=4), SCALING)
+        columns.append(recorder.columns)
+    assert set(columns[0]) == {"heads", "chunks", "scores", "masses", "strongest", "by_head"}
+    for name, x in columns[0].items():
+        torch.testing.assert_close(x, columns[1][name])
+
+
+def test_retrieved_numbers_chunks_by_age():
+    """The bank holds 7 of 9 chunks; each query reads the chunk whose key it is."""
+    memory = StreamMemory(MemoryBank(1, 1, 9, N * C, C), ChunkReader(TorchSearch(), memory_attention, 1))
+    keys = torch.eye(9).repeat_interleave(C, dim=0)[None, None]  # chunk i has unit vector i
+    place = Segments([0], [5], [0], [9 * C], 1)
+    memory.open(place)
+    memory.write(place, keys, keys)
+    reader = memory.open(Segments([0], [5], [9 * C], [7], 1))
+    reader(torch.eye(9)[None, None, 2:], 1.0)
+    assert reader.retrieved.flatten().tolist() == list(range(7))
+    assert reader.fill == 1.0
+
+
+def test_what_was_retrieved_stays_when_the_bank_is_written_again():
+    memory = StreamMemory(bank_of(KV, B), chunk_reader())
+    for i in range(2):
+        reader = memory.open(segments(i * T))
+        reader(random(B, H, T, d, seed=i), SCALING)
+        memory.write(segments(i * T), random(B, KV, T, d, seed=5), random(B, KV, T, d, seed=6))
+    before = reader.retrieved
+    memory.flush()
+    assert torch.equal(reader.retrieved, before)
