@@ -227,5 +227,5 @@ def test_refusals_of_the_converter(released, tmp_path):
     with pytest.raises(SystemExit, match="bare.pt does not hold its backbone: name the backbone's file"):
         convert([str(released.bare), str(tmp_path / "plain")])
     convert([str(released.bare), str(tmp_path / "plain"), "--backbone", str(released.backbone)])
-    with pytest.raises(SystemExit, match="is for a checkpoint, and .* is a directory"):
+    with pytest.raises(SystemExit, match="needs a checkpoint, and .* is a directory"):
         convert([str(released.plain), str(tmp_path / "x.pt"), "--backbone", str(released.backbone)])
