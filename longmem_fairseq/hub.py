@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 from types import SimpleNamespace
 from typing import List, NamedTuple, Optional, Union
 
@@ -28,7 +27,8 @@ from .models.longmem_lm import LongMemModel
 from .models.model_directory import is_model_directory, read_directory
 from .models.reading import DocumentReader
 from .models.trace import Trace, trace_reads
-from .safe_load import allow_namespaces, why_unreadable
+from .safe_load import allow_namespaces
+from .tasks.checkpoints import read_checkpoint
 from .tasks.generator import LongMemGenerator, backbone_identity
 from .tasks.longmem_language_modeling import LongMemLanguageModelingTask
 from .tasks.options import LongMemLanguageModelingConfig
@@ -291,13 +291,7 @@ class LongMem:
 
 def _load_checkpoint(checkpoint: str, data: Optional[str], settings: dict):
     """Return the model of a checkpoint, its task, and the directory of its dictionary."""
-    allow_namespaces()  # of a released checkpoint's settings
-    try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{checkpoint} cannot be read: {why_unreadable(error)}") from error
-    if not state.get("cfg"):
-        raise ValueError(f"{checkpoint} is not a checkpoint of fairseq 0.11 or later: it lacks its configuration")
+    state = read_state(checkpoint)
     cfg, name = state["cfg"], state["cfg"]["model"]["_name"]
     with open_dict(cfg):
         # The task may be another one, as in a released checkpoint, or lack an option that was added later.
@@ -348,6 +342,23 @@ def _task_settings(settings) -> dict:
     defaults = OmegaConf.to_container(OmegaConf.structured(LongMemLanguageModelingConfig()), enum_to_str=True)
     shared = {name: value for name, value in settings.items() if name in defaults and name != "data_no_shuffle"}
     return {**defaults, **shared, "_name": TASK}
+
+
+def read_state(checkpoint: str) -> dict:
+    """Return the content of a checkpoint, after a comparison of its checksums.
+
+    Args:
+        checkpoint: Path of the checkpoint.
+
+    Raises:
+        ValueError: The file is damaged, holds code, or lacks the configuration of its model.
+    """
+    allow_namespaces()
+    read_checkpoint(checkpoint)
+    state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
+    if not state.get("cfg"):
+        raise ValueError(f"{checkpoint} is not a checkpoint of fairseq 0.11 or later: it lacks its configuration")
+    return state
 
 
 def find_checkpoint(path: str) -> str:

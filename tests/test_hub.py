@@ -138,7 +138,7 @@ def test_errors_are_sentences(model, tiny_data, tiny_longmem, tiny_backbone, tmp
         (FileNotFoundError, "missing.pt does not exist", lambda: LongMem.from_pretrained("missing.pt")),
         (FileNotFoundError, "has none of checkpoint_best.pt", lambda: LongMem.from_pretrained(str(tmp_path))),
         (FileNotFoundError, "dict.txt is not in", lambda: LongMem.from_pretrained(checkpoint, data=str(tmp_path))),
-        (ValueError, "no setting memry_size", lambda: LongMem.from_pretrained(checkpoint, data=data, memry_size=9)),
+        (ValueError, "does not have the setting memry_size", lambda: LongMem.from_pretrained(checkpoint, data=data, memry_size=9)),
         (ValueError, "which has no memory", lambda: LongMem.from_pretrained(str(tiny_backbone), data=data)),
         (ValueError, "no document other: it has nothing", lambda: model.forget("other")),
         (ValueError, "nothing was memorised", lambda: model.save_memory(str(tmp_path / "empty"))),

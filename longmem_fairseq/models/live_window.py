@@ -21,7 +21,7 @@ from ..memory.branches import MemoryBranches
 from ..memory.reader import MemoryReader
 from ..modules.cached_attention import LEFT_PADDING, CachedAttention
 from ..progress import token_bar
-from .reading import DocumentReader
+from .reading import DocumentReader, encode_side_by_side
 
 WINDOW = "longmem.window"  # entry of an incremental state that holds the LiveWindow
 
@@ -200,11 +200,11 @@ def prefill(
 
 def _write_segments(window: LiveWindow, inputs: Sequence[Tensor], whole: Sequence[int]) -> None:
     """Write the whole segments of all rows into their memories."""
-    size, reader = window.size, DocumentReader(window.decoder, window.size)
+    size = window.size
     places = [(s, row) for s in range(max(whole, default=0)) for row, n in enumerate(whole) if n > s]
     pieces = [inputs[row][s * size : (s + 1) * size] for s, row in places]
     with token_bar(len(places) * size, "reading the prompt") as progress:
-        for numbers, tokens, encoded in reader.encode_for_memory(pieces):
+        for numbers, tokens, encoded in encode_side_by_side(window.decoder.backbone, pieces):
             batch = [places[number] for number in numbers]
             for s in sorted({s for s, _ in batch}):
                 members = [i for i, (segment, _) in enumerate(batch) if segment == s]

@@ -8,13 +8,13 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..backbones.base import EncodedSegment
+from ..backbones.base import Backbone, EncodedSegment
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
 from ..memory.document_memory import DocumentMemory
 from ..progress import token_bar
 
-_TOKENS_AT_ONCE = 4096  # tokens of segments that are encoded side by side; segments do not see each other
+_TOKENS_AT_ONCE = 4096  # number of tokens that are encoded side by side
 
 
 class ReadSegment(NamedTuple):
@@ -29,6 +29,47 @@ class ReadSegment(NamedTuple):
     begin: int
     inputs: Tensor
     encoded: EncodedSegment
+
+
+def encode_side_by_side(
+    backbone: Backbone, segments: Sequence[Tensor], all_layers: bool = False
+) -> Iterator[Tuple[List[int], Tensor, EncodedSegment]]:
+    """Encode segments of one length, several at a time.
+
+    Args:
+        backbone: Backbone that encodes them.
+        segments: Inputs of each segment, shape (T,), int64.
+        all_layers: Whether all layers are run; if false, only as many as the memory needs.
+
+    Yields:
+        Numbers of the segments, their inputs (b, T), and what the backbone computed for them.
+    """
+    encode = backbone.encode if all_layers else backbone.encode_for_memory
+    at_once = max(1, _TOKENS_AT_ONCE // len(segments[0])) if len(segments) else 1
+    for begin in range(0, len(segments), at_once):
+        inputs = torch.stack(list(segments[begin : begin + at_once])).to(backbone.device)
+        yield list(range(begin, begin + len(inputs))), inputs, encode(inputs)
+
+
+def encode_document(
+    backbone: Backbone, inputs: Tensor, segment: int, all_layers: bool = False
+) -> Iterator[Tuple[Tensor, EncodedSegment]]:
+    """Encode a document's segments, each by itself: whole ones side by side, then the rest.
+
+    Args:
+        backbone: Backbone that encodes them.
+        inputs: Inputs of the document, shape (length,), int64.
+        segment: Number of tokens in a segment, T.
+        all_layers: Whether all layers are run; if false, only as many as the memory needs.
+
+    Yields:
+        Inputs of consecutive segments (b, T), and what the backbone computed for them.
+    """
+    pieces = inputs.split(segment)
+    whole = len(inputs) // segment
+    for part in (pieces[:whole], pieces[whole:] if len(inputs) % segment else ()):
+        for _, batch, encoded in encode_side_by_side(backbone, part, all_layers):
+            yield batch, encoded
 
 
 class DocumentReader:
@@ -68,21 +109,6 @@ class DocumentReader:
         tokens = tokens.to(self.decoder.device)
         return torch.cat([tokens.new_tensor([self.decoder.dictionary.eos()]), tokens[:-1]])
 
-    def encode_for_memory(self, segments: Sequence[Tensor]) -> Iterator[Tuple[List[int], Tensor, EncodedSegment]]:
-        """Encode segments of one length side by side, only as far up as the memory needs.
-
-        Args:
-            segments: Inputs of each segment, shape (T,), int64.
-
-        Yields:
-            Numbers of the segments, their inputs (b, T), and what the backbone computed for them.
-        """
-        at_once = max(1, _TOKENS_AT_ONCE // self.segment)
-        for begin in range(0, len(segments), at_once):
-            inputs = torch.stack(list(segments[begin : begin + at_once])).to(self.decoder.device)
-            numbers = list(range(begin, begin + len(inputs)))
-            yield numbers, inputs, self.decoder.backbone.encode_for_memory(inputs)
-
     @torch.no_grad()
     def memorize(self, memory: DocumentMemory, name: str, tokens: Tensor) -> None:
         """Encode a document and write it into a memory; a progress bar shows from the first second on.
@@ -98,13 +124,12 @@ class DocumentReader:
         memory.require_new(name)
         eos = tokens.new_tensor([self.decoder.dictionary.eos()])
         inputs = torch.cat([eos, tokens]).to(self.decoder.device)  # the last token too: later text can read it
-        begin, whole = memory.end, len(inputs) // self.segment * self.segment
+        begin = memory.end
         with token_bar(len(inputs), f"memorizing {name}") as progress:
-            for part in (inputs[:whole].view(-1, self.segment), inputs[whole:][None]):
-                for _, _, encoded in self.encode_for_memory(part if part.size(1) else ()):
-                    for keys, values in zip(encoded.keys, encoded.values):
-                        memory.bank.append(0, keys, values)
-                    progress.update(encoded.keys.size(0) * encoded.keys.size(2))
+            for part, encoded in encode_document(self.decoder.backbone, inputs, self.segment):
+                for keys, values in zip(encoded.keys, encoded.values):
+                    memory.bank.append(0, keys, values)
+                progress.update(part.numel())
         memory.add(name, begin)
 
     @torch.no_grad()

@@ -10,26 +10,24 @@ Legend: B rows, T tokens of a window and of a segment, D width, V symbols.
 """
 
 import os
-import pickle
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import Tensor
 
 from ...backbones.base import Backbone, EncodedSegment
 from ...backbones.loading import load_backbone
-from ...hub import LongMem, find_checkpoint, find_data
+from ...hub import LongMem, find_checkpoint, find_data, read_state
 from ...memory.branches import MemoryBranches
 from ...memory.cache import CacheSettings, NeuralCache
 from ...memory.reader import MemoryReader
 from ...models.longmem_decoder import LongMemDecoder
 from ...models.longmem_lm import LongMemModel
 from ...models.model_directory import is_model_directory
+from ...models.reading import encode_document
 from ...progress import token_bar
-from ...safe_load import why_unreadable
 from .description import describe
 from .systems import BACKBONE, OFF, ON, WITH_CACHE
 from .text_state import TextState
@@ -37,7 +35,6 @@ from .text_tokenizer import TextTokenizer
 from .window import Window
 
 CACHE_SIZE = 65536  # tokens of the neural cache of a backbone alone
-_TOKENS_AT_ONCE = 4096  # tokens of segments that are memorized in one batch: they do not see each other
 
 
 class Scorer:
@@ -109,7 +106,7 @@ class Scorer:
                 raise ValueError(f"{path} holds its own backbone: leave out --backbone")
             return cls._of_longmem(LongMem.from_pretrained(path, tokenizer, device=device, **window, **settings))
         checkpoint = find_checkpoint(path)
-        cfg = _read_configuration(checkpoint)
+        cfg = read_state(checkpoint)["cfg"]
         directory = find_data(tokenizer, checkpoint, cfg["task"].get("data"))
         name = cfg["model"]["_name"]
         if issubclass(ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name) or object, LongMemModel):
@@ -194,14 +191,10 @@ class Scorer:
             return
         skipped = self._skip(state, begin, len(tokens))
         inputs, tokens = inputs[skipped:], tokens[skipped:]
-        whole = len(inputs) // self.size * self.size
-        parts = list(inputs[:whole].view(-1, self.size).split(max(1, _TOKENS_AT_ONCE // self.size)))
-        if whole < len(inputs):
-            parts.append(inputs[whole:][None])
         with token_bar(len(inputs), "memorizing") as progress:
-            for part, followers in zip(parts, tokens.split([part.numel() for part in parts])):
-                encode = self.backbone.encode_for_memory if state.cache is None else self.backbone.encode
-                self.write(state, encode(part), followers)
+            for part, encoded in encode_document(self.backbone, inputs, self.size, all_layers=state.cache is not None):
+                self.write(state, encoded, tokens[: part.numel()])
+                tokens = tokens[part.numel() :]
                 progress.update(part.numel())
 
     def _skip(self, state: TextState, begin: int, length: int) -> int:
@@ -299,18 +292,3 @@ class Scorer:
             blocks = zip(x.split(at_once), targets.split(at_once))
             log_probs[name] = torch.cat([self.log_probs(x).gather(1, target[:, None])[:, 0] for x, target in blocks])
         return log_probs
-
-
-def _read_configuration(checkpoint: str):
-    """Return the configuration that a checkpoint holds.
-
-    Raises:
-        ValueError: The checkpoint is not readable, or has no configuration.
-    """
-    try:
-        cfg = checkpoint_utils.load_checkpoint_to_cpu(checkpoint).get("cfg")
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{checkpoint} is not readable: {why_unreadable(error)}") from error
-    if not cfg:
-        raise ValueError(f"{checkpoint} has no configuration: it is not a checkpoint of fairseq 0.11 or later")
-    return cfg
