@@ -160,7 +160,7 @@ def test_other_architecture_refused(released, tmp_path):
         "--tokens-per-sample", T, "--batch-size", 2, "--optimizer", "sgd", "--cpu", "--save-dir", tmp_path,
         cwd=tmp_path, succeeds=False,
     )  # fmt: skip
-    assert "train on from it with --arch longmem_released" in output
+    assert "train it further with --arch longmem_released" in output
 
 
 class Payload:
@@ -195,7 +195,7 @@ def test_plain_files(released, tmp_path):
     for path in [*released.plain.iterdir(), released.converted]:
         assert b"author" not in path.read_bytes()
     (tmp_path / "config.json").write_text('{"format": "other"}')
-    with pytest.raises(ValueError, match='config.json is not of this format: it must say "format": "longmem"'):
+    with pytest.raises(ValueError, match='config.json does not have this format: it must contain "format": "longmem"'):
         load_released(tmp_path)
 
 
