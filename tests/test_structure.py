@@ -37,7 +37,6 @@ SHARED_FILE_NAMES = {
 }
 MOST_LINES = {"models/longmem_decoder.py": 230, "tasks/longmem_language_modeling.py": 259}
 MOST_IMPORTS = {"models/longmem_decoder.py": 9}
-MOST_README_WORDS = 2500
 
 FRAGMENT = re.compile(r"^ +[a-z_, ]+: (of|whose|which|what|from|by|in|with|how) ")
 ARGUMENT = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
@@ -230,11 +229,6 @@ def test_file_imports_from_few_modules(path, limit):
     name = ".".join((PACKAGE, *Path(path).with_suffix("").parts))
     targets = {target for _, target, _ in imports_of(name, modules[name], modules)}
     assert len(targets) <= limit, sorted(targets)
-
-
-def test_readme_is_short():
-    words = len((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert words <= MOST_README_WORDS
 
 
 def lines_that_match(pattern: "re.Pattern[str]", paths: Iterable[Path]) -> List[str]:

@@ -47,7 +47,7 @@ class MemoryBank:
             :class:`longmem_fairseq.memory.search.index.IndexSearch`).
 
     Raises:
-        ValueError: The bank has no room for a chunk.
+        ValueError: The bank has no room for a chunk, or a chunk has no token.
         OSError: The disk has no room for its files.
     """
 
@@ -63,7 +63,9 @@ class MemoryBank:
         exact_means: bool = False,
         placement: Optional[Placement] = None,
     ):
-        if chunk_size < 1 or memory_size < chunk_size:
+        if chunk_size < 1:
+            raise ValueError(f"--chunk-size {chunk_size}: a chunk has at least one token")
+        if memory_size < chunk_size:
             raise ValueError(
                 f"a memory of {memory_size} tokens has no room for a chunk of {chunk_size}: raise --memory-size, or "
                 "lower --chunk-size"

@@ -27,7 +27,7 @@ def prepare_training(cfg, dictionary: Dictionary) -> Optional[MemorySnapshots]:
     if str(cfg.inference_dtype) != "float32":
         raise ValueError(
             f"--inference-dtype {cfg.inference_dtype} is for evaluation and generation: leave it out, and train in "
-            "half precision with --fp16, --bf16 or --amp"
+            "half precision with --fp16 or --amp"
         )
     paths = utils.split_paths(cfg.data)
     if len(paths) > 1:  # the data of an epoch days from now is checked today

@@ -167,10 +167,16 @@ def test_memory_is_bounded_and_allocated_once():
     assert sorted(held(bank, 0)) == [96, 97, 98, 99]
 
 
-@pytest.mark.parametrize("size, C", [(3, 4), (0, 1), (-5, 2), (4, 0)])
+@pytest.mark.parametrize("size, C", [(3, 4), (0, 1), (-5, 2)])
 def test_a_memory_without_a_chunk_is_refused(size, C):
-    with pytest.raises(ValueError, match=f"memory of {size} tokens holds no chunk of {C}.*--memory-size.*--chunk-size"):
+    message = f"memory of {size} tokens has no room for a chunk of {C}.*--memory-size.*--chunk-size"
+    with pytest.raises(ValueError, match=message):
         MemoryBank(1, H, D, size, C)
+
+
+def test_a_chunk_without_a_token_is_refused():
+    with pytest.raises(ValueError, match="--chunk-size 0: a chunk has at least one token"):
+        MemoryBank(1, H, D, 4, 0)
 
 
 def test_numbers_of_chunks_have_the_shape_of_the_slots():

@@ -97,8 +97,8 @@ def test_the_choice():
         ("gpu", None, "--memory-device gpu is unknown: it is auto, cuda or cpu"),
         ("cuda", None, "--memory-device cuda: the model is on cpu, choose auto or cpu"),
         ("cuda", "/tmp", "--memory-map /tmp puts the memory into a file and --memory-device cuda on the GPU"),
-        ("auto", "/nowhere/at/all", "--memory-map /nowhere/at/all is no directory that can be written"),
-        ("cpu", "/proc/version", "--memory-map /proc/version is no directory"),
+        ("auto", "/nowhere/at/all", "--memory-map /nowhere/at/all is not a directory that can be written"),
+        ("cpu", "/proc/version", "--memory-map /proc/version is not a directory"),
     ],
 )
 def test_refusals(device, directory, message):
