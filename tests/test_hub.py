@@ -141,7 +141,7 @@ def test_errors_are_sentences(model, tiny_data, tiny_longmem, tiny_backbone, tmp
         (ValueError, "setting memry_size", lambda: LongMem.from_pretrained(checkpoint, data=data, memry_size=9)),
         (ValueError, "which does not have a memory", lambda: LongMem.from_pretrained(str(tiny_backbone), data=data)),
         (ValueError, "document other: it has nothing", lambda: model.forget("other")),
-        (ValueError, "nothing was memorised", lambda: model.save_memory(str(tmp_path / "empty"))),
+        (ValueError, "nothing was memorized", lambda: model.save_memory(str(tmp_path / "empty"))),
         (ValueError, "set sampling=True", lambda: model.generate(TEXT, top_k=3)),
         (ValueError, "beam=0 is less", lambda: model.generate(TEXT, beam=0)),
         (ValueError, "the text is empty", lambda: model.memorize(" ")),
