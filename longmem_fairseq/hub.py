@@ -169,7 +169,7 @@ class LongMem:
             top_p: Total probability of the likeliest tokens to draw from; -1 for all.
             temperature: Divisor of the logits: above 1 more even, below 1 sharper.
             no_repeat_ngram_size: Length of n-grams that a continuation may contain only once; 0 for no limit.
-            length_penalty: Exponent of the length in a hypothesis's score; above 1 favours longer ones.
+            length_penalty: Exponent of the length in a hypothesis's score; above 1 favors longer ones.
 
         Returns:
             The continuation without the prompt; a list for a list.

@@ -73,12 +73,12 @@ def continue_page(model: LongMem, name: str, memory: str, book: Book, options: D
     Returns:
         One row of the result: the continuation, the perplexity of the next page, and the time of each part.
     """
-    row = {"memory": name, "memory_tokens": 0, "memorise_seconds": 0.0}
+    row = {"memory": name, "memory_tokens": 0, "memorize_seconds": 0.0}
     if memory:
         model.forget()
         start = time.perf_counter()
         model.memorize(memory, name)
-        row.update(memory_tokens=model.memory.tokens, memorise_seconds=time.perf_counter() - start)
+        row.update(memory_tokens=model.memory.tokens, memorize_seconds=time.perf_counter() - start)
     torch.manual_seed(1)
     start = time.perf_counter()
     row["continuation"] = model.generate(book.page, **options)
@@ -97,7 +97,7 @@ def report(rows: Sequence[Dict], book: Book) -> str:
     lines += ["| --- | ---: | ---: | ---: | ---: |"]
     for row in rows:
         lines.append(
-            f"| {row['memory']} | {row['memory_tokens']:,} | {row['memorise_seconds']:.1f} s | "
+            f"| {row['memory']} | {row['memory_tokens']:,} | {row['memorize_seconds']:.1f} s | "
             f"{row['generate_seconds']:.1f} s | {row['perplexity']:.2f} |"
         )
     return "\n".join(lines)

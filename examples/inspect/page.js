@@ -61,9 +61,9 @@
   }
   textBox.append(all);
 
-  // ---- colours
+  // ---- colors
   const SCALES = { strongest: "gate × mass of the chunk read most, all heads", gain: "gain: log p with − without memory" };
-  const select = byId("colour");
+  const select = byId("color");
   for (const [value, label] of Object.entries(SCALES)) select.add(new Option(label, value));
   data.gates.forEach((gate, h) => select.add(new Option(`gate × mass, head ${h} (gate ${figure(gate, 2)})`, String(h))));
   function valuesOf(name) {

@@ -1,10 +1,10 @@
-"""One HTML page that shows what a text reads from the memory: coloured tokens, and the chunks that each of them read.
+"""One HTML page that shows what a text reads from the memory: colored tokens, and the chunks that each of them read.
 
     python -m examples.inspect.page --path CHECKPOINT --data DATA --text novel.txt --output novel.html
 
-Open the page in any browser; it is one file and loads nothing else. The colour of a token shows how much of the reading
+Open the page in any browser; it is one file and loads nothing else. The color of a token shows how much of the reading
 layer's output, at the step that predicts the token, came from one chunk of the memory (gate x mass); a click shows the
-chunks. The colour can also show by how many nats the memory made each token more likely. `--memory-text FILE` memorizes
+chunks. The color can also show by how many nats the memory made each token more likely. `--memory-text FILE` memorizes
 other documents first. `--from N --tokens M` shows a part of a long text; the whole text is read in any case.
 """
 

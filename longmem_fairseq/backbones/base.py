@@ -157,7 +157,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def output(self, features: Tensor) -> Tensor:
-        """Return logits (..., V) of normalised features (..., D)."""
+        """Return logits (..., V) of normalized features (..., D)."""
 
     @abstractmethod
     def side_layer(self, reads_memory: bool, options: SideNetworkOptions) -> SideLayer:
@@ -265,7 +265,7 @@ class Backbone(nn.Module, ABC):
     def final_hidden(self, encoded: EncodedSegment) -> Tensor:
         """Return what the output projection takes, shape (B, T, D), of a segment encoded with all layers."""
         x = encoded.hidden[-1]
-        if self.final_norm is not None and not self.normalize_last_hidden:  # else h_N was normalised already
+        if self.final_norm is not None and not self.normalize_last_hidden:  # else h_N was normalized already
             x = self.final_norm(x)
         return x.transpose(0, 1)
 
@@ -280,7 +280,7 @@ class Backbone(nn.Module, ABC):
         """
         for name, value in weights.items():
             if not value.is_floating_point():
-                raise BackboneError(f"its weights are quantised ({name} is {value.dtype}): give its original weights")
+                raise BackboneError(f"its weights are quantized ({name} is {value.dtype}): give its original weights")
         try:
             missing, unexpected = self.load_state_dict(self.upgrade_weights(weights), strict=False)
         except RuntimeError as error:  # lists every tensor of another shape, one a line

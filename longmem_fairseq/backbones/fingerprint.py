@@ -20,7 +20,7 @@ def backbone_fingerprint(backbone: Backbone) -> str:
     digest = hashlib.sha256(json.dumps(backbone.config, sort_keys=True).encode())
     weights = {name[len("decoder.") :]: tensor for name, tensor in backbone.state_dict().items()}
     for name, tensor in sorted(weights.items()):
-        if name.endswith("._float_tensor"):  # of sinusoidal positions in fairseq 0.12.2: never initialised, never read
+        if name.endswith("._float_tensor"):  # of sinusoidal positions in fairseq 0.12.2: never initialized, never read
             continue
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy())

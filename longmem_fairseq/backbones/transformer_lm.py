@@ -55,8 +55,8 @@ _REFUSED = {
     "decoder_layers_to_keep": "layers pruned away (LayerDrop)",
     "decoder_layerdrop": "LayerDrop",
     "base_layers": "BASE layers",
-    "quant_noise_pq": "product quantisation",
-    "quant_noise_scalar": "scalar quantisation",
+    "quant_noise_pq": "product quantization",
+    "quant_noise_scalar": "scalar quantization",
     "decoder_xformers_att_config": "xFormers attention",
 }
 

@@ -1,4 +1,4 @@
-"""Language modelling of long documents: perplexity by length and by position, and that of rare words and names.
+"""Language modeling of long documents: perplexity by length and by position, and that of rare words and names.
 
 The first table has the lengths of the published tables (PG-22 and ArXiv).
 """
@@ -49,7 +49,7 @@ class Books(Evaluation):
         read_texts: Function that reads the (name, text) of the documents at some paths.
     """
 
-    name, title = "books", "Language modelling of long documents"
+    name, title = "books", "Language modeling of long documents"
 
     def __init__(self, read_texts: ReadTexts):
         self.read_texts = read_texts

@@ -277,8 +277,8 @@ def merge(outcomes: Dict[str, Outcome]) -> List[Table]:
             pairs.update({(label(name, a), label(name, b)): None for a, b in table.pairs})
             relative = any(statistic.relative for statistic in table.statistics)
             for row in table.rows if one_tokenizer or not relative else ():
-                labelled = label(name, row)
-                pairs.update({(labelled, other): None for other in before.get(row, []) if other != labelled})
-                before.setdefault(row, []).append(labelled)
+                labeled = label(name, row)
+                pairs.update({(labeled, other): None for other in before.get(row, []) if other != labeled})
+                before.setdefault(row, []).append(labeled)
         merged.append(Table(main_table.title, columns, main_table.plot, list(pairs)))
     return merged

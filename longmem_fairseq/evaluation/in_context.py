@@ -25,7 +25,7 @@ _TUNING_SENTENCES = 400  # of each task
 
 
 class ClassificationTask(NamedTuple):
-    """A data set of labelled sentences.
+    """A data set of labeled sentences.
 
     Attributes:
         template: Template of a prompt.
@@ -50,7 +50,7 @@ TASKS = {
 }
 
 
-class LabelledSentence(NamedTuple):
+class LabeledSentence(NamedTuple):
     """A sentence and the number of its label.
 
     Attributes:
@@ -80,8 +80,8 @@ def find_file(directory: str, name: str, split: str) -> str:
     raise FileNotFoundError(f"--data {directory} has neither {' nor '.join(map(os.path.basename, paths))} of {name}")
 
 
-def read_sentences(path: str, labels: Tuple[str, ...]) -> List[LabelledSentence]:
-    """Read labelled sentences: JSON lines of ``text`` and ``label``; CSV of code and text; TSV of text and code.
+def read_sentences(path: str, labels: Tuple[str, ...]) -> List[LabeledSentence]:
+    """Read labeled sentences: JSON lines of ``text`` and ``label``; CSV of code and text; TSV of text and code.
 
     Args:
         path: Path of a file whose extension tells its layout.
@@ -102,7 +102,7 @@ def read_sentences(path: str, labels: Tuple[str, ...]) -> List[LabelledSentence]
         try:
             for text, label in rows:
                 number = labels.index(label) if label in labels else int(label)
-                sentences.append(LabelledSentence(text.strip(), range(len(labels))[number]))
+                sentences.append(LabeledSentence(text.strip(), range(len(labels))[number]))
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{path}, example {len(sentences) + 1}, is not a sentence with a label ({', '.join(labels)}) or its "
@@ -173,7 +173,7 @@ class InContext(Evaluation):
     def _prompt(self, name: str, text: str) -> Tensor:
         return self._encode(" " + TASKS[name].template.format(text=text))
 
-    def _text(self, name: str, sentences: List[LabelledSentence], at_start: bool) -> Tensor:
+    def _text(self, name: str, sentences: List[LabeledSentence], at_start: bool) -> Tensor:
         """Encode demonstrations, end to end; only the first one of a document has no space before it."""
         task, parts = TASKS[name], []
         for sentence in sentences:
@@ -181,7 +181,7 @@ class InContext(Evaluation):
             parts.append(self.scorer.tokenizer.encode(text) if at_start and not parts else self._encode(" " + text))
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
-    def _draw(self, name: str, seed: int) -> Tuple[List[LabelledSentence], List[LabelledSentence]]:
+    def _draw(self, name: str, seed: int) -> Tuple[List[LabeledSentence], List[LabeledSentence]]:
         """Draw demonstrations for the window and, disjoint from them, for the memory: as many as any item needs."""
         order = np.random.default_rng(seed).permutation(len(self.train[name]))
         sentences, k = [self.train[name][i] for i in order], max(self.args.demonstrations)
@@ -207,7 +207,7 @@ class InContext(Evaluation):
             for k in sorted(self.args.demonstrations)
         ]
 
-    def _tested(self, name: str) -> List[LabelledSentence]:
+    def _tested(self, name: str) -> List[LabeledSentence]:
         return self.test[name][: self.args.limit]
 
     def score(self, item: str) -> Dict[str, Any]:
@@ -232,7 +232,7 @@ class InContext(Evaluation):
             "in_window": window.shared,
         }
 
-    def _state_behind(self, name: str, seed: int, sentences: List[LabelledSentence]) -> TextState:
+    def _state_behind(self, name: str, seed: int, sentences: List[LabeledSentence]) -> TextState:
         """Return the state behind these demonstrations, memorized once for all test sentences and window sizes."""
         key = (name, seed, len(sentences))
         if self._memorized != key:

@@ -141,7 +141,7 @@ class SelfAttention(CachedAttention, MultiheadAttention):
         return self.out_proj(x.reshape(query.shape)), None
 
     def keys_and_values(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """Return projected keys and values (B, H, T, d) of the layer's normalised input (T, B, D)."""
+        """Return projected keys and values (B, H, T, d) of the layer's normalized input (T, B, D)."""
         return self.split_heads(self.k_proj(x)), self.split_heads(self.v_proj(x))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None) -> Tensor:

@@ -18,7 +18,7 @@ class ParallelBackbone(TransformerBackbone):
 
     def memory_keys_and_values(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         layer = self.layers[self.memory_layer]
-        # Normalised with the batch first, as in the layer itself: it decides the last digits.
+        # Normalized with the batch first, as in the layer itself: it decides the last digits.
         return layer.self_attn.keys_and_values(layer.ln_1(x.transpose(0, 1) if layer.batch_first else x))
 
     def side_layer(self, reads_memory: bool, options: SideNetworkOptions) -> SideLayer:

@@ -35,7 +35,7 @@ FROM_CHECKPOINT = ("tokens_per_sample", "memory_scope")  # options whose value e
 
 @register_task("longmem_language_modeling", dataclass=LongMemLanguageModelingConfig)
 class LongMemLanguageModelingTask(LanguageModelingTask):
-    """Language modelling over documents that are read segment by segment, each on its own lane.
+    """Language modeling over documents that are read segment by segment, each on its own lane.
 
     It trains and evaluates any language model of fairseq. A model that has a memory (``memorize``, ``needs_replay`` and
     ``memory_tokens``) gets ``net_input["segments"]``: the lane and place that each row of a batch continues.

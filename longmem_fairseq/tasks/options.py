@@ -1,4 +1,4 @@
-"""Options of the task: the stock language modelling ones that have a meaning here, and those of the memory."""
+"""Options of the task: the stock language modeling ones that have a meaning here, and those of the memory."""
 
 import logging
 import os

@@ -93,7 +93,7 @@ def test_every_token_is_a_target_once_in_order(dataset, epoch):
 
 @pytest.mark.parametrize("scope", ["document", "stream"])
 def test_a_document_of_many_segments(scope):
-    """Its length does not fit 16 bits; its neighbours are around one segment long."""
+    """Its length does not fit 16 bits; its neighbors are around one segment long."""
     T = 1024
     documents = random_documents([1, T - 1, T, T + 1, 70_001])
     dataset = LaneDataset(Documents(documents), 2, 1, T, EOS, **SCOPES[scope])

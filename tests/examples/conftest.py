@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 def keys(tmp_path_factory):
     """Clusters of keys and queries near them, as real_keys.py writes them: 2 heads, 1,024 chunks of width 8."""
     generator = torch.Generator().manual_seed(0)
-    centres = 4 * torch.randn(2, 16, 8, generator=generator)
+    centers = 4 * torch.randn(2, 16, 8, generator=generator)
     means, queries = (
-        centres[:, torch.randint(16, (n,), generator=generator)] + torch.randn(2, n, 8, generator=generator)
+        centers[:, torch.randint(16, (n,), generator=generator)] + torch.randn(2, n, 8, generator=generator)
         for n in (1024, 64)
     )
     path = tmp_path_factory.mktemp("keys") / "keys.safetensors"

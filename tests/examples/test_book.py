@@ -34,7 +34,7 @@ def test_a_page_is_continued(directory):
     assert result["book"] == "book, page 4 of 7" and done.stdout.startswith(result["book"])
     off, before, whole = result["rows"]
     assert [row["memory"] for row in result["rows"]] == ["off", "the pages before", "the whole book"]
-    assert off["memory_tokens"] == off["memorise_seconds"] == 0
+    assert off["memory_tokens"] == off["memorize_seconds"] == 0
     assert 0 < before["memory_tokens"] < whole["memory_tokens"] <= 302  # full, with an incomplete chunk
     assert len({row["perplexity"] for row in result["rows"]}) == 3, "each memory changes the perplexity"
     assert all(row["continuation"] and row["generate_seconds"] > 0 for row in result["rows"])

@@ -1,4 +1,4 @@
-"""Test the page of what a text reads: its command, its data, and its behaviour in a headless browser."""
+"""Test the page of what a text reads: its command, its data, and its behavior in a headless browser."""
 
 import json
 import math
@@ -81,8 +81,8 @@ def test_in_a_browser(gpt2, trace):
         assert len(spans) == 60
         for text, expected in zip(spans, texts[30:90]):
             assert text == (expected.replace("\n", "↵\n").replace("\t", "→\t") or "·")
-        colours = shown.run("[...document.querySelectorAll('#text span')].map(e => e.style.backgroundColor)")
-        opacity = torch.tensor([float(re.findall(r"[\d.]+(?=\))", colour or "0)")[0]) for colour in colours])
+        colors = shown.run("[...document.querySelectorAll('#text span')].map(e => e.style.backgroundColor)")
+        opacity = torch.tensor([float(re.findall(r"[\d.]+(?=\))", color or "0)")[0]) for color in colors])
         order = result.strongest.argsort()
         assert opacity[order[-20:]].min() > opacity[order[:20]].max(), "tokens that read more are darker"
 
@@ -118,12 +118,12 @@ def test_in_a_browser(gpt2, trace):
         assert f"token {30 + chosen}\n" in panel(), "the first jump is to what the memory helped most"
         for option in ("gain", "0"):
             shown.run(
-                f"(() => {{ const s = document.getElementById('colour'); s.value = '{option}'; "
+                f"(() => {{ const s = document.getElementById('color'); s.value = '{option}'; "
                 "s.dispatchEvent(new Event('change')); })()"
             )
             other = shown.run("[...document.querySelectorAll('#text span')].map(e => e.style.backgroundColor)")
-            assert other != colours
-            colours = other
+            assert other != colors
+            colors = other
         assert shown.errors == [] and shown.requests == [(gpt2 / "page.html").resolve().as_uri()]
 
 

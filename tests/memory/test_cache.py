@@ -50,7 +50,7 @@ def test_log_sums_are_the_definition(Q, M, seed, block):
 
 def test_scores_far_from_zero_do_not_overflow():
     queries, targets, hidden, tokens = random(4, 50, scale=30.0)
-    targets = tokens[(queries @ hidden.T).argmax(1)]  # the nearest neighbour has all the weight
+    targets = tokens[(queries @ hidden.T).argmax(1)]  # the nearest neighbor has all the weight
     sums = log_sums(queries, targets, hidden, tokens, [5.0])
     torch.testing.assert_close(sums[1] - sums[0], torch.zeros(1, 4))
     assert sums.isfinite().all()

@@ -45,7 +45,7 @@ def check(means, queries, n):
     offset=st.sampled_from([0.0, 1.0, 30.0]), duplicates=st.booleans(), growing=st.booleans(),
 )  # fmt: skip
 def test_finds_the_largest_products(N, d, T, n, seed, spread, offset, duplicates, growing):
-    """Keys around one centre, or none; equal keys; zeros; some rows or queries many times as long as others."""
+    """Keys around one center, or none; equal keys; zeros; some rows or queries many times as long as others."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(2, N, d, generator=generator) * spread + offset * torch.randn(2, 1, d, generator=generator)
     queries = torch.randn(2, T, d, generator=generator)
@@ -99,12 +99,12 @@ def test_threads_change_nothing(H, T):
 def test_finds_in_inverted_lists_what_faiss_finds(factory, nprobe):
     """Lists of every length, also empty; few rows in the lists of some queries, and rows that were removed."""
     rng, indices = np.random.default_rng(0), []
-    centres = rng.normal(size=(32, 12)).astype("float32")
+    centers = rng.normal(size=(32, 12)).astype("float32")
     for _ in range(3):
-        x = np.repeat(centres, rng.integers(0, 40, 32), axis=0)
+        x = np.repeat(centers, rng.integers(0, 40, 32), axis=0)
         x += rng.normal(size=x.shape).astype("float32") / 3
         index = faiss.index_factory(12, factory, faiss.METRIC_INNER_PRODUCT)
-        index.train(np.concatenate([x, centres + 0.1]))
+        index.train(np.concatenate([x, centers + 0.1]))
         index.add_with_ids(x, 7 * np.arange(len(x)))
         index.remove_ids(7 * np.arange(50))
         index.nprobe = nprobe

@@ -22,7 +22,7 @@ VARIANTS = {
     "narrow embeddings": {"decoder_input_dim": 8, "decoder_output_dim": 8},
     "narrow input": {"decoder_input_dim": 8, "share_decoder_input_output_embed": False},
     "no final norm": {"no_decoder_final_norm": True},
-    "normalised embeddings": {"layernorm_embedding": True},
+    "normalized embeddings": {"layernorm_embedding": True},
     "NormFormer": {"scale_attn": True, "scale_fc": True, "scale_heads": True, "scale_resids": True},
     "memory layer on top": {"decoder_layers": M + 1},
     **{name: {"activation_fn": name} for name in get_available_activation_fns()},

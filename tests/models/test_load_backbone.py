@@ -164,8 +164,8 @@ def test_files_of_tensors_that_are_no_checkpoint(tmp_path, state):
         ({"decoder_layers_to_keep": "0,2"}, "layers pruned away"),
         ({"decoder_layerdrop": 0.1}, "LayerDrop (decoder_layerdrop=0.1)"),
         ({"base_layers": 1}, "BASE layers"),
-        ({"quant_noise_pq": 0.1}, "product quantisation"),
-        ({"quant_noise_scalar": 0.1}, "scalar quantisation"),
+        ({"quant_noise_pq": 0.1}, "product quantization"),
+        ({"quant_noise_scalar": 0.1}, "scalar quantization"),
         ({"_name": "transformer"}, "the model is a transformer: a backbone must be a decoder-only transformer_lm"),
         ({"_name": "transformer_iwslt_de_en"}, "the model is a transformer_iwslt_de_en"),
         ({"_name": "lstm_lm"}, "the model is a lstm_lm"),
@@ -186,7 +186,7 @@ def test_quantised_weights(checkpoint):
     weight = state["model"]["decoder.layers.1.fc1.weight"]
     state["model"]["decoder.layers.1.fc1.weight"] = (weight * 100).round().to(torch.int8)
     torch.save(state, path)
-    assert "quantised (decoder.layers.1.fc1.weight is torch.int8): give its original weights" in refusal(path)
+    assert "quantized (decoder.layers.1.fc1.weight is torch.int8): give its original weights" in refusal(path)
 
 
 def test_a_longmem_without_its_backbone(tmp_path):

@@ -169,7 +169,7 @@ def test_as_fairseq_train_writes_it(tiny_data, tiny_options, tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["--save-backbone"]])
 def test_half_precision(built, tmp_path, options):
-    """As --fp16 saves it: everything half, but the fingerprint whole, so that the backbone is still recognised."""
+    """As --fp16 saves it: everything half, but the fingerprint whole, so that the backbone is still recognized."""
     made = built(*options)
     full = copy.deepcopy(made.model)
     made.model.half()

@@ -27,7 +27,7 @@ VARIANTS = {
     "unscaled embeddings": ("transformer_lm", "learned", {"no_scale_embedding": True}, {}),
     "untied output": ("transformer_lm", "learned", {"share_decoder_input_output_embed": False}, {}),
     "narrow embeddings": ("transformer_lm", "learned", {"decoder_input_dim": 8, "decoder_output_dim": 8}, {}),
-    "normalised embeddings": ("transformer_lm", "learned", {"layernorm_embedding": True}, {}),
+    "normalized embeddings": ("transformer_lm", "learned", {"layernorm_embedding": True}, {}),
     "no final norm": ("transformer_lm", "learned", {"no_decoder_final_norm": True}, {}),
     "relu": ("transformer_lm", "learned", {"activation_fn": "relu"}, {}),
     "tanh": ("transformer_lm", "learned", {"activation_fn": "tanh"}, {}),

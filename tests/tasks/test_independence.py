@@ -1,4 +1,4 @@
-"""What a document is given depends on itself alone: not on neighbours, lanes, validation or repeated batches."""
+"""What a document is given depends on itself alone: not on neighbors, lanes, validation or repeated batches."""
 
 from types import SimpleNamespace
 from unittest.mock import patch

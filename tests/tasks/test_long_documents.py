@@ -1,4 +1,4 @@
-"""A document that is longer than 16 bits can count, with neighbours around one segment long, through the commands."""
+"""A document that is longer than 16 bits can count, with neighbors around one segment long, through the commands."""
 
 import json
 import re

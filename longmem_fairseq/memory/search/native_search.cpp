@@ -8,7 +8,7 @@
 // With q = sq * a + dq and k = sk * b + dk, where a and b are integers between -127 and 127 and each |dq| <= sq / 2 and
 // |dk| <= sk / 2:    |q . k - sq * sk * (a . b)|  <=  sk / 2 * |q|_1  +  sq / 2 * sk * |b|_1,
 // so that    q . k / sq  <=  sk * (a . b + |q|_1 / (2 sq)) + sk * |b|_1 / 2,    where all but a . b is known before.
-// A centre is subtracted from the rows before they are quantized: what all rows have in common would use bits without
+// A center is subtracted from the rows before they are quantized: what all rows have in common would use bits without
 // changing the ranking.
 //
 // Legend: T queries, d width of a head, n rows to find.
@@ -29,7 +29,7 @@ constexpr int64_t ROWS = 16;      // rows of a tile: a register holds one 32-bit
 constexpr int64_t TILES = 4;      // tiles, and
 constexpr int64_t QUERIES = 4;    // queries, whose sums are computed together: 16 of 32 registers
 constexpr int64_t BLOCK = 16;     // tiles that are quantized at a time and stay in the first-level cache
-constexpr int64_t SAMPLE = 256;   // about as many rows are averaged to the centre
+constexpr int64_t SAMPLE = 256;   // about as many rows are averaged to the center
 constexpr int64_t WIDEST = 1024;  // largest d: 127 * 127 * 1024 is exact in a float
 constexpr float SLACK = 1.01f;    // factor on bounds, for rounding
 constexpr float INF = std::numeric_limits<float>::infinity();
@@ -46,19 +46,19 @@ float dot(const float* x, const float* y, int64_t d) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// Quantizes x minus the centre (null for no centre) to integers between -127 and 127, and writes them plus an offset to
+// Quantizes x minus the center (null for no center) to integers between -127 and 127, and writes them plus an offset to
 // `width` bytes; those from d on are zero plus the offset. Also returns their scale and the sum of their magnitudes.
 // Returns false if x is not finite.
-bool quantize(const float* x, const float* centre, int64_t d, int64_t width, int offset, uint8_t* out, float* scale,
+bool quantize(const float* x, const float* center, int64_t d, int64_t width, int offset, uint8_t* out, float* scale,
               int32_t* magnitudes) {
-  alignas(64) float centred[WIDEST];
+  alignas(64) float centered[WIDEST];
   __m512 largest = _mm512_setzero_ps();
   __mmask16 finite = 0xFFFF;
   for (int64_t i = 0; i < width; i += 16) {
     const __mmask16 in = lanes(d - i);
     __m512 y = _mm512_maskz_loadu_ps(in, x + i);
-    if (centre) y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(in, centre + i));
-    _mm512_store_ps(centred + i, y);
+    if (center) y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(in, center + i));
+    _mm512_store_ps(centered + i, y);
     y = _mm512_abs_ps(y);
     finite &= _mm512_cmp_ps_mask(y, _mm512_set1_ps(INF), _CMP_LT_OQ);
     largest = _mm512_max_ps(largest, y);
@@ -69,7 +69,7 @@ bool quantize(const float* x, const float* centre, int64_t d, int64_t width, int
   *scale = inverse > 0.0f ? most / 127.0f : 2.0f * most;  // the bound also holds where all integers are 0
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < width; i += 16) {
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(centred + i), _mm512_set1_ps(inverse)));
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(centered + i), _mm512_set1_ps(inverse)));
     sum = _mm512_add_epi32(sum, _mm512_abs_epi32(whole));
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(offset)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), bytes);
@@ -122,7 +122,7 @@ class Search {
   std::vector<float> scores_;    // scores of the best rows, (T, room)
   std::vector<int64_t> best_;    // ids of the best rows, (T, room)
   // Of one scan.
-  std::vector<float> centre_, shift_, scales_, halves_;  // shift: q . centre; halves: sk * |b|_1 / 2
+  std::vector<float> center_, shift_, scales_, halves_;  // shift: q . center; halves: sk * |b|_1 / 2
   std::vector<int32_t> scanning_;  // the queries, filled up to a multiple of QUERIES
   std::vector<uint8_t> line_, storage_;
   uint8_t* tiles_;
@@ -131,7 +131,7 @@ class Search {
 Search::Search(const float* queries, int64_t T, int64_t d, int64_t n)
     : queries_(queries), T_(T), d_(d), n_(n), width_((d + 15) / 16 * 16), room_((n + 15) / 16 * 16),
       bytes_((T + 1) * width_, 0), inverse_(T + 1, 0.0f), least_(T + 1, INF), start_(T + 1, 0),
-      scores_(T * room_, -INF), best_(T * room_, -1), centre_(d), scales_(BLOCK * ROWS), halves_(BLOCK * ROWS),
+      scores_(T * room_, -INF), best_(T * room_, -1), center_(d), scales_(BLOCK * ROWS), halves_(BLOCK * ROWS),
       line_(width_), storage_(BLOCK * width_ * ROWS + 64) {
   tiles_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(storage_.data()) + 63) / 64 * 64);
   for (int64_t t = 0; t < T; ++t) {
@@ -157,10 +157,10 @@ void Search::scan(const float* table, int64_t rows, int64_t first, const int64_t
   if (rows == 0 || count == 0) return;
   const int64_t d = d_, groups = width_ / 4;
   const int64_t step = std::max<int64_t>(1, rows / SAMPLE);
-  std::fill(centre_.begin(), centre_.end(), 0.0f);
+  std::fill(center_.begin(), center_.end(), 0.0f);
   for (int64_t row = 0; row < rows; row += step)
-    for (int64_t i = 0; i < d; ++i) centre_[i] += table[row * d + i];
-  for (float& x : centre_) {
+    for (int64_t i = 0; i < d; ++i) center_[i] += table[row * d + i];
+  for (float& x : center_) {
     x /= (rows + step - 1) / step;
     if (!(std::fabs(x) < INF)) x = 0.0f;
   }
@@ -170,8 +170,8 @@ void Search::scan(const float* table, int64_t rows, int64_t first, const int64_t
   for (int64_t t = 0; t < count; ++t) {
     const float* q = queries_ + scanning_[t] * d;
     // The rounding error of a sum of d products is less than this.
-    const float rounding = 1e-5f * std::sqrt(dot(q, q, d) * dot(centre_.data(), centre_.data(), d));
-    shift_[t] = dot(q, centre_.data(), d) + rounding;
+    const float rounding = 1e-5f * std::sqrt(dot(q, q, d) * dot(center_.data(), center_.data(), d));
+    shift_[t] = dot(q, center_.data(), d) + rounding;
   }
 
   for (int64_t begin = 0; begin < rows; begin += BLOCK * ROWS) {
@@ -181,7 +181,7 @@ void Search::scan(const float* table, int64_t rows, int64_t first, const int64_t
       int32_t magnitudes = 0;
       scales_[row] = 0.0f;
       halves_[row] = NAN;  // compares false, so the row is never a candidate
-      if (row < held && quantize(table + (begin + row) * d, centre_.data(), d, width_, 128, line_.data(), &scales_[row],
+      if (row < held && quantize(table + (begin + row) * d, center_.data(), d, width_, 128, line_.data(), &scales_[row],
                                  &magnitudes)) {
         halves_[row] = SLACK * scales_[row] * static_cast<float>(magnitudes) / 2.0f;
         uint8_t* to = tiles_ + row / ROWS * width_ * ROWS + row % ROWS * 4;
@@ -222,7 +222,7 @@ void Search::scan(const float* table, int64_t rows, int64_t first, const int64_t
             for (int j = 0; j < TILES; ++j) {
               const __m512 sk = _mm512_loadu_ps(&scales_[(tile + j) * ROWS]);
               const __m512 bound = _mm512_loadu_ps(&halves_[(tile + j) * ROWS]);
-              // No true score is above q . centre + sq * most.
+              // No true score is above q . center + sq * most.
               const __m512 most = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[i][j]), sk, bound);
               candidates[i][j] = _mm512_cmp_ps_mask(most, least, _CMP_GE_OQ);
             }
