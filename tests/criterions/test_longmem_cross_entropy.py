@@ -83,8 +83,8 @@ def test_loss_and_gradients_are_fairseqs(model, sentence_avg, training):
         torch.testing.assert_close(loss, loss_)
         assert size == size_
         assert {key: float(logged[key]) for key in logged_} == pytest.approx(numbers(logged_))
-        for mine, stock in zip(gradients, gradients_):
-            torch.testing.assert_close(mine, stock, rtol=1e-4, atol=1e-5)
+        for actual, stock in zip(gradients, gradients_):
+            torch.testing.assert_close(actual, stock, rtol=1e-4, atol=1e-5)
 
 
 def test_loss_of_each_token(model):
@@ -169,7 +169,7 @@ def test_gain_of_several_steps_weighs_tokens(model):
 
 def test_training_compares_every_so_many_updates(model):
     model.train()
-    for interval, wanted in ((3, [0, 3, 6]), (1, list(range(8))), (0, [])):
+    for interval, expected in ((3, [0, 3, 6]), (1, list(range(8))), (0, [])):
         compared = []
         for update in range(8):
             model.set_num_updates(update)
@@ -179,7 +179,7 @@ def test_training_compares_every_so_many_updates(model):
                 assert log["loss_without_memory"] > 0
             else:
                 assert log["loss_without_memory"] == log["loss_compared"] == 0
-        assert compared == wanted
+        assert compared == expected
 
 
 @pytest.mark.parametrize("interval", [0, 3])
@@ -231,13 +231,13 @@ def test_gate_is_the_mean_over_heads(model):
 def test_fill_is_the_mean_over_lanes_and_batches(model):
     """Lane by lane from the tokens before: whole chunks, no more than the memory holds."""
     N, C = LONGMEM["memory_size"] // LONGMEM["chunk_size"], LONGMEM["chunk_size"]
-    wanted = []
+    expected = []
     for sample in samples():
         segments = sample["net_input"]["segments"]
-        wanted.append(sum(min(N, start // C) / N for start in segments.starts) / len(segments))
+        expected.append(sum(min(N, start // C) / N for start in segments.starts) / len(segments))
     ranks = logs(model, criterion())
-    assert [float(log["memory_fill"]) for log in ranks] == pytest.approx(wanted)
-    assert reduced(ranks)["mem_fill"] == pytest.approx(sum(wanted) / len(wanted), abs=1e-3)
+    assert [float(log["memory_fill"]) for log in ranks] == pytest.approx(expected)
+    assert reduced(ranks)["mem_fill"] == pytest.approx(sum(expected) / len(expected), abs=1e-3)
 
 
 def test_distance_is_the_mean_over_all_that_is_read(tmp_path):

@@ -25,9 +25,9 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 LENGTHS = (60, 13, 31)
 
 
-def close(found, wanted, dtype=torch.float32, scale=1.0):
+def close(actual, expected, dtype=torch.float32, scale=1.0):
     tolerance = TOLERANCE[dtype] * scale
-    torch.testing.assert_close(found.float().cpu(), wanted.float().cpu(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual.float().cpu(), expected.float().cpu(), rtol=tolerance, atol=tolerance)
 
 
 def filled(device, dtype, seed=0):
@@ -48,8 +48,8 @@ def test_bank(dtype):
         assert torch.equal(getattr(cpu, name), getattr(gpu, name).cpu())
     close(gpu.means, cpu.means)
     for lane in range(3):
-        for mine, theirs in zip(gpu.contents(lane), cpu.contents(lane)):
-            close(mine, theirs)
+        for actual, expected in zip(gpu.contents(lane), cpu.contents(lane)):
+            close(actual, expected)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -99,8 +99,8 @@ def test_memory_attention(attend, L, B, H, T, N, C, d, n, q_dtype, bank_dtype):
         results.append((z.detach(), leaf.grad))
     # Embedding bags round queries and weights to the bank's precision.
     coarsest = max(q_dtype, bank_dtype if attend is row_memory_attention else q_dtype, key=TOLERANCE.get)
-    for mine, theirs in zip(*results):
-        close(mine, theirs, coarsest, scale=1 if attend is memory_attention else 4)
+    for actual, expected in zip(*results):
+        close(actual, expected, coarsest, scale=1 if attend is memory_attention else 4)
 
 
 def test_triton_is_used_where_it_is_installed():
@@ -134,8 +134,8 @@ def test_whole_model(tmp_path, model, search):
         pytest.skip("the installed faiss has no GPU support")
     cpu, gpu = pair(tmp_path, model=model, memory_search=search, memory_size=36)
     docs = documents(LENGTHS)
-    for mine, theirs in zip(read(gpu, cuda_documents(docs), 7), read(cpu, docs, 7)):
-        close(mine, theirs)
+    for actual, expected in zip(read(gpu, cuda_documents(docs), 7), read(cpu, docs, 7)):
+        close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -143,9 +143,9 @@ def test_whole_model_in_half_precision(tmp_path, dtype):
     """Logits near those in float32, and so are the losses; which chunks are read may differ in near ties."""
     cpu, gpu = pair(tmp_path, memory_search="torch", memory_size=36)
     docs = documents(LENGTHS)
-    for mine, theirs, doc in zip(read(gpu.to(dtype), cuda_documents(docs), 7), read(cpu, docs, 7), docs):
-        assert mine.dtype == dtype
-        losses = [F.cross_entropy(x.float().cpu()[:-1], doc[1:]).item() for x in (mine, theirs)]
+    for actual, expected, doc in zip(read(gpu.to(dtype), cuda_documents(docs), 7), read(cpu, docs, 7), docs):
+        assert actual.dtype == dtype
+        losses = [F.cross_entropy(x.float().cpu()[:-1], doc[1:]).item() for x in (actual, expected)]
         assert abs(losses[0] - losses[1]) < 20 * TOLERANCE[dtype]
 
 
@@ -167,20 +167,22 @@ def step_gradients(model, docs, autocast=None):
 def test_training_step(tmp_path, recompute):
     cpu, gpu = pair(tmp_path, memory_search="torch", memory_size=36, checkpoint_activations=recompute)
     docs = documents((40, 35, 30))
-    wanted, found = step_gradients(cpu, docs), step_gradients(gpu, cuda_documents(docs))
-    assert wanted.keys() == found.keys() and any("memory_gate" in name for name in wanted)
-    for name in wanted:
-        close(found[name], wanted[name])
+    expected, actual = step_gradients(cpu, docs), step_gradients(gpu, cuda_documents(docs))
+    assert expected.keys() == actual.keys() and any("memory_gate" in name for name in expected)
+    for name in expected:
+        close(actual[name], expected[name])
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_training_step_under_autocast(tmp_path, dtype):
     cpu, gpu = pair(tmp_path, memory_search="torch", memory_size=36)
     docs = documents((40, 35, 30))
-    wanted, found = step_gradients(cpu, docs), step_gradients(gpu, cuda_documents(docs), dtype)
-    for name in wanted:
-        assert found[name].dtype == torch.float32 and found[name].isfinite().all()
-    all_wanted, all_found = (torch.cat([grads[name].flatten().cpu() for name in wanted]) for grads in (wanted, found))
+    expected, actual = step_gradients(cpu, docs), step_gradients(gpu, cuda_documents(docs), dtype)
+    for name in expected:
+        assert actual[name].dtype == torch.float32 and actual[name].isfinite().all()
+    all_wanted, all_found = (
+        torch.cat([grads[name].flatten().cpu() for name in expected]) for grads in (expected, actual)
+    )
     assert F.cosine_similarity(all_wanted, all_found, dim=0) > 0.98
 
 

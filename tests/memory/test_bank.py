@@ -58,10 +58,10 @@ def held(bank: MemoryBank, lane: int) -> Dict[int, int]:
 
 def check(bank: MemoryBank, lane: int, expected: ListBank):
     """A lane of the bank holds exactly what the lists hold, slot by slot."""
-    found = held(bank, lane)
-    assert sorted(found) == sorted(expected.chunks)
+    slot_of = held(bank, lane)
+    assert sorted(slot_of) == sorted(expected.chunks)
     assert bank.position[lane] == expected.position
-    for number, slot in found.items():
+    for number, slot in slot_of.items():
         assert slot == number % bank.chunks
         chunk = expected.chunks[number]
         keys, values = tokens_of(expected.stream, chunk[0], chunk[-1] + 1)
@@ -69,7 +69,7 @@ def check(bank: MemoryBank, lane: int, expected: ListBank):
         assert torch.equal(bank.values[lane, :, slot], values)
         torch.testing.assert_close(bank.means[lane, :, slot], keys.mean(dim=1))
     # the same again in the order of the stream, for those who save or continue it
-    slots = [found[number] for number in sorted(found)]
+    slots = [slot_of[number] for number in sorted(slot_of)]
     for copied, of_slots in zip(bank.contents(lane), (bank.keys, bank.values, bank.means)):
         assert torch.equal(copied, of_slots[lane][:, slots])
     tokens = [token for number in sorted(expected.chunks) for token in expected.chunks[number]] + expected.waiting
@@ -184,5 +184,5 @@ def test_numbers_of_chunks_have_the_shape_of_the_slots():
     for lane, T in ((0, 4), (1, 10)):
         bank.append(lane, *tokens_of(lane, 0, T))
     slots = torch.tensor([[[0, 1], [1, 0]], [[0, 1], [2, 2]]])
-    found = bank.chunk_numbers(np.array([0, 1]), slots)
-    assert found.tolist() == [[[0, 1], [1, 0]], [[3, 4], [2, 2]]]
+    numbers = bank.chunk_numbers(np.array([0, 1]), slots)
+    assert numbers.tolist() == [[[0, 1], [1, 0]], [[3, 4], [2, 2]]]

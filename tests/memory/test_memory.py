@@ -74,7 +74,7 @@ def test_nothing_retrieves_itself_or_its_future():
     memory = make_memory()
     first = at([0], [5], [0], [6])
     assert not step(memory, first).any()
-    assert numbers(memory, 0) == []  # held back until the lane goes on
+    assert numbers(memory, 0) == []  # held back until the lane continues
     memory.open(at([0], [5], [6], [6]))
     assert numbers(memory, 0) == [0, 1]
 
@@ -86,7 +86,7 @@ def test_flush_writes_what_is_held_back():
     assert numbers(memory, 0) == [0, 1] and numbers(memory, 1) == [] and numbers(memory, 2) == [0, 1]
     memory.flush()
     assert numbers(memory, 2) == [0, 1]
-    step(memory, at([0, 2], [5, 6], [6, 7], [6, 7]))  # and streams go on from there
+    step(memory, at([0, 2], [5, 6], [6, 7], [6, 7]))  # and streams continue from there
 
 
 def test_padding_is_not_remembered():
@@ -127,7 +127,7 @@ def test_batches_that_come_again_read_the_same_and_are_written_once(lanes, repea
 
 
 def test_a_batch_that_comes_again_with_fewer_lanes():
-    """The lanes that are missing go on; those that come again do not."""
+    """The lanes that are missing continue; those that come again do not."""
     memory = make_memory()
     step(memory, at([0, 1], [5, 6], [0, 0], [6, 6]))
     step(memory, at([0], [5], [0], [6]))
@@ -175,7 +175,7 @@ def test_lanes_are_isolated(lengths, changed, T):
     """Other keys, values and queries in one lane: what the others read and hold is the same, bit by bit."""
     reads = []
     for seed_of_changed in (0, 1):
-        memory, found = make_memory(), {}
+        memory, attended = make_memory(), {}
         for start in range(0, max(lengths), T):
             rows = [row for row in range(len(lengths)) if lengths[row] > start]
             segments = at(rows, rows, [start] * len(rows), [min(T, lengths[row] - start) for row in rows])
@@ -186,9 +186,9 @@ def test_lanes_are_isolated(lengths, changed, T):
             z, _ = memory.open(segments)(q, SCALING)
             memory.write(segments, k, v)
             for i, row in enumerate(rows):
-                found[row, start] = z[i]
+                attended[row, start] = z[i]
         memory.flush()
-        reads.append((found, [held(memory, lane) for lane in range(3)]))
+        reads.append((attended, [held(memory, lane) for lane in range(3)]))
     (before, held_before), (after, held_after) = reads
     for lane, start in before:
         if lane != changed:
@@ -330,7 +330,7 @@ def test_recomputation_reads_the_same_without_searching_again():
 
 def distances(memory, reader, segments):
     """Every distance from a token to the middle of a chunk that it reads, one by one."""
-    found = []
+    result = []
     for row, lane in enumerate(segments.lanes.tolist()):
         of_slot = {number % memory.bank.chunks: number for number in held(memory, lane)}
         for head in range(H):
@@ -338,8 +338,8 @@ def distances(memory, reader, segments):
                 for slot in reader.slots[row, head, t].tolist():
                     if slot >= 0:
                         middle = np.mean(np.arange(C) + of_slot[slot] * C)
-                        found.append(segments.starts[row] + t - middle)
-    return found
+                        result.append(segments.starts[row] + t - middle)
+    return result
 
 
 def test_figures_of_fill_and_distance():

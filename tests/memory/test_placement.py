@@ -44,8 +44,8 @@ def test_a_bank_in_a_file_holds_what_one_in_memory_holds(tmp_path, dtype, map_me
         assert bank.nbytes == banks[0].nbytes
     assert copies[1].placement == banks[1].placement and copies[1].keys.data_ptr() != banks[1].keys.data_ptr()
     queries = torch.randn(2, H, 5, D)
-    found = [TorchSearch()(bank, np.array([0, 1]), queries, 4) for bank in (banks[0], copies[1])]
-    assert torch.equal(*found)
+    slots = [TorchSearch()(bank, np.array([0, 1]), queries, 4) for bank in (banks[0], copies[1])]
+    assert torch.equal(*slots)
 
 
 def test_the_file_has_no_name_and_goes_with_its_tensors(tmp_path):

@@ -1,4 +1,4 @@
-"""The memory that all rows share: what a batch adds, what leaves, and when it starts anew."""
+"""The memory that all rows share: what a batch adds, what leaves, and when it is reset."""
 
 import numpy as np
 import pytest

@@ -217,9 +217,9 @@ class Reference:
         for head in range(s.heads):
             for t in range(len(q)):
                 query = q[t, head * d : (head + 1) * d]
-                found = np.array([chunk.means[head] @ query for chunk in self.memory])
-                self.scores[row, head, t] = found
-                best = np.argsort(-found, kind="stable")[: s.k // s.chunk_size]
+                scores = np.array([chunk.means[head] @ query for chunk in self.memory])
+                self.scores[row, head, t] = scores
+                best = np.argsort(-scores, kind="stable")[: s.k // s.chunk_size]
                 keys = np.concatenate([self.memory[i].keys[head] for i in best]).astype(np.float64)
                 values = np.concatenate([self.memory[i].values[head] for i in best]).astype(np.float64)
                 out[t, head * d : (head + 1) * d] = _softmax(keys @ query / math.sqrt(d)) @ values

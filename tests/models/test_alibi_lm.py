@@ -60,8 +60,8 @@ def test_one_token_at_a_time_gives_the_same_logits():
             if t == 5:
                 model.decoder.reorder_incremental_state_scripting(state, torch.tensor([1, 0]))
                 x, whole = x[[1, 0]], whole[[1, 0]]
-            found = model.decoder(x[:, : t + 1], incremental_state=state)[0]
-            torch.testing.assert_close(found[:, -1], whole[:, t], rtol=1e-4, atol=1e-4)
+            actual = model.decoder(x[:, : t + 1], incremental_state=state)[0]
+            torch.testing.assert_close(actual[:, -1], whole[:, t], rtol=1e-4, atol=1e-4)
 
 
 def test_every_parameter_learns():

@@ -53,8 +53,8 @@ def test_equals_fairseqs_decoder(load, variant):
         logits, extra = stock(x)
     encoded = backbone(x)
     assert len(encoded.hidden) == len(extra["inner_states"])
-    for mine, theirs in zip(encoded.hidden, extra["inner_states"]):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    for actual, expected in zip(encoded.hidden, extra["inner_states"]):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     features = encoded.hidden[-1].transpose(0, 1)
     if stock.decoder.layer_norm is not None:
         features = stock.decoder.layer_norm(features)
@@ -66,8 +66,8 @@ def test_equals_alibi_lm(load):
     x = tokens()
     with torch.no_grad():
         states = stock(x)[1]["inner_states"]
-    for mine, theirs in zip(backbone(x).hidden, states):
-        torch.testing.assert_close(mine, theirs)
+    for actual, expected in zip(backbone(x).hidden, states):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # fairseq's own masks
@@ -76,12 +76,12 @@ def test_padding_behind_a_row_changes_nothing(load):
     x = tokens()
     x[1, 6:] = VOCABULARY.pad()
     with torch.no_grad():
-        theirs = stock(x)[1]["inner_states"]
+        expected = stock(x)[1]["inner_states"]
     encoded, short = backbone(x), backbone(x[:, :6])
-    for mine, stocks, cut in zip(encoded.hidden, theirs, short.hidden):
-        torch.testing.assert_close(mine[:6], stocks[:6], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(mine[:6], cut, rtol=1e-4, atol=1e-4)
-        assert mine.isfinite().all()
+    for actual, stocks, cut in zip(encoded.hidden, expected, short.hidden):
+        torch.testing.assert_close(actual[:6], stocks[:6], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual[:6], cut, rtol=1e-4, atol=1e-4)
+        assert actual.isfinite().all()
 
 
 def test_keys_and_values_are_the_memory_layers_projections(load):
@@ -89,11 +89,11 @@ def test_keys_and_values_are_the_memory_layers_projections(load):
     encoded = backbone(tokens())
     layer = backbone.decoder.layers[M]
     x = layer.self_attn_layer_norm(encoded.hidden[M])  # (T, B, D)
-    for found, projection in ((encoded.keys, layer.self_attn.k_proj), (encoded.values, layer.self_attn.v_proj)):
+    for actual, projection in ((encoded.keys, layer.self_attn.k_proj), (encoded.values, layer.self_attn.v_proj)):
         y = projection(x)
         for head in range(backbone.num_heads):
             columns = y[..., head * backbone.head_dim : (head + 1) * backbone.head_dim]
-            torch.testing.assert_close(found[:, head], columns.transpose(0, 1))
+            torch.testing.assert_close(actual[:, head], columns.transpose(0, 1))
 
 
 @pytest.mark.parametrize("model", ["transformer_lm", "alibi_lm"])
@@ -123,8 +123,8 @@ def test_a_window_in_blocks_equals_the_whole(load, model, changes):
             pieces.append(backbone.encode(block, state, start))
             start += block.size(1)
         for layer in range(LAYERS + 1):
-            found = torch.cat([piece.hidden[layer] for piece in pieces])
-            torch.testing.assert_close(found, whole.hidden[layer], rtol=1e-4, atol=1e-4)
+            actual = torch.cat([piece.hidden[layer] for piece in pieces])
+            torch.testing.assert_close(actual, whole.hidden[layer], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.cat([p.keys for p in pieces], 2), whole.keys, rtol=1e-4, atol=1e-4)
 
     check()
@@ -148,8 +148,8 @@ def test_without_learned_positions_there_is_no_end(load, changes):
     assert backbone.max_positions is None
     x = tokens(T=3 * POSITIONS)
     with torch.no_grad():
-        theirs = stock(x)[1]["inner_states"][-1]
-    torch.testing.assert_close(backbone(x).hidden[-1], theirs, rtol=1e-3, atol=1e-3)
+        expected = stock(x)[1]["inner_states"][-1]
+    torch.testing.assert_close(backbone(x).hidden[-1], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_sinusoidal_positions_follow_the_model_to_another_device(load):

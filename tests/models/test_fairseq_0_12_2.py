@@ -44,14 +44,14 @@ def as_fairseq_0_12_2(state):
 def test_its_checkpoints_are_backbones(write_backbone, learned):
     """It is the same backbone, with the same fingerprint, so that checkpoints may be exchanged."""
     path = write_backbone(decoder_learned_pos=learned)
-    ours = load_backbone(path, VOCABULARY, 1)
+    actual = load_backbone(path, VOCABULARY, 1)
     state = as_fairseq_0_12_2(torch.load(path))
     assert ("decoder.embed_positions._float_tensor" in state["model"]) != learned
     torch.save(state, path)
-    theirs = load_backbone(path, VOCABULARY, 1)
-    assert theirs.fingerprint == ours.fingerprint
+    expected = load_backbone(path, VOCABULARY, 1)
+    assert expected.fingerprint == actual.fingerprint
     x = torch.arange(4, 22).view(2, 9)
-    assert torch.equal(theirs(x).hidden[-1], ours(x).hidden[-1])
+    assert torch.equal(expected(x).hidden[-1], actual(x).hidden[-1])
 
 
 def test_its_fingerprints_are_the_same(write_backbone):
@@ -83,10 +83,10 @@ def test_only_names_of_its_omegaconf_are_imported():
         "omegaconf": {"II", "MISSING", "DictConfig", "ListConfig", "OmegaConf", "open_dict"},
         "omegaconf.errors": {"ConfigAttributeError", "ConfigKeyError", "OmegaConfBaseException", "ValidationError"},
     }
-    found = 0
+    imports = 0
     for path in (ROOT / "longmem_fairseq").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module in known:
-                found += 1
+                imports += 1
                 assert {name.name for name in node.names} <= known[node.module], f"{path}:{node.lineno}"
-    assert found > 3
+    assert imports > 3

@@ -42,9 +42,9 @@ def teacher_forced(model, doc, starts):
         window = doc[begin : begin + T]
         full = Segments([0], [0], [begin], [len(window)], 1)
         with torch.no_grad():
-            found = model(window[None], segments=full, read_only=True)[0][0]
+            last_rows = model(window[None], segments=full, read_only=True)[0][0]
             model(doc[begin:end][None], segments=segments)
-        for i, row in enumerate(found):
+        for i, row in enumerate(last_rows):
             logits.setdefault(begin + i, row)
     return torch.stack([logits[i] for i in range(len(doc))])
 
@@ -54,16 +54,16 @@ def test_equals_full_forward(model, past):
     """With the memory empty (up to 7 tokens before), partly filled (14) and evicting (62)."""
     (doc,) = documents([(past // T + 1) * T])
     expected = read(model, [doc], T)[0][past:]
-    found = decode(model, prefill(model.decoder, [doc[:past]], T), doc[None, past:])[0]
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    actual = decode(model, prefill(model.decoder, [doc[:past]], T), doc[None, past:])[0]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_memory_matters(tmp_path):
     model = longmem(tmp_path)
     doc, other = documents([4 * T, 3 * T], seed=5)
-    found = decode(model, prefill(model.decoder, [doc[: 3 * T]], T), doc[None, 3 * T :])
+    actual = decode(model, prefill(model.decoder, [doc[: 3 * T]], T), doc[None, 3 * T :])
     changed = decode(model, prefill(model.decoder, [other], T), doc[None, 3 * T :])
-    assert (found - changed).abs().max() > 1e-2
+    assert (actual - changed).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("past", [0, 3, 2 * T + 2])
@@ -75,8 +75,8 @@ def test_roll_over(model, past):
     while starts[-1] + T < len(doc):
         starts.append(starts[-1] + moved)
     expected = teacher_forced(model, doc, starts)[past:]
-    found = decode(model, prefill(model.decoder, [doc[:past]], T), doc[None, past:])[0]
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    actual = decode(model, prefill(model.decoder, [doc[:past]], T), doc[None, past:])[0]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_unequal_rows(model):
@@ -92,7 +92,7 @@ def test_unequal_rows(model):
 
 
 def test_reordered_rows(model):
-    """Hypotheses that are chosen, repeated and dropped, across a roll-over, go on as their own history says."""
+    """Hypotheses that are chosen, repeated and dropped, across a roll-over, continue as their own history says."""
     rng = np.random.default_rng(0)
     prompts, steps = documents([2 * T + 3, 4], seed=3), 3 * T
     state = prefill(model.decoder, prompts, T)
@@ -104,14 +104,14 @@ def test_reordered_rows(model):
             histories = [list(histories[i]) for i in order]
             model.decoder.reorder_incremental_state_scripting(state, torch.from_numpy(order))
         tokens = torch.from_numpy(rng.integers(4, len(VOCABULARY), (6, 1)))
-        found = decode(model, state, tokens)[:, 0]
+        actual = decode(model, state, tokens)[:, 0]
         for history, token in zip(histories, tokens[:, 0].tolist()):
             history.append(token)
     for row, history in enumerate(histories):
         start = len(prompts[row // 3])
         alone = prefill(model.decoder, [torch.tensor(history[:start])], T)
         expected = decode(model, alone, torch.tensor(history[start:])[None])[0, -1]
-        torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual[row], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_hypotheses_share_their_memory(tmp_path):

@@ -61,8 +61,8 @@ def test_a_checkpoint_of_fairseq_train(tiny_backbone):
 def test_named_architectures(checkpoint):
     plain = load_backbone(checkpoint(), VOCABULARY, 1)
     named = {**stock_config(), "_name": "transformer_lm_gpt2_small"}
-    found = load_backbone(checkpoint(cfg={"_name": None, "model": named}), VOCABULARY, 1)
-    assert found.fingerprint == plain.fingerprint
+    loaded = load_backbone(checkpoint(cfg={"_name": None, "model": named}), VOCABULARY, 1)
+    assert loaded.fingerprint == plain.fingerprint
 
 
 def test_options_as_before_fairseq_0_11(checkpoint):
@@ -70,8 +70,8 @@ def test_options_as_before_fairseq_0_11(checkpoint):
     plain = load_backbone(checkpoint(), VOCABULARY, 1)
     values = {key: value for key, value in stock_config().items() if key != "_name"}
     args = argparse.Namespace(arch="transformer_lm", task="language_modeling", **values)
-    found = load_backbone(checkpoint(cfg=None, args=args, name="old.pt"), VOCABULARY, 1)
-    assert found.fingerprint == plain.fingerprint
+    loaded = load_backbone(checkpoint(cfg=None, args=args, name="old.pt"), VOCABULARY, 1)
+    assert loaded.fingerprint == plain.fingerprint
 
 
 def test_a_missing_version_does_not_drop_the_final_norm(checkpoint):

@@ -76,9 +76,9 @@ def test_a_backbone_that_moved_is_found_by_an_override(built, tmp_path):
 def test_another_backbone_is_refused(built, write_backbone, tmp_path, other):
     """Of the same sizes, so that its weights would load without a word."""
     path = save(built(), tmp_path / "c.pt")
-    theirs = write_backbone("other.pt", **other)
+    expected = write_backbone("other.pt", **other)
     with pytest.raises(BackboneError, match="trained on a backbone with fingerprint [0-9a-f]{12}, but .*other.pt has"):
-        load(path, pretrained_model_path=theirs)
+        load(path, pretrained_model_path=expected)
     write_backbone(**other)  # in place of the right one
     with pytest.raises(BackboneError, match="name the right one with --pretrained-model-path .*--model-overrides") as e:
         load(path)

@@ -65,8 +65,8 @@ def test_equals_the_reference(tmp_path, variant):
     kind, positions, backbone, changes = VARIANTS[variant]
     model = longmem(tmp_path, model=kind, backbone=backbone, **changes).double()
     docs = documents([4 * T + 3, 2 * T + 1])
-    found = read(model, docs, T)
-    for doc, logits in zip(docs, found):
+    logits_of_documents = read(model, docs, T)
+    for doc, logits in zip(docs, logits_of_documents):
         reference = Reference(weights_of(model), setting_of(model, positions, backbone))
         expected = torch.cat([reference.read(piece.tolist()) for piece in doc.split(T)])
         # Products with remembered keys are taken in float32, as the search's are.

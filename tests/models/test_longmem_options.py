@@ -92,12 +92,12 @@ def test_values(parse):
         "--memory-dtype", "float16", "--dropout", 0.1, "--attention-dropout", 0.2, "--checkpoint-activations",
         "--save-backbone",
     ).model  # fmt: skip
-    wanted = {
+    expected = {
         "pretrained_model_path": "b.pt", "memory_size": 128, "k": 12, "chunk_size": 6, "retrieval_layer_index": 2,
         "layer_reduction_factor": 3, "memory_search": "torch", "memory_dtype": "float16", "dropout": 0.1,
         "attention_dropout": 0.2, "checkpoint_activations": True, "save_backbone": True,
     }  # fmt: skip
-    assert {name: cfg[name] for name in wanted} == wanted
+    assert {name: cfg[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("option, value", [("--memory-dtype", "int8"), ("--k", "many")])
@@ -118,13 +118,13 @@ def test_every_option_has_a_help_text():
 
 def test_the_released_scripts_options_mean_the_same(parse):
     cfg = parse("--pretrained-model-path", "b.pt", *RELEASED_SCRIPT, arch="longmem_gpt2_medium")
-    wanted = {
+    expected = {
         "use_external_memory": True, "memory_size": 65536, "k": 64, "chunk_size": 4, "retrieval_layer_index": 17,
         "layer_reduction_factor": 2, "reload_ptm_layer": True, "use_gpu_to_search": True,
         "pretrained_model_path": "b.pt", "gpt_encoder_path": "gpt2_bpe", "no_token_positional_embeddings": True,
         "tokens_per_sample": 1024,
     }  # fmt: skip
-    assert {name: cfg.model[name] for name in wanted} == wanted
+    assert {name: cfg.model[name] for name in expected} == expected
     assert cfg.common.fp16 and cfg.task.data_no_shuffle
 
 

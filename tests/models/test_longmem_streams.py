@@ -140,7 +140,7 @@ def test_replay_equals_never_having_stopped(tmp_path_factory, pieces, last, memo
 
 
 def test_padding_is_neither_remembered_nor_counted(tmp_path):
-    """A row padded to its neighbor's length goes on as if it had been alone, whatever stands in the padding."""
+    """A row padded to its neighbor's length continues as if it had been alone, whatever stands in the padding."""
     model, alone = longmem(tmp_path), longmem(tmp_path)
     docs = documents([3, 2 * T])
     tokens, segments = next(batches(docs, T))

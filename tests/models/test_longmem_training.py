@@ -97,12 +97,12 @@ def test_starts_from_backbone_layers(tmp_path, R):
     assert len(decoder.layers) == LAYERS // R
     for j, layer in enumerate(decoder.layers):
         expected = backbone.layers[min(R * j + 1, LAYERS - 1)].state_dict()
-        found = layer.state_dict()
-        gate = found.pop("self_attn.memory_gate", None)
+        state = layer.state_dict()
+        gate = state.pop("self_attn.memory_gate", None)
         assert (gate is not None) == (j == 1 // R)
         assert gate is None or not gate.any()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in found)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in state)
     assert torch.equal(decoder.layer_norm.weight, backbone.layer_norm.weight)
     assert torch.equal(decoder.layer_norm.bias, backbone.layer_norm.bias)
     parameters = {p.data_ptr() for p in backbone.parameters()}
@@ -112,8 +112,8 @@ def test_starts_from_backbone_layers(tmp_path, R):
 def test_starts_at_random_where_asked(tmp_path):
     longmem(tmp_path)
     model = build_longmem(tmp_path / "backbone.pt", reload_ptm_layer=False)
-    layer, theirs = model.decoder.layers[0], model.decoder.backbone.decoder.layers[1]
-    assert not torch.equal(layer.fc1.weight, theirs.fc1.weight)
+    layer, expected = model.decoder.layers[0], model.decoder.backbone.decoder.layers[1]
+    assert not torch.equal(layer.fc1.weight, expected.fc1.weight)
 
 
 def test_dropout_is_the_side_networks_alone(tmp_path):

@@ -51,8 +51,8 @@ def same_sets(extra, expected) -> bool:
     if retrieved is None:
         return expected.size == 0
     B, H, T, n = retrieved.shape
-    ours = retrieved.permute(1, 2, 0, 3).reshape(H, T * B, n).numpy()
-    return np.array_equal(np.sort(ours), np.sort(expected))
+    actual = retrieved.permute(1, 2, 0, 3).reshape(H, T * B, n).numpy()
+    return np.array_equal(np.sort(actual), np.sort(expected))
 
 
 @torch.no_grad()
@@ -104,17 +104,17 @@ def test_gradients_of_the_released_code(exact):
     assert loss.item() == pytest.approx(float(recorded["grad_loss"]), rel=1e-6)
     loss.backward()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    theirs = {name[len("grad/") :]: x for name, x in recorded.items() if "/" in name}
-    theirs = {name.replace("memory_bias", "memory_gate"): x for name, x in theirs.items()}
-    assert set(theirs) == set(parameters)
-    for name, expected in theirs.items():
+    gradients = {name[len("grad/") :]: x for name, x in recorded.items() if "/" in name}
+    gradients = {name.replace("memory_bias", "memory_gate"): x for name, x in gradients.items()}
+    assert set(gradients) == set(parameters)
+    for name, expected in gradients.items():
         difference = np.abs(parameters[name].grad.numpy() - expected).max()
         assert difference <= 1e-4 * np.abs(expected).max(), name
     assert all(p.grad is None for p in model.decoder.backbone.parameters())
 
 
 def test_backward_through_several_segments(recorded):
-    """What was read stays as it was until the backward pass, though the memory goes on."""
+    """What was read stays as it was until the backward pass, though the memory is written further."""
 
     def gradients(backward_at_once):
         model, losses = recorded.load(), []
@@ -200,8 +200,8 @@ def test_rules_of_the_released_code_on_any_shape(tmp_path_factory, shape, rows, 
         held = contents[0].size(1) if contents is not None else 0
         assert held == len(reference.memory)
         for i, chunk in enumerate(reference.memory):
-            for ours, theirs in zip(contents, chunk):
-                np.testing.assert_allclose(ours[:, i].numpy(), theirs.astype(np.float32), rtol=2e-3, atol=2e-4)
+            for actual, expected in zip(contents, chunk):
+                np.testing.assert_allclose(actual[:, i].numpy(), expected.astype(np.float32), rtol=2e-3, atol=2e-4)
 
 
 @pytest.fixture(scope="module")

@@ -119,15 +119,15 @@ def test_generation(released, tmp_path):
     """fairseq-interactive, with the backbone from a file of its own; prompts longer than a segment go into memory."""
     words = [f"w{i % 36}" for i in range(3 * T + 5)]
     (tmp_path / "prompts.txt").write_text(" ".join(words) + "\n")
-    found = []
+    answers = []
     for path, backbone in ((released.bare, released.backbone), (released.converted, None)):
         overrides = {"tokens_per_sample": T, **({"pretrained_model_path": str(backbone)} if backbone else {})}
         output = run(
             "interactive", released.data, *TASK, "--path", path, "--cpu", "--input", tmp_path / "prompts.txt",
             "--beam", 2, "--max-len-b", 8, "--model-overrides", str(overrides), cwd=tmp_path,
         )  # fmt: skip
-        found.append(re.search(r"^H-0\t(\S+)\t(.+)$", output, re.MULTILINE).groups())
-    (score, answer), (same_score, same_answer) = found
+        answers.append(re.search(r"^H-0\t(\S+)\t(.+)$", output, re.MULTILINE).groups())
+    (score, answer), (same_score, same_answer) = answers
     assert answer == same_answer and float(score) == pytest.approx(float(same_score), abs=1e-3)
     model = LongMem.from_pretrained(str(released.side), data=str(released.data), tokens_per_sample=T)
     assert model.generate(" ".join(words), beam=2, max_new_tokens=8).split() == answer.split()

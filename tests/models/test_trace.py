@@ -30,18 +30,18 @@ def memory_of(model, *texts):
 
 
 def test_scores_are_those_of_the_forward_pass(model):
-    found = trace_reads(DocumentReader(model.decoder, T), TEXT, memory_of(model))
+    reads = trace_reads(DocumentReader(model.decoder, T), TEXT, memory_of(model))
     (logits,) = read(model, [torch.cat([EOS, TEXT[:-1]])], T)
     expected = logits.log_softmax(-1).gather(1, TEXT[:, None])[:, 0]
-    torch.testing.assert_close(found.log_probabilities, expected, atol=1e-5, rtol=1e-5)
-    assert (found.log_probabilities - found.without_memory).abs()[T:].min() > 0
-    torch.testing.assert_close(found.log_probabilities[:T], found.without_memory[:T])
-    assert found.position == 0 and found.documents == []
+    torch.testing.assert_close(reads.log_probabilities, expected, atol=1e-5, rtol=1e-5)
+    assert (reads.log_probabilities - reads.without_memory).abs()[T:].min() > 0
+    torch.testing.assert_close(reads.log_probabilities[:T], reads.without_memory[:T])
+    assert reads.position == 0 and reads.documents == []
 
 
 def test_reads_make_up_what_the_memory_gave(model):
     """All reads of a query, weighted with their masses and with the values that lie at their places, give Z."""
-    found = trace_reads(DocumentReader(model.decoder, T), TEXT, memory_of(model), kept=6)  # 3 heads x 2 chunks: all
+    reads = trace_reads(DocumentReader(model.decoder, T), TEXT, memory_of(model), kept=6)  # 3 heads x 2 chunks: all
     inputs = torch.cat([EOS, TEXT[:-1]])
     keys, values = [], []
     with torch.no_grad():
@@ -72,33 +72,33 @@ def test_reads_make_up_what_the_memory_gave(model):
         finally:
             del attention.reading
     q, z = torch.cat(queries, dim=1), torch.cat(answers, dim=1)  # (H, length, d)
-    assert (found.heads[:T] == -1).all() and (found.heads[T:] >= 0).all()
+    assert (reads.heads[:T] == -1).all() and (reads.heads[T:] >= 0).all()
     for t in (T, 3 * T - 1, len(TEXT) - 1):
         for head in range(3):
-            mine = found.heads[t] == head
-            places = (found.chunks[t, mine][:, None] + torch.arange(3)).flatten()
+            reading = reads.heads[t] == head
+            places = (reads.chunks[t, reading][:, None] + torch.arange(3)).flatten()
             assert len(places) == 6 and places.max() < t // T * T
             weights = (keys[head, places] @ q[head, t]).softmax(0)
             torch.testing.assert_close(weights @ values[head, places], z[head, t], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(weights.view(2, 3).sum(1), found.masses[t, mine], atol=1e-5, rtol=1e-4)
-            share = found.masses[t, mine].max() * found.gates[head]
-            torch.testing.assert_close(found.by_head[t, head], share)
-    shares = found.masses * found.gates[found.heads.clamp(min=0)] * (found.heads >= 0)
+            torch.testing.assert_close(weights.view(2, 3).sum(1), reads.masses[t, reading], atol=1e-5, rtol=1e-4)
+            share = reads.masses[t, reading].max() * reads.gates[head]
+            torch.testing.assert_close(reads.by_head[t, head], share)
+    shares = reads.masses * reads.gates[reads.heads.clamp(min=0)] * (reads.heads >= 0)
     assert (shares.diff(dim=1) <= 1e-6).all(), "the most read come first"
-    by_chunk = torch.zeros(len(TEXT), len(TEXT)).scatter_add(1, found.chunks.clamp(min=0), shares / 3).amax(1)
-    torch.testing.assert_close(found.strongest, by_chunk)
+    by_chunk = torch.zeros(len(TEXT), len(TEXT)).scatter_add(1, reads.chunks.clamp(min=0), shares / 3).amax(1)
+    torch.testing.assert_close(reads.strongest, by_chunk)
 
 
 def test_earlier_documents_are_read_and_named(model):
     memory = memory_of(model, *EARLIER)
-    found = trace_reads(DocumentReader(model.decoder, T), TEXT, memory)
-    assert found.position == 16 and [document.name for document in found.documents] == ["document 0", "document 1"]
-    places = {found.where(int(place))[0] for place in found.chunks[found.heads >= 0]}
+    reads = trace_reads(DocumentReader(model.decoder, T), TEXT, memory)
+    assert reads.position == 16 and [document.name for document in reads.documents] == ["document 0", "document 1"]
+    places = {reads.where(int(place))[0] for place in reads.chunks[reads.heads >= 0]}
     assert places == {"document 0", "document 1", None}
-    assert found.where(0) == ("document 0", -1) and found.where(15) == ("document 1", 4)
-    assert found.where(16) == (None, -1) and found.where(20) == (None, 3)
+    assert reads.where(0) == ("document 0", -1) and reads.where(15) == ("document 1", 4)
+    assert reads.where(16) == (None, -1) and reads.where(20) == (None, 3)
     assert memory.end == 16, "the library is only read"
-    assert (found.heads[0] >= 0).any(), "the first segment reads them already"
+    assert (reads.heads[0] >= 0).any(), "the first segment reads them already"
 
 
 @pytest.mark.parametrize("begin, length", [(0, 5), (3, 9), (T, T), (2 * T - 1, 2), (30, None), (44, 10)])

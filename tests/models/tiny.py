@@ -113,10 +113,10 @@ def batches(docs: Sequence[Tensor], T: int, lanes: Sequence[int] = None) -> Iter
 
 def read(model: LongMemModel, docs: Sequence[Tensor], T: int, lanes: Sequence[int] = None) -> List[Tensor]:
     """Logits of documents, shape (length, V) each, in the model's mode and without gradients."""
-    found: Dict[int, List[Tensor]] = {i: [] for i in range(len(docs))}
+    logits_of: Dict[int, List[Tensor]] = {i: [] for i in range(len(docs))}
     with torch.no_grad():
         for tokens, segments in batches(docs, T, lanes):
             logits, _ = model(tokens, segments=segments)
             for row, stream in enumerate(segments.streams.tolist()):
-                found[stream].append(logits[row, : segments.lengths[row]])
-    return [torch.cat(found[i]) for i in range(len(docs))]
+                logits_of[stream].append(logits[row, : segments.lengths[row]])
+    return [torch.cat(logits_of[i]) for i in range(len(docs))]

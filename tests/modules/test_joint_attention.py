@@ -45,8 +45,8 @@ def test_fast_equals_plain_on_odd_sizes(L, B, H, T, N, C, d, n, device):
     lanes = torch.randperm(L, generator=generator)[:B]
     keys, values = bank(L, H, N, C, d, device=device)
     fast, plain = both(queries(B, H, T, d).to(device), keys, values, lanes.to(device), slots.to(device))
-    for mine, reference in zip(fast, plain):
-        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+    for actual, reference in zip(fast, plain):
+        torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5)
     assert not fast[0][:, :, T // 2].any() and not fast[1][:, :, T // 2].any()
 
 
@@ -62,8 +62,8 @@ def test_fast_equals_plain(sizes, n, seed, absent):
     slots[torch.rand(slots.shape, generator=generator) < absent] = -1
     keys, values = bank(B, H, N, C, d, seed)
     fast, plain = both(queries(B, H, T, d, seed), keys, values, torch.randperm(B, generator=generator), slots)
-    for mine, reference in zip(fast, plain):
-        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+    for actual, reference in zip(fast, plain):
+        torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -76,8 +76,8 @@ def test_half_precision_agrees_with_full(of_queries, of_bank, device):
     lanes = torch.tensor([1, 0], device=device)
     half, _ = both(q, keys, values, lanes, slots)
     full, _ = both(q.float(), keys.float(), values.float(), lanes, slots)
-    for mine, reference in zip(half, full):
-        torch.testing.assert_close(mine.float(), reference, rtol=0.05, atol=0.05)
+    for actual, reference in zip(half, full):
+        torch.testing.assert_close(actual.float(), reference, rtol=0.05, atol=0.05)
 
 
 def test_slots_that_are_not_asked_for_do_not_matter():
@@ -145,16 +145,16 @@ def test_starts_at_one_half(x):
     module = JointAttention(D, H).eval()
     assert torch.equal(module.memory_gate, torch.zeros(H))
     with module.reading(reader := Reader()):
-        found = module(x)[0]
-    torch.testing.assert_close(found, mixed(module, x, reader, torch.full((B, H), 0.5)), rtol=1e-5, atol=1e-6)
+        actual = module(x)[0]
+    torch.testing.assert_close(actual, mixed(module, x, reader, torch.full((B, H), 0.5)), rtol=1e-5, atol=1e-6)
 
 
 def test_each_head_has_its_own_gate(joint, x):
     joint.memory_gate.data = torch.tensor([-1.3, 2.0])
     with joint.reading(reader := Reader()):
-        found = joint(x)[0]
+        actual = joint(x)[0]
     weight = joint.memory_gate.sigmoid().expand(B, H)
-    torch.testing.assert_close(found, mixed(joint, x, reader, weight), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, mixed(joint, x, reader, weight), rtol=1e-5, atol=1e-5)
 
 
 def test_the_reader_gets_the_layers_own_queries_unscaled(joint, x):
@@ -186,10 +186,10 @@ def test_without_a_memory_it_is_local_attention_exactly(joint, x, training):
 
 def test_rows_with_nothing_to_read_are_local_exactly_beside_others(joint, x):
     with joint.reading(Reader(torch.tensor([True, False, True]))):
-        found = joint(x)[0]
+        actual = joint(x)[0]
     local = plain(joint)(x)[0]
-    assert torch.equal(found[:, 1], local[:, 1])
-    assert not torch.allclose(found[:, 0], local[:, 0]) and not torch.allclose(found[:, 2], local[:, 2])
+    assert torch.equal(actual[:, 1], local[:, 1])
+    assert not torch.allclose(actual[:, 0], local[:, 0]) and not torch.allclose(actual[:, 2], local[:, 2])
 
 
 def test_reading_ends_with_its_context_even_on_an_error(joint, x):
@@ -215,8 +215,8 @@ def test_gradients_of_gate_and_input(joint, x, present):
         with joint.reading(reader):
             compute(leaf).backward(upstream)
         results.append([leaf.grad, *(p.grad.clone() for p in joint.parameters())])
-    for mine, reference in zip(*results):
-        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+    for actual, reference in zip(*results):
+        torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5)
     assert joint.memory_gate.grad.abs().min() > 0
 
 

@@ -26,5 +26,5 @@ def test_masses_and_scores(B, H, T, N, C, n, d):
     # Values that say which chunk they are of make attention give the masses.
     marks = torch.eye(N)[:, None, :].expand(N, C, N).expand(B + 1, H, N, C, N)
     wide = torch.zeros(B, H, T, N).scatter_add(3, slots.clamp(min=0), masses)
-    found = naive_memory_attention(q, keys, marks, lanes, slots, 0.3)
-    torch.testing.assert_close(wide, found)
+    actual = naive_memory_attention(q, keys, marks, lanes, slots, 0.3)
+    torch.testing.assert_close(wide, actual)

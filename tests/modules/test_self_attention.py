@@ -41,18 +41,18 @@ def naive(module, x, bias):
 
 @pytest.mark.parametrize("T, B, heads", [(1, 2, 1), (63, 3, 5), (17, 1, 4)])
 def test_equals_fairseqs_attention_forward_and_backward(T, B, heads):
-    ours = attention(heads)
+    layer = attention(heads)
     stock = MultiheadAttention(heads * 4, heads, self_attention=True).eval()
-    stock.load_state_dict(ours.state_dict())  # strict: the parameters have the same names
+    stock.load_state_dict(layer.state_dict())  # strict: the parameters have the same names
     masks = torch.full((T, T), float("-inf")).triu(1)
     results = []
-    for module in (ours, stock):
+    for module in (layer, stock):
         x = segment(T, B, heads * 4).requires_grad_()
         y, _ = module(query=x, key=x, value=x, attn_mask=masks, need_weights=False)
         y.backward(segment(T, B, heads * 4, seed=1))
         results.append([y, x.grad, *(p.grad for _, p in sorted(module.named_parameters()))])
-    for mine, theirs in zip(*results):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_behind_the_tokens_changes_nothing():
@@ -102,8 +102,8 @@ def test_equals_its_definition_forward_and_backward(heads, alibi, bias):
 def test_alibi_of_far_positions_survives_half_precision():
     """Distance 700 times slope 2^-8 is not lost to rounding: the bias is made in float32."""
     mask = causal_mask(8, 1, 701, torch.bfloat16, torch.device("cpu"))[0, :, 0].float()  # (H, 701): of the last query
-    wanted = -alibi_slopes(8)[:, None] * torch.arange(700, -1, -1)
-    torch.testing.assert_close(mask, wanted, rtol=2**-8, atol=0)
+    expected = -alibi_slopes(8)[:, None] * torch.arange(700, -1, -1)
+    torch.testing.assert_close(mask, expected, rtol=2**-8, atol=0)
 
 
 def test_alibi_serves_segments_of_any_order_of_lengths():
@@ -140,8 +140,8 @@ def test_blocks_of_any_length_equal_the_whole(blocks, heads, alibi):
     x = segment(sum(blocks), 2, heads * 4)
     state = {}
     with torch.no_grad():
-        found = torch.cat([module(block, incremental_state=state)[0] for block in x.split(blocks)])
-        torch.testing.assert_close(found, module(x)[0], rtol=1e-5, atol=1e-5)
+        actual = torch.cat([module(block, incremental_state=state)[0] for block in x.split(blocks)])
+        torch.testing.assert_close(actual, module(x)[0], rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=40)
@@ -157,9 +157,9 @@ def test_reordered_rows_go_on_with_their_own_past(before, after, alibi, order):
     with torch.no_grad():
         module(x, incremental_state=state)
         module.reorder_incremental_state(state, order)
-        found = module(rest, incremental_state=state)[0]
+        actual = module(rest, incremental_state=state)[0]
         whole = module(torch.cat([x[:, order], rest]))[0]
-    torch.testing.assert_close(found, whole[before:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, whole[before:], rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_acts_in_training_only_and_keeps_the_mean():
