@@ -43,6 +43,7 @@ ARGUMENT = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")
 # A description starts with a capital letter, or with a name that is written in small ones, and ends with a full stop.
 SENTENCE = re.compile(r"^([A-Z0-9`:\"']|(fairseq|faiss|numpy|sacrebleu|torch)\b).*\.$")
 BANNED = re.compile(r"\b(amid|anew|cannot be had|gives way|give way|goes on|go on)\b", re.IGNORECASE)
+NO_NOUNS = {"found", "mine", "ours", "own", "said", "theirs", "told", "wanted"}
 
 Modules = Dict[str, Path]
 
@@ -275,12 +276,24 @@ def test_plain_words():
     paths = [
         path
         for path in repository_files()
-        if path.parts[0] in (*CODE, "docs", "README.md", "Makefile", "setup.py")
+        if path.parts[0] in (*CODE, "tests", "docs", "README.md", "Makefile", "setup.py")
+        and ROOT / path != Path(__file__)
         and path.suffix in (".py", ".cpp", ".sh", ".md", "")
         and reports not in (ROOT / path).parents
     ]
     matches = lines_that_match(BANNED, paths)
     assert not matches, "\n".join(matches)
+
+
+def test_variables_are_nouns():
+    named = [
+        f"{path}:{node.lineno}: {node.arg if isinstance(node, ast.arg) else node.id}"
+        for path in python_files(*CODE, "tests")
+        for node in ast.walk(tree_of(path))
+        if (isinstance(node, ast.arg) and node.arg in NO_NOUNS)
+        or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in NO_NOUNS)
+    ]
+    assert not named, "\n".join(named)
 
 
 def test_scripts_run_as_modules():

@@ -201,14 +201,14 @@ def test_weights_that_do_not_fit(checkpoint):
     path = checkpoint()
     state = torch.load(path)
     weights = dict(state["model"])
-    for change, said in (
+    for change, reason in (
         ({"decoder.layers.1.fc1.bias": None}, "1 are missing, such as decoder.layers.1.fc1.bias"),
         ({"decoder.layers.9.fc1.bias": torch.ones(3)}, "1 are left over, such as decoder.layers.9.fc1.bias"),
         ({"decoder.layers.1.fc1.bias": torch.ones(3)}, "size mismatch for decoder.layers.1.fc1.bias"),
     ):
         changed = {key: value for key, value in {**weights, **change}.items() if value is not None}
         torch.save({**state, "model": changed}, path)
-        assert f"weights do not fit its configuration: {said}" in refusal(path)
+        assert f"weights do not fit its configuration: {reason}" in refusal(path)
 
 
 def test_another_number_of_symbols(checkpoint):

@@ -95,14 +95,14 @@ def test_the_memory_off(tmp_path, option):
     assert model.memory_tokens == 0
 
 
-def test_what_is_said_without_memory_equals_the_memory_off(tmp_path):
+def test_logits_without_memory_equal_those_of_a_model_with_the_memory_off(tmp_path):
     model, off = longmem(tmp_path), longmem(tmp_path, memory_size=0)
     docs = documents([3 * T])
     expected = read(off, docs, T)[0].split(T)
     for (tokens, segments), logits in zip(batches(docs, T), expected):
         with torch.no_grad():
-            said = model(tokens, segments=segments, without_memory=True)[1]["logits_without_memory"]
-        assert torch.equal(said[0], logits) and not said.requires_grad
+            actual = model(tokens, segments=segments, without_memory=True)[1]["logits_without_memory"]
+        assert torch.equal(actual[0], logits) and not actual.requires_grad
 
 
 def test_features_are_what_the_output_layer_is_given(tmp_path):
