@@ -129,7 +129,7 @@ def test_more_than_one_lane_refused():
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_backward_after_a_later_batch(keep):
-    """What a batch read is kept for it where that is asked for, else the bank is read where it lies, without a copy."""
+    """What a batch read is kept for it where an option says so, else the bank is read in place, without a copy."""
     read = []
 
     def attention(q, keys, values, *rest):

@@ -106,10 +106,10 @@ class Reader:
     def __init__(self, present=None, seed=7):
         self.z = torch.randn(B, H, T, D // H, generator=torch.Generator().manual_seed(seed))
         self.present = present
-        self.asked = None
+        self.queries = None
 
     def __call__(self, q, scaling):
-        self.asked = q, scaling
+        self.queries = q, scaling
         z = self.z if self.present is None else self.z * self.present.view(-1, 1, 1, 1)
         return z.to(q), self.present
 
@@ -160,7 +160,7 @@ def test_each_head_has_its_own_gate(joint, x):
 def test_the_reader_gets_the_layers_own_queries_unscaled(joint, x):
     with joint.reading(reader := Reader()):
         joint(x)
-    q, scaling = reader.asked
+    q, scaling = reader.queries
     assert scaling == (D // H) ** -0.5
     assert torch.equal(q, joint.split_heads(joint.q_proj(x)))
 
