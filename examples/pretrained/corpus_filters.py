@@ -1,4 +1,4 @@
-"""Filters that decide which source files enter the pretraining corpus, and the licences that a package may have."""
+"""Filters that decide which source files enter the pretraining corpus, and the licenses that a package may have."""
 
 import email
 import re
@@ -41,17 +41,17 @@ _GENERATED = re.compile(r"auto(?:matically|-)?\s*generated|do not edit|generated
 _DATA_LINE = re.compile(r"""[(\[{]*[ubr]{0,2}(['"]).*\1[)\]}]*,?|[-+0-9.,xXeEjJLa-fA-F\s()\[\]{}:]+""")
 
 
-class Licence:
-    """The licence of a wheel, read from its metadata or, if they name no known one, from its licence file.
+class License:
+    """The license of a wheel, read from its metadata or, if they name no known one, from its license file.
 
     Args:
         wheel: The open wheel.
 
     Attributes:
-        names: Names of the permissive licences, such as ``["BSD"]``.
+        names: Names of the permissive licenses, such as ``["BSD"]``.
 
     Raises:
-        ValueError: The licence is not permissive, or not known.
+        ValueError: The license is not permissive, or not known.
     """
 
     def __init__(self, wheel: zipfile.ZipFile):
@@ -72,7 +72,7 @@ class Licence:
             text = "\n".join(wheel.read(n).decode("utf-8", "replace") for n in files)
             self.names = [name for name, pattern in _LICENCE_TEXTS.items() if re.search(pattern, text)]
             if not self.names or re.search(r"GNU\s+(?:\w+\s+)?General\s+Public", text):
-                raise ValueError(f"{wheel.filename} names no known permissive licence: remove it from the list")
+                raise ValueError(f"{wheel.filename} names no known permissive license: remove it from the list")
 
 
 def decode(data: bytes) -> Optional[str]:
@@ -170,7 +170,7 @@ class Filters:
         if len(text) < MIN_CHARS:
             return f"under {MIN_CHARS} characters"
         if _FOREIGN_LICENCE.search(text):
-            return "names another licence"
+            return "names another license"
         if is_data(text):
             return "generated or data"
         lines = long_lines(text)

@@ -3,7 +3,7 @@
     python -m examples.pretrained.make_corpus --destdir data/corpus --extra-text books/
 
 writes ``train.jsonl`` and ``valid.jsonl`` (one document a line: ``name``, ``text``, and the subset ``code`` or ``text``
-where preprocess/binarize_documents.py expects it) and ``CORPUS.md`` (packages, licences and sizes). The packages are
+where preprocess/binarize_documents.py expects it) and ``CORPUS.md`` (packages, licenses and sizes). The packages are
 pinned in ``corpus_packages.txt``. Files of the standard library, and files that share more than a few lines with it,
 are left out, so that the standard library stays unseen. The same pins, texts, seed and Python give the same files.
 """
@@ -21,7 +21,7 @@ from typing import Dict, List, Sequence, Tuple
 
 from tqdm import tqdm
 
-from examples.pretrained.corpus_filters import MAX_STDLIB_SHARE, MIN_CHARS, RUN, Filters, Licence
+from examples.pretrained.corpus_filters import MAX_STDLIB_SHARE, MIN_CHARS, RUN, Filters, License
 from longmem_fairseq.files import write_text, write_whole
 
 PACKAGES = Path(__file__).with_name("corpus_packages.txt")
@@ -221,16 +221,16 @@ def report(rows: Sequence[Tuple[str, str, str, bool]], splits: Dict[str, Dict[st
     """Format CORPUS.md.
 
     Args:
-        rows: Name, version and licence of each package, and whether it is held out.
+        rows: Name, version and license of each package, and whether it is held out.
         splits: Text of each document of each split, by name.
         filters: Filters that all files went through.
     """
-    lines = ["# The pretraining corpus", "", "| package | version | licence | split | files | characters |"]
+    lines = ["# The pretraining corpus", "", "| package | version | license | split | files | characters |"]
     lines += ["| --- | --- | --- | --- | ---: | ---: |"]
-    for name, version, licence, held_out in rows:
+    for name, version, license, held_out in rows:
         docs = [t for split in splits for d, t in splits[split].items() if d.startswith(f"{name}/")]
         split = "valid" if held_out else "train"
-        lines.append(f"| {name} | {version} | {licence} | {split} | {len(docs)} | {sum(map(len, docs)):,} |")
+        lines.append(f"| {name} | {version} | {license} | {split} | {len(docs)} | {sum(map(len, docs)):,} |")
     lines += [
         "",
         "| split | code files | code characters | plain texts | their characters |",
@@ -264,7 +264,7 @@ def build(args: argparse.Namespace) -> None:
     # Held-out packages come first, so that a training file that repeats a held-out file is the one that is dropped.
     for name, version, held_out in tqdm(sorted(pins, key=lambda p: (not p[2], p[0])), desc="packages", unit="package"):
         with zipfile.ZipFile(wheel_path(wheels, name, version)) as wheel:
-            rows.append((name, version, ", ".join(Licence(wheel).names), held_out))
+            rows.append((name, version, ", ".join(License(wheel).names), held_out))
             files = packages[held_out][name] = {}
             members = sorted(
                 n for n in wheel.namelist() if n.endswith(".py") and wheel.getinfo(n).file_size >= MIN_CHARS
