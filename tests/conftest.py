@@ -35,13 +35,18 @@ def tiny_backbone(tiny_data) -> Path:
     """A stock transformer_lm of two layers, trained for one epoch by fairseq-train."""
     checkpoint = tiny_data.parent / "backbone" / "checkpoint_last.pt"
     run(
-        "train", tiny_data, *TASK, "--arch", "transformer_lm", "--decoder-layers", 2, "--decoder-embed-dim", 16,
-        "--decoder-input-dim", 16, "--decoder-output-dim", 16, "--decoder-ffn-embed-dim", 32,
-        "--decoder-attention-heads", 2, "--decoder-normalize-before", "--share-decoder-input-output-embed",
-        "--tokens-per-sample", T, "--batch-size", 4, "--max-epoch", 1, "--optimizer", "adam", "--lr", 0.01, "--cpu",
-        "--save-dir", checkpoint.parent, "--no-epoch-checkpoints", "--num-workers", 0, "--log-format", "simple",
+        "train",
+        tiny_data,
+        *TASK,
+        *"--arch transformer_lm --decoder-layers 2 --decoder-embed-dim 16 --decoder-input-dim 16".split(),
+        *"--decoder-output-dim 16 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2".split(),
+        *f"--decoder-normalize-before --share-decoder-input-output-embed --tokens-per-sample {T}".split(),
+        *"--batch-size 4 --max-epoch 1 --optimizer adam --lr 0.01 --cpu".split(),
+        "--save-dir",
+        checkpoint.parent,
+        *"--no-epoch-checkpoints --num-workers 0 --log-format simple".split(),
         cwd=tiny_data.parent,
-    )  # fmt: skip
+    )
     return checkpoint
 
 
@@ -49,11 +54,16 @@ def tiny_backbone(tiny_data) -> Path:
 def tiny_options(tiny_data, tiny_backbone) -> list:
     """Arguments of a fairseq-train that adapts the tiny backbone for two epochs (21 updates each with 4 lanes)."""
     return [
-        tiny_data, *TASK, "--arch", "longmem_gpt2_tiny", "--pretrained-model-path", tiny_backbone,
-        "--criterion", "longmem_cross_entropy", "--memory-size", 64, "--k", 8, "--chunk-size", 4,
-        "--retrieval-layer-index", 1, "--tokens-per-sample", T, "--max-epoch", 2, "--optimizer", "adam", "--lr", 0.01,
-        "--dropout", 0.1, "--cpu", "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", 1,
-    ]  # fmt: skip
+        tiny_data,
+        *TASK,
+        "--arch",
+        "longmem_gpt2_tiny",
+        "--pretrained-model-path",
+        tiny_backbone,
+        *"--criterion longmem_cross_entropy --memory-size 64 --k 8 --chunk-size 4".split(),
+        *f"--retrieval-layer-index 1 --tokens-per-sample {T} --max-epoch 2 --optimizer adam --lr 0.01".split(),
+        *"--dropout 0.1 --cpu --no-epoch-checkpoints --log-format json --log-interval 1".split(),
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -64,8 +64,13 @@ def start(program: str, *arguments, cwd: Path, environment: Dict[str, str] = Non
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(environment or {})}
     return subprocess.Popen(
         command(program, *arguments),
-        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
-    )  # fmt: skip
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
 
 
 def finish(process: subprocess.Popen, succeeds: bool = True) -> str:
@@ -87,13 +92,21 @@ def run_ranks(program: str, *arguments, cwd: Path, ranks: int = 2) -> List[str]:
         port = free.getsockname()[1]
     processes = [
         start(
-            program, *arguments,
-            "--distributed-world-size", ranks, "--distributed-rank", rank, "--distributed-backend", "gloo",
-            "--distributed-init-method", f"tcp://localhost:{port}", "--distributed-no-spawn",
-            "--ddp-backend", "legacy_ddp", cwd=cwd,
+            program,
+            *arguments,
+            "--distributed-world-size",
+            ranks,
+            "--distributed-rank",
+            rank,
+            "--distributed-backend",
+            "gloo",
+            "--distributed-init-method",
+            f"tcp://localhost:{port}",
+            *"--distributed-no-spawn --ddp-backend legacy_ddp".split(),
+            cwd=cwd,
         )
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
     try:
         return [finish(process) for process in processes]
     finally:

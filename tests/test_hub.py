@@ -42,9 +42,19 @@ def test_generate_is_the_same_as_the_command(model, tiny_data, tiny_longmem, tmp
     (tmp_path / "book").write_text(BOOK)
     (tmp_path / "prompts").write_text(f"{TEXT}\n{words(1, 2)}\n")
     output = run(
-        "interactive", tiny_data, *TASK, "--path", tiny_longmem.checkpoint, "--cpu", "--input", tmp_path / "prompts",
-        "--beam", 3, "--max-len-b", 30, "--memory-text", tmp_path / "book", cwd=tmp_path,
-    )  # fmt: skip
+        "interactive",
+        tiny_data,
+        *TASK,
+        "--path",
+        tiny_longmem.checkpoint,
+        "--cpu",
+        "--input",
+        tmp_path / "prompts",
+        *"--beam 3 --max-len-b 30".split(),
+        "--memory-text",
+        tmp_path / "book",
+        cwd=tmp_path,
+    )
     model.memorize(BOOK, name="book")
     answers = model.generate([TEXT, words(1, 2)], beam=3, max_new_tokens=30)
     assert [answer.split() for answer in answers] == [
@@ -166,10 +176,16 @@ def test_sentencepiece_keeps_newlines_and_spaces(tiny_longmem, tiny_data, tmp_pa
     text = "if x:\n    return y\n\nelse:\n    pass\n"
     (tmp_path / "text").write_text(text * 20)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "sentencepiece"), vocab_size=32, minloglevel=2,
-        user_defined_symbols=["\n", "\n    "], normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=False, hard_vocab_limit=False,
-    )  # fmt: skip
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "sentencepiece"),
+        vocab_size=32,
+        minloglevel=2,
+        user_defined_symbols=["\n", "\n    "],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+    )
     bpe = SentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(tmp_path / "sentencepiece.model")))
     dictionary = Dictionary()
     for i in range(bpe.sp.get_piece_size()):

@@ -144,9 +144,14 @@ def test_the_import_parser_sees_every_form(tmp_path, monkeypatch):
     assert (10, "p.b", "") in list(imports_of(*d))
     seen = list(imports_of(*d, types=False))
     assert sorted(seen) == [
-        (1, "p.a", ""), (2, "p.b", ""), (3, "p.a", ""), (4, "p.q.c", ""), (5, "p.q.c", "f"), (7, "p.b", "_h"),
+        (1, "p.a", ""),
+        (2, "p.b", ""),
+        (3, "p.a", ""),
+        (4, "p.q.c", ""),
+        (5, "p.q.c", "f"),
+        (7, "p.b", "_h"),
         (8, "p.q.c", ""),
-    ]  # fmt: skip
+    ]
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d"}}) == [["b", "c"], ["d"]]
 
 
@@ -282,6 +287,11 @@ def test_plain_words():
         and reports not in (ROOT / path).parents
     ]
     matches = lines_that_match(BANNED, paths)
+    assert not matches, "\n".join(matches)
+
+
+def test_no_code_is_left_unformatted():
+    matches = lines_that_match(re.compile(r"# fmt: ?(skip|off)\b"), python_files(*CODE, "tests"))
     assert not matches, "\n".join(matches)
 
 

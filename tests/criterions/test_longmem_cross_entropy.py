@@ -25,10 +25,14 @@ def samples(docs=DOCS):
         for row, length in enumerate(segments.lengths):
             target[row, length - 1] = VOCABULARY.eos()
             target[row, length:] = VOCABULARY.pad()
-        made.append({
-            "net_input": {"src_tokens": tokens, "segments": segments}, "target": target,
-            "ntokens": int(segments.lengths.sum()), "nsentences": len(tokens),
-        })  # fmt: skip
+        made.append(
+            {
+                "net_input": {"src_tokens": tokens, "segments": segments},
+                "target": target,
+                "ntokens": int(segments.lengths.sum()),
+                "nsentences": len(tokens),
+            }
+        )
     return made
 
 

@@ -29,9 +29,16 @@ def data(tmp_path_factory, text):
 @pytest.fixture(scope="module")
 def arguments(files, data):
     return [
-        "--path", files.longmem, "--tokenizer", files.directory, "--data", data, "--valid", data / "short.txt", "--cpu",
-        "--memory-sizes", 64, 128, "--tuning-tokens", 150,
-    ]  # fmt: skip
+        "--path",
+        files.longmem,
+        "--tokenizer",
+        files.directory,
+        "--data",
+        data,
+        "--valid",
+        data / "short.txt",
+        *"--cpu --memory-sizes 64 128 --tuning-tokens 150".split(),
+    ]
 
 
 def evaluate(arguments, directory, *more):
@@ -54,9 +61,16 @@ def test_report(outcome, data, files):
     assert list(lengths["figures"]) == ["all", "< 5k"] and list(positions["figures"]) == ["0-1k", "1-4k"]
     assert list(documents["figures"]) == ["long.txt", "short.txt"]
     assert list(lengths["figures"]["all"]) == [
-        "backbone", "backbone, window 64", "memory off", "memory 64", "memory 128", "backbone + cache 64",
-        "memory 64 + cache 64", "backbone + cache 128", "memory 128 + cache 128",
-    ]  # fmt: skip
+        "backbone",
+        "backbone, window 64",
+        "memory off",
+        "memory 64",
+        "memory 128",
+        "backbone + cache 64",
+        "memory 64 + cache 64",
+        "backbone + cache 128",
+        "memory 128 + cache 128",
+    ]
     model = LongMem.from_pretrained(str(files.longmem), data=str(files.directory), device="cpu")
     for name in ("long.txt", "short.txt"):
         tokens = torch.cat([model.encode((data / name).read_text()), torch.tensor([2])])
@@ -120,8 +134,11 @@ def test_limits(outcome, arguments, tmp_path):
 def test_a_backbone_alone(arguments, files, tmp_path):
     finished = evaluate([*arguments[:1], files.backbone, *arguments[2:]], tmp_path, "--tokens-per-sample", 32)
     assert list(finished.tables[0].columns["all"]) == [
-        "backbone", "backbone, window 64", "backbone + cache 64", "backbone + cache 128"
-    ]  # fmt: skip
+        "backbone",
+        "backbone, window 64",
+        "backbone + cache 64",
+        "backbone + cache 128",
+    ]
 
 
 def test_errors_are_one_sentence(arguments, data, tmp_path, capsys):

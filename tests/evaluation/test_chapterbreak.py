@@ -21,14 +21,21 @@ def data(tmp_path_factory, text):
     (directory / "books" / "one.txt").write_text(text)
     suffixes = ["The old man went home and slept.", "Nothing was said about it again", "Then it began to rain hard"]
     rows = [
-        {"book": "one.txt", "boundary": i, "ctx_end": end, "gold": suffixes[i],
-         "negatives": suffixes[:i] + suffixes[i + 1 :]}
+        {
+            "book": "one.txt",
+            "boundary": i,
+            "ctx_end": end,
+            "gold": suffixes[i],
+            "negatives": suffixes[:i] + suffixes[i + 1 :],
+        }
         for i, end in enumerate((60, 700))
-    ]  # fmt: skip
+    ]
     (directory / "sets" / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    official = {"pg19": {"one.txt": [
-        {"ctx": text[: row["ctx_end"]], "pos": row["gold"], "negs": row["negatives"]} for row in rows
-    ]}}  # fmt: skip
+    official = {
+        "pg19": {
+            "one.txt": [{"ctx": text[: row["ctx_end"]], "pos": row["gold"], "negs": row["negatives"]} for row in rows]
+        }
+    }
     (directory / "sets" / "official.json").write_text(json.dumps(official))
     return directory / "sets"
 
@@ -36,10 +43,20 @@ def data(tmp_path_factory, text):
 def evaluate(files, data, directory, name="lines.jsonl", *more):
     evaluation = ChapterBreak()
     arguments = [
-        "--path", files.longmem, "--tokenizer", files.directory, "--data", data / name, "--results-path", directory,
-        "--cpu", "--lengths", 16, "all", 64, "--suffix-tokens", SUFFIX, "--cache-lambda", 0.2, "--cache-theta", 0.1,
+        "--path",
+        files.longmem,
+        "--tokenizer",
+        files.directory,
+        "--data",
+        data / name,
+        "--results-path",
+        directory,
+        *"--cpu --lengths 16 all 64".split(),
+        "--suffix-tokens",
+        SUFFIX,
+        *"--cache-lambda 0.2 --cache-theta 0.1".split(),
         *more,
-    ]  # fmt: skip
+    ]
     return evaluation, run(evaluation, parser_of(evaluation).parse_args([str(x) for x in arguments]))
 
 
@@ -77,9 +94,7 @@ def test_scores(outcome, files, loaded, text):
         rows = json.loads(json.dumps(items[f"one.txt {boundary}"]))
         context = encode(text[:end] + "\n\n")
         assert rows["context_tokens"] == len(context)
-        suffixes = [
-            "The old man went home and slept.", "Nothing was said about it again", "Then it began to rain hard"
-        ]  # fmt: skip
+        suffixes = ["The old man went home and slept.", "Nothing was said about it again", "Then it began to rain hard"]
         order = [boundary] + [i for i in range(3) if i != boundary]
         tokens = [encode(suffixes[i])[:SUFFIX] for i in order]
         room = max(map(len, tokens))

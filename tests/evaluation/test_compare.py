@@ -17,17 +17,43 @@ from longmem_fairseq.evaluation.reporting.table import PAIRS, Table
 from tests.repository import ROOT
 
 PLAN = {
-    "books": {"evaluation": "books", "arguments": ["--data", "{data}/books", "--valid", "{data}/books",
-              "--memory-sizes", "64", "--windows"]},
-    "icl": {"evaluation": "in_context", "arguments": ["--data", "{data}/icl", "--sets", "sst2", "--demonstrations", "1",
-            "--in-memory", "3", "--seeds", "2", "--chunk-size", "2"]},
-    "chapters": {"evaluation": "chapterbreak", "arguments": ["--data", "{data}/chapters.json", "--valid",
-                 "{data}/chapters.json", "--suffix-tokens", "5", "--lengths", "16", "all"]},
-    "dialogue": {"evaluation": "dialogue", "arguments": ["--data", "{data}/dialogue.jsonl", "--valid",
-                 "{data}/dialogue.jsonl", "--max-new-tokens", "4"]},
-    "qa": {"evaluation": "qa", "arguments": ["--data", "{data}/qa.jsonl", "--train", "{data}/qa.jsonl",
-           "--demonstrations", "0", "--max-new-tokens", "4"]},
-}  # fmt: skip
+    "books": {
+        "evaluation": "books",
+        "arguments": ["--data", "{data}/books", "--valid", "{data}/books", *"--memory-sizes 64 --windows".split()],
+    },
+    "icl": {
+        "evaluation": "in_context",
+        "arguments": [
+            "--data",
+            "{data}/icl",
+            *"--sets sst2 --demonstrations 1 --in-memory 3 --seeds 2 --chunk-size 2".split(),
+        ],
+    },
+    "chapters": {
+        "evaluation": "chapterbreak",
+        "arguments": [
+            "--data",
+            "{data}/chapters.json",
+            "--valid",
+            "{data}/chapters.json",
+            *"--suffix-tokens 5 --lengths 16 all".split(),
+        ],
+    },
+    "dialogue": {
+        "evaluation": "dialogue",
+        "arguments": ["--data", "{data}/dialogue.jsonl", "--valid", "{data}/dialogue.jsonl", "--max-new-tokens", "4"],
+    },
+    "qa": {
+        "evaluation": "qa",
+        "arguments": [
+            "--data",
+            "{data}/qa.jsonl",
+            "--train",
+            "{data}/qa.jsonl",
+            *"--demonstrations 0 --max-new-tokens 4".split(),
+        ],
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +77,23 @@ def data(tmp_path_factory, text):
 
 @pytest.fixture(scope="module")
 def arguments(files, data, tmp_path_factory):
-    return [str(x) for x in (
-        "--path", f"alone={files.backbone}", f"first={files.longmem}", "--data", data, "--plan", data / "plan.json",
-        "--tokenizer", files.directory, "--results-path", tmp_path_factory.mktemp("comparison"),
-        "--tokens-per-sample", 32, "--tuning-tokens", 64, "--cpu",
-    )]  # fmt: skip
+    return [
+        str(x)
+        for x in (
+            "--path",
+            f"alone={files.backbone}",
+            f"first={files.longmem}",
+            "--data",
+            data,
+            "--plan",
+            data / "plan.json",
+            "--tokenizer",
+            files.directory,
+            "--results-path",
+            tmp_path_factory.mktemp("comparison"),
+            *"--tokens-per-sample 32 --tuning-tokens 64 --cpu".split(),
+        )
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -128,18 +166,30 @@ def test_rows_and_pairs():
 
     (table,) = merge({"a": outcome("1", 0), "b": outcome("1", 1), "c": outcome("2", 2)})
     assert table.rows == [
-        "a: backbone", "a: memory off", "a: memory on", "b: memory off", "b: memory on", "c: backbone", "c: memory off",
+        "a: backbone",
+        "a: memory off",
+        "a: memory on",
+        "b: memory off",
+        "b: memory on",
+        "c: backbone",
+        "c: memory off",
         "c: memory on",
-    ]  # fmt: skip
+    ]
     assert {pair: cells["x"].value for pair, cells in table.differences.items()} == {
-        ("a: memory on", "a: memory off"): 0, ("a: memory on", "a: backbone"): 0,
-        ("b: memory on", "b: memory off"): 0, ("b: memory on", "a: backbone"): 50,
-        ("b: memory off", "a: memory off"): 50, ("b: memory on", "a: memory on"): 50,
-        ("c: memory on", "c: memory off"): 0, ("c: memory on", "c: backbone"): 0,
+        ("a: memory on", "a: memory off"): 0,
+        ("a: memory on", "a: backbone"): 0,
+        ("b: memory on", "b: memory off"): 0,
+        ("b: memory on", "a: backbone"): 50,
+        ("b: memory off", "a: memory off"): 50,
+        ("b: memory on", "a: memory on"): 50,
+        ("c: memory on", "c: memory off"): 0,
+        ("c: memory on", "c: backbone"): 0,
         ("c: backbone", "a: backbone"): 100,
-        ("c: memory off", "a: memory off"): 100, ("c: memory off", "b: memory off"): 50,
-        ("c: memory on", "a: memory on"): 100, ("c: memory on", "b: memory on"): 50,
-    }  # fmt: skip
+        ("c: memory off", "a: memory off"): 100,
+        ("c: memory off", "b: memory off"): 50,
+        ("c: memory on", "a: memory on"): 100,
+        ("c: memory on", "b: memory on"): 50,
+    }
 
 
 def test_perplexities_of_two_tokenizers_are_not_compared():
@@ -150,7 +200,9 @@ def test_perplexities_of_two_tokenizers_are_not_compared():
 
     between = ("b: memory on", "a: memory on")
     for statistic, dictionaries, expected in (
-        (PERPLEXITY, ("1", "1"), True), (PERPLEXITY, ("1", "2"), False), (ACCURACY, ("1", "2"), True)
-    ):  # fmt: skip
+        (PERPLEXITY, ("1", "1"), True),
+        (PERPLEXITY, ("1", "2"), False),
+        (ACCURACY, ("1", "2"), True),
+    ):
         (table,) = merge({name: outcome(d, statistic) for name, d in zip("ab", dictionaries)})
         assert (between in table.pairs) == expected and set(PAIRS) <= {(a[3:], b[3:]) for a, b in table.pairs}

@@ -25,10 +25,13 @@ WHEN = [None, "2 days", "1 week"]
 
 
 def conversation(name="c1"):
-    return {"id": name, "sessions": [
-        {"session": i + 1, "since_previous": when, "turns": [{"speaker": s, "text": t} for s, t in turns]}
-        for i, (turns, when) in enumerate(zip(SESSIONS, WHEN))
-    ]}  # fmt: skip
+    return {
+        "id": name,
+        "sessions": [
+            {"session": i + 1, "since_previous": when, "turns": [{"speaker": s, "text": t} for s, t in turns]}
+            for i, (turns, when) in enumerate(zip(SESSIONS, WHEN))
+        ],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +42,21 @@ def data(tmp_path_factory):
 
 
 def arguments(files, data, directory, *more):
-    return [str(x) for x in (
-        "--path", files.longmem, "--tokenizer", files.directory, "--data", data, "--results-path", directory, "--cpu",
-        "--tokens-per-sample", T, "--max-new-tokens", 8, "--cache-lambda", 0.2, "--cache-theta", 0.1, *more,
-    )]  # fmt: skip
+    return [
+        str(x)
+        for x in (
+            "--path",
+            files.longmem,
+            "--tokenizer",
+            files.directory,
+            "--data",
+            data,
+            "--results-path",
+            directory,
+            *f"--cpu --tokens-per-sample {T} --max-new-tokens 8 --cache-lambda 0.2 --cache-theta 0.1".split(),
+            *more,
+        )
+    ]
 
 
 def evaluate(files, data, directory, *more):
@@ -130,12 +144,14 @@ def test_it_goes_on_amid_a_conversation(outcome, files, data, tmp_path):
 def test_layouts(tmp_path):
     lines = [[{"id": s, "text": t} for s, t in turns] for turns in SESSIONS]
     msc = {
-        "dialog": lines[2], "metadata": {"initial_data_id": "c1"}, "personas": [],
+        "dialog": lines[2],
+        "metadata": {"initial_data_id": "c1"},
+        "personas": [],
         "previous_dialogs": [
             {"dialog": [{"text": x["text"]} for x in lines[0]], "time_num": 2, "time_unit": "days"},
             {"dialog": [{"text": x["text"]} for x in lines[1]], "time_num": 1, "time_unit": "week"},
         ],
-    }  # fmt: skip
+    }
     locomo = {"sample_id": "c1", "conversation": {"speaker_a": "Ann", "speaker_b": "Ben"}}
     chronicles = {"dataID": "c1", "time_interval": ["Start", "2 days", "1 week"]}
     for i, (turns, ordinal) in enumerate(zip(SESSIONS, ("first", "second", "third"))):

@@ -19,9 +19,13 @@ from longmem_fairseq.evaluation.qa import QuestionAnswering
 from tests.repository import ROOT
 
 EVALUATIONS = {
-    "books": lambda: Books(None), "chapterbreak": ChapterBreak, "dialogue": Dialogue, "in_context": InContext,
-    "needle": lambda: Needle(None), "qa": QuestionAnswering,
-}  # fmt: skip
+    "books": lambda: Books(None),
+    "chapterbreak": ChapterBreak,
+    "dialogue": Dialogue,
+    "in_context": InContext,
+    "needle": lambda: Needle(None),
+    "qa": QuestionAnswering,
+}
 
 
 def parser(name):

@@ -30,10 +30,18 @@ def data(tmp_path_factory):
 def evaluate(files, data, directory, *more):
     evaluation = InContext()
     arguments = [
-        "--path", files.longmem, "--tokenizer", files.directory, "--data", data, "--results-path", directory, "--cpu",
-        "--sets", "sst2", "subj", "--demonstrations", 1, 2, "--in-memory", 0, 4, "--seeds", 2,
-        "--tokens-per-sample", T, "--tuning-tokens", 100, *more,
-    ]  # fmt: skip
+        "--path",
+        files.longmem,
+        "--tokenizer",
+        files.directory,
+        "--data",
+        data,
+        "--results-path",
+        directory,
+        *f"--cpu --sets sst2 subj --demonstrations 1 2 --in-memory 0 4 --seeds 2 --tokens-per-sample {T}".split(),
+        *"--tuning-tokens 100".split(),
+        *more,
+    ]
     return evaluation, run(evaluation, parser_of(evaluation).parse_args([str(x) for x in arguments]))
 
 
@@ -152,7 +160,21 @@ def test_original_files(tmp_path):
 
 def test_too_few_examples(files, data, tmp_path):
     with pytest.raises(SystemExit, match="8 training examples, fewer than the 12 of --demonstrations and --in-memory"):
-        main(InContext(), [
-            str(x) for x in ("--path", files.longmem, "--tokenizer", files.directory, "--data", data, "--cpu", "--sets",
-                             "sst2", "--results-path", tmp_path, "--in-memory", 10, "--demonstrations", 2)
-        ])  # fmt: skip
+        main(
+            InContext(),
+            [
+                str(x)
+                for x in (
+                    "--path",
+                    files.longmem,
+                    "--tokenizer",
+                    files.directory,
+                    "--data",
+                    data,
+                    *"--cpu --sets sst2".split(),
+                    "--results-path",
+                    tmp_path,
+                    *"--in-memory 10 --demonstrations 2".split(),
+                )
+            ],
+        )

@@ -67,9 +67,9 @@ def test_distances_and_sizes(files, scorer, monkeypatch):
     """A perfect memory of N tokens recalls all facts up to N tokens before the window, and none farther back."""
     evaluation = Needle(make_haystack)
     line = [
-        "--path", "x", "--results-path", "y", "--facts", "60", "--length", "1000", "--distances", "32", "200", "500",
-        "--memory-sizes", "100", "400", "--documents", "2",
-    ]  # fmt: skip
+        *"--path x --results-path y --facts 60 --length 1000 --distances 32 200 500 --memory-sizes 100 400".split(),
+        *"--documents 2".split(),
+    ]
     monkeypatch.setattr(scorer, "new_state", lambda size, at_most: {"size": size})
 
     def memorize(state, tokens):
@@ -98,14 +98,26 @@ def test_distances_and_sizes(files, scorer, monkeypatch):
 def test_command(files, tmp_path):
     evaluation = Needle(make_haystack)
     line = [
-        "--path", files.longmem, "--tokenizer", files.directory, "--results-path", tmp_path, "--cpu", "--facts", 4, 9,
-        "--length", 300, "--distances", 100, "--memory-sizes", 64, 128, "--documents", 1, "--tuning-tokens", 100,
-    ]  # fmt: skip
+        "--path",
+        files.longmem,
+        "--tokenizer",
+        files.directory,
+        "--results-path",
+        tmp_path,
+        *"--cpu --facts 4 9 --length 300 --distances 100 --memory-sizes 64 128 --documents 1".split(),
+        *"--tuning-tokens 100".split(),
+    ]
     finished = run(evaluation, parser_of(evaluation).parse_args([str(x) for x in line]))
     assert list(finished.tables[0].columns["to 100"]) == [
-        "backbone", "memory off", "memory 64", "memory 128", "backbone + cache 64", "backbone + cache 128",
-        "memory 64 + cache 64", "memory 128 + cache 128",
-    ]  # fmt: skip
+        "backbone",
+        "memory off",
+        "memory 64",
+        "memory 128",
+        "backbone + cache 64",
+        "backbone + cache 128",
+        "memory 64 + cache 64",
+        "memory 128 + cache 128",
+    ]
     items = [json.loads(text)["result"] for text in (tmp_path / "items.jsonl").open() if "right" in text]
     assert [len(item["distances"]) for item in items] == [4, 9]
     assert (tmp_path / "report.png").stat().st_size > 10_000

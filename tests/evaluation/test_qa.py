@@ -11,11 +11,16 @@ from longmem_fairseq.evaluation.scoring.generate import generate
 
 T = 64
 ROWS = [
-    {"id": "q1", "title": "Old_Ships", "context": "The Argo was a ship .", "question": "What was it ?",
-     "answers": ["a ship", "ship"]},
+    {
+        "id": "q1",
+        "title": "Old_Ships",
+        "context": "The Argo was a ship .",
+        "question": "What was it ?",
+        "answers": ["a ship", "ship"],
+    },
     {"id": "q2", "title": "Old_Ships", "context": "It sank .", "question": "What did it do ?", "answers": ["sank"]},
     {"id": "q3", "title": "Dogs", "context": "Rex is a dog .", "question": "Who is Rex ?", "answers": ["a dog"]},
-]  # fmt: skip
+]
 
 
 def test_normalization():
@@ -52,11 +57,24 @@ def data(tmp_path_factory):
 
 
 def arguments(files, data, directory, *more):
-    return [str(x) for x in (
-        "--path", files.longmem, "--tokenizer", files.directory, "--data", data / "test.jsonl", "--train",
-        data / "official.json", "--results-path", directory, "--cpu", "--tokens-per-sample", T, "--demonstrations", 1,
-        "--max-new-tokens", 6, "--cache-lambda", 0.2, "--cache-theta", 0.1, *more,
-    )]  # fmt: skip
+    return [
+        str(x)
+        for x in (
+            "--path",
+            files.longmem,
+            "--tokenizer",
+            files.directory,
+            "--data",
+            data / "test.jsonl",
+            "--train",
+            data / "official.json",
+            "--results-path",
+            directory,
+            *f"--cpu --tokens-per-sample {T} --demonstrations 1 --max-new-tokens 6 --cache-lambda 0.2".split(),
+            *"--cache-theta 0.1".split(),
+            *more,
+        )
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +93,9 @@ def test_answers(outcome):
     encode = scorer.tokenizer.encode
     assert evaluation.demonstrations in {f"Question: {r['question']}\nAnswer: {r['answers'][0]}\n\n" for r in ROWS}
     memories = {
-        "Old Ships": "Old Ships\n\nThe Argo was a ship .\n\nIt sank .\n\n", "Dogs": "Dogs\n\nRex is a dog .\n\n"
-    }  # fmt: skip
+        "Old Ships": "Old Ships\n\nThe Argo was a ship .\n\nIt sank .\n\n",
+        "Dogs": "Dogs\n\nRex is a dog .\n\n",
+    }
     assert list(items) == ["Old Ships: 0-1", "Dogs: 0-0"]
     rows = {row["name"]: row for result in items.values() for row in result["questions"]}
     for row in ROWS:
@@ -86,8 +105,9 @@ def test_answers(outcome):
         truth = encode(f"{question} {row['answers'][0]}\n")[len(encode(question)) :]
         assert rows[row["id"]]["tokens"] == len(truth)
         for place, behind, prompt in (
-            (MEMORY, state, question), (WINDOW, scorer.new_state(), f"{row['context']}\n\n{question}")
-        ):  # fmt: skip
+            (MEMORY, state, question),
+            (WINDOW, scorer.new_state(), f"{row['context']}\n\n{question}"),
+        ):
             (scores,) = scorer.window(behind, encode(prompt), len(truth)).score([truth])
             for system in scorer.systems:
                 (answer,) = generate(scorer, system, behind, [encode(prompt)], 6)

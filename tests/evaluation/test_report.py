@@ -52,8 +52,13 @@ def test_json_has_no_nan():
     nothing = SystemScores({"1": (0, 0)}, ACCURACY)
     content = as_json(Table("t", {"x": {"a": nothing}}, pairs=[("a", "a")]))
     assert content["figures"]["x"]["a"] == {
-        "value": None, "low": None, "high": None, "statistic": "accuracy", "deviation": None, "items": 1
-    }  # fmt: skip
+        "value": None,
+        "low": None,
+        "high": None,
+        "statistic": "accuracy",
+        "deviation": None,
+        "items": 1,
+    }
     assert content["differences"][0]["value"] is None
 
 

@@ -69,9 +69,14 @@ def test_equals_fairseq_eval_lm(scorer, files, tmp_path):
     (tmp_path / "dict.txt").write_text((files.directory / "dict.txt").read_text())
     write_split(tmp_path / "test", [document.numpy() for document in documents])
     output = run(
-        "eval_lm", tmp_path, *TASK, "--path", files.longmem, "--gen-subset", "test", "--cpu", "--batch-size", 1,
-        "--output-word-probs", cwd=tmp_path,
-    )  # fmt: skip
+        "eval_lm",
+        tmp_path,
+        *TASK,
+        "--path",
+        files.longmem,
+        *"--gen-subset test --cpu --batch-size 1 --output-word-probs".split(),
+        cwd=tmp_path,
+    )
     lines = re.findall(r"^\D*\d+ (\S+ \[-?[\d.]+\].*)$", output, re.MULTILINE)  # one for each segment
     segments = [[float(x) for x in re.findall(r" \[(-?[\d.]+)\]", line)] for line in lines]
     assert [len(segment) for segment in segments] == [T] * 9
@@ -189,8 +194,13 @@ def test_a_stream_is_a_document_read_by_all(scorer, files):
         state = scorer.new_state(size)
         for begin in range(0, len(document), T):
             (expected,) = scorer.window(state, None, room=T).score([document[begin : begin + T]])
-            names = {BACKBONE: BACKBONE, OFF: OFF, ON: f"memory {size}", "backbone + cache": f"backbone + cache {size}",
-                     "memory on + cache": f"memory {size} + cache {size}"}  # fmt: skip
+            names = {
+                BACKBONE: BACKBONE,
+                OFF: OFF,
+                ON: f"memory {size}",
+                "backbone + cache": f"backbone + cache {size}",
+                "memory on + cache": f"memory {size} + cache {size}",
+            }
             for window_name, name in names.items():
                 close(scores[name][begin : begin + T], expected[window_name])
             scorer.memorize(state, document[begin : begin + T])

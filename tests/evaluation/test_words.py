@@ -28,10 +28,18 @@ def test_kinds():
         start = TEXT.index(word)
         kinds_of_words[word] = set(kinds[start : start + len(word)].tolist())
     assert kinds_of_words == {
-        "The": {OTHER}, "whale": {OTHER}, "Ahab": {NAME}, "Then": {OTHER}, "Starbuck": {NAME}, "quohog": {RARE},
-        "Now": {OTHER}, "Quohog": {RARE_AGAIN}, "starfish": {RARE}, "Old": {OTHER},
+        "The": {OTHER},
+        "whale": {OTHER},
+        "Ahab": {NAME},
+        "Then": {OTHER},
+        "Starbuck": {NAME},
+        "quohog": {RARE},
+        "Now": {OTHER},
+        "Quohog": {RARE_AGAIN},
+        "starfish": {RARE},
+        "Old": {OTHER},
         "Grog": {RARE},  # at a sentence's start alone: nothing says that it is a name
-    }  # fmt: skip
+    }
     assert kinds[TEXT.rindex("Ahab")] == NAME_AGAIN and kinds[TEXT.index("QUOHOG")] == RARE_AGAIN
     assert kinds[TEXT.index("Queequeg")] == RARE, "behind a dash: it may begin a sentence"
     assert kinds[TEXT.index(" and")] == OTHER

@@ -15,9 +15,19 @@ def test_generation(tmp_path):
     directory = sentencepiece_model(tmp_path)
     (tmp_path / "text").write_text("The text that is memorized and continued.\n" * 9)
     done = run_example(
-        "benchmark.generation_speed", "--path", directory, "--text", tmp_path / "text", *SIZES.split(),
-        "--long-prompt", 100, "--json", tmp_path / "g.json", "--markdown", tmp_path / "g.md",
-    )  # fmt: skip
+        "benchmark.generation_speed",
+        "--path",
+        directory,
+        "--text",
+        tmp_path / "text",
+        *SIZES.split(),
+        "--long-prompt",
+        100,
+        "--json",
+        tmp_path / "g.json",
+        "--markdown",
+        tmp_path / "g.md",
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "g.json").read_text())
     rows = {(row["variant"], row["beam"]): row for row in result["rows"]}

@@ -15,11 +15,16 @@ def run(script, *arguments, **environment):
     return subprocess.run(
         ["bash", str(ROOT / "examples" / "benchmark" / script), *map(str, arguments)],
         env={
-            **os.environ, "PYTHON": sys.executable, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1", **environment,
+            **os.environ,
+            "PYTHON": sys.executable,
+            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            **environment,
         },
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def test_gpu_check_tiny(tmp_path):

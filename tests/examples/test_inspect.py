@@ -26,10 +26,25 @@ def gpt2(tmp_path_factory):
     (directory / "<b>text & co.txt").write_text(TEXT, encoding="utf-8")
     (directory / "book").write_text(BOOK, encoding="utf-8")
     done = run_example(
-        "inspect.page", "--path", directory, "--text", directory / "<b>text & co.txt", "--cpu", "--memory-size", 90,
-        "--memory-text", directory / "book", "--from", PARTS["begin"], "--tokens", PARTS["tokens"], "--reads", 3,
-        "--output", directory / "page.html",
-    )  # fmt: skip
+        "inspect.page",
+        "--path",
+        directory,
+        "--text",
+        directory / "<b>text & co.txt",
+        "--cpu",
+        "--memory-size",
+        90,
+        "--memory-text",
+        directory / "book",
+        "--from",
+        PARTS["begin"],
+        "--tokens",
+        PARTS["tokens"],
+        "--reads",
+        3,
+        "--output",
+        directory / "page.html",
+    )
     assert done.returncode == 0, done.stderr
     assert "page.html: 0." in done.stdout
     return directory

@@ -14,9 +14,20 @@ def test_real_keys(tmp_path):
     for name in "ab":
         (tmp_path / "texts" / name).write_text(f"The text {name} that is memorized and read.\n" * 9)
     done = run_example(
-        "benchmark.real_keys", "--path", directory, "--text", tmp_path / "texts", "--tokens", 90, "--queries", 20,
-        "--chunk-size", 3, "--output", tmp_path / "keys.safetensors",
-    )  # fmt: skip
+        "benchmark.real_keys",
+        "--path",
+        directory,
+        "--text",
+        tmp_path / "texts",
+        "--tokens",
+        90,
+        "--queries",
+        20,
+        "--chunk-size",
+        3,
+        "--output",
+        tmp_path / "keys.safetensors",
+    )
     assert done.returncode == 0, done.stderr
     model = LongMem.from_pretrained(str(directory), memory_size=90, chunk_size=3, k=48, device="cpu")
     tensors, eos = load_file(tmp_path / "keys.safetensors"), torch.tensor([model.task.dictionary.eos()])
@@ -28,8 +39,15 @@ def test_real_keys(tmp_path):
     assert tensors["means"].shape == (keys.size(0), 30, keys.size(2)) and tensors["queries"].shape[1] == 20
     torch.testing.assert_close(tensors["means"][:, :chunks], means)
     done = run_example(
-        "benchmark.real_keys", "--path", directory, "--text", tmp_path / "texts" / "a", "--tokens", 9000,
-        "--output", tmp_path / "no",
-    )  # fmt: skip
+        "benchmark.real_keys",
+        "--path",
+        directory,
+        "--text",
+        tmp_path / "texts" / "a",
+        "--tokens",
+        9000,
+        "--output",
+        tmp_path / "no",
+    )
     assert done.returncode == 1 and "but 10,024 are needed: name more with --text" in done.stderr
     assert not (tmp_path / "no").exists()

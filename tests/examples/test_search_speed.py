@@ -8,10 +8,26 @@ from tests.memory import kernel
 
 def test_search(tmp_path, keys):
     done = run_example(
-        "benchmark.search_speed", "--tokens", 1024, 4096, "--heads", 3, "--queries", 16, "--width", 8, "--steps", 3,
-        "--keys", keys, "--indices", "IVF16,Flat:nprobe=16", "IVF16,Flat:nprobe=1", "IVF300,Flat", "HNSW8:efSearch=99",
-        "--json", tmp_path / "s.json", "--png", tmp_path / "s.png",
-    )  # fmt: skip
+        "benchmark.search_speed",
+        "--tokens",
+        1024,
+        4096,
+        "--heads",
+        3,
+        "--queries",
+        16,
+        "--width",
+        8,
+        "--steps",
+        3,
+        "--keys",
+        keys,
+        *"--indices IVF16,Flat:nprobe=16 IVF16,Flat:nprobe=1 IVF300,Flat HNSW8:efSearch=99".split(),
+        "--json",
+        tmp_path / "s.json",
+        "--png",
+        tmp_path / "s.png",
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "s.json").read_text())["rows"]
     exact = ["torch product alone", "torch topk", "torch two-level", "faiss knn"] + ["native"] * (not kernel.reason)

@@ -12,9 +12,22 @@ TINY = "--layers 2 --dim 16 --heads 2 --vocab 50 --retrieval-layer-index 1 --seg
 
 def test_throughput(tmp_path):
     done = run_example(
-        "benchmark.throughput", *TINY.split(), "--memory-sizes", 0, 64, "--batch", 2, "--full-windows", 32,
-        "--memory-search", "torch", "--json", tmp_path / "t.json", "--png", tmp_path / "t.png",
-    )  # fmt: skip
+        "benchmark.throughput",
+        *TINY.split(),
+        "--memory-sizes",
+        0,
+        64,
+        "--batch",
+        2,
+        "--full-windows",
+        32,
+        "--memory-search",
+        "torch",
+        "--json",
+        tmp_path / "t.json",
+        "--png",
+        tmp_path / "t.png",
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "t.json").read_text())
     off, on = result["rows"]

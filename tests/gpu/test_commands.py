@@ -114,9 +114,15 @@ def test_generation(tiny_data, tiny_longmem, tmp_path):
     hypotheses = []
     for where in ([], CPU):
         output = run(
-            "interactive", tiny_data, *TASK, "--path", tiny_longmem.checkpoint, "--input", "prompts.txt", "--beam", 3,
-            "--max-len-b", 20, "--buffer-size", 2, "--batch-size", 2, *where, cwd=tmp_path,
-        )  # fmt: skip
+            "interactive",
+            tiny_data,
+            *TASK,
+            "--path",
+            tiny_longmem.checkpoint,
+            *"--input prompts.txt --beam 3 --max-len-b 20 --buffer-size 2 --batch-size 2".split(),
+            *where,
+            cwd=tmp_path,
+        )
         hypotheses.append(re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", output, re.MULTILINE))
     assert len(hypotheses[0]) == 2
     for (index, score, text), (cpu_index, cpu_score, cpu_text) in zip(*hypotheses):

@@ -145,9 +145,13 @@ def test_means_before_rounding_where_asked():
 
 
 @given(
-    L=st.integers(1, 3), heads=st.integers(1, 3), d=st.integers(1, 8), size=st.integers(5, 60), C=st.integers(1, 5),
+    L=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    d=st.integers(1, 8),
+    size=st.integers(5, 60),
+    C=st.integers(1, 5),
     dtype=st.sampled_from([(torch.float32, 4), (torch.float16, 2), (torch.bfloat16, 2)]),
-)  # fmt: skip
+)
 def test_bytes(L, heads, d, size, C, dtype):
     """The documented formula, and nothing else of any size is held."""
     bank = MemoryBank(L, heads, d, size, C, dtype[0])

@@ -72,8 +72,9 @@ events = st.lists(
         st.tuples(st.just("reset"), st.integers(0, LANES - 1), st.sampled_from([0, 0, 7, 100])),
         st.tuples(st.just("copy"), st.just(0), st.just(0)),
     ),
-    min_size=1, max_size=8,
-)  # fmt: skip
+    min_size=1,
+    max_size=8,
+)
 
 
 @pytest.fixture
@@ -362,14 +363,17 @@ def test_without_faiss(monkeypatch):
         index_spec("IVF4,Flat", "", D, 500)
 
 
-@pytest.mark.parametrize("option, parameters, expected", [
-    ("flat", "", (FLAT, "")),
-    ("IVF4,Flat", "", ("IVF4,Flat", "")),
-    ("IVF4,Flat:nprobe=2", "", ("IVF4,Flat", "nprobe=2")),
-    ("IVF4,Flat", "nprobe=2", ("IVF4,Flat", "nprobe=2")),
-    ("IVF4,Flat:nprobe=2", "nprobe=2", ("IVF4,Flat", "nprobe=2")),
-    ("IVF4_HNSW8,Flat:nprobe=2,quantizer_efSearch=9", "", ("IVF4_HNSW8,Flat", "nprobe=2,quantizer_efSearch=9")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, parameters, expected",
+    [
+        ("flat", "", (FLAT, "")),
+        ("IVF4,Flat", "", ("IVF4,Flat", "")),
+        ("IVF4,Flat:nprobe=2", "", ("IVF4,Flat", "nprobe=2")),
+        ("IVF4,Flat", "nprobe=2", ("IVF4,Flat", "nprobe=2")),
+        ("IVF4,Flat:nprobe=2", "nprobe=2", ("IVF4,Flat", "nprobe=2")),
+        ("IVF4_HNSW8,Flat:nprobe=2,quantizer_efSearch=9", "", ("IVF4_HNSW8,Flat", "nprobe=2,quantizer_efSearch=9")),
+    ],
+)
 def test_an_index_and_its_parameters_are_one_string(option, parameters, expected):
     assert split_index(option, parameters) == expected
     if expected[0] != FLAT:
@@ -377,11 +381,14 @@ def test_an_index_and_its_parameters_are_one_string(option, parameters, expected
         assert split_index(str(spec)) == (spec.factory, spec.parameters)
 
 
-@pytest.mark.parametrize("option, parameters, message", [
-    ("IVF4,Flat:nprobe=2", "nprobe=3", "IVF4,Flat:nprobe=2 and --memory-index-parameters nprobe=3 name different"),
-    ("flat:nprobe=2", "", "flat is exact search, which has no search parameters such as nprobe=2: leave them out"),
-    ("flat", "nprobe=2", "flat is exact search, which has no search parameters such as nprobe=2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, parameters, message",
+    [
+        ("IVF4,Flat:nprobe=2", "nprobe=3", "IVF4,Flat:nprobe=2 and --memory-index-parameters nprobe=3 name different"),
+        ("flat:nprobe=2", "", "flat is exact search, which has no search parameters such as nprobe=2: leave them out"),
+        ("flat", "nprobe=2", "flat is exact search, which has no search parameters such as nprobe=2"),
+    ],
+)
 def test_parameters_that_contradict_the_index(option, parameters, message):
     with pytest.raises(ValueError, match=f"--memory-index {message}"):
         split_index(option, parameters)

@@ -40,10 +40,16 @@ def check(means, queries, n):
 @needs_kernel
 @settings(max_examples=60)
 @given(
-    N=st.integers(1, 700), d=st.sampled_from([1, 5, 15, 16, 17, 64, 65, 100]), T=st.integers(16, 23),
-    n=st.integers(1, 40), seed=st.integers(0, 10**6), spread=st.sampled_from([0.0, 1e-3, 1.0, 1e15]),
-    offset=st.sampled_from([0.0, 1.0, 30.0]), duplicates=st.booleans(), growing=st.booleans(),
-)  # fmt: skip
+    N=st.integers(1, 700),
+    d=st.sampled_from([1, 5, 15, 16, 17, 64, 65, 100]),
+    T=st.integers(16, 23),
+    n=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 1e15]),
+    offset=st.sampled_from([0.0, 1.0, 30.0]),
+    duplicates=st.booleans(),
+    growing=st.booleans(),
+)
 def test_finds_the_largest_products(N, d, T, n, seed, spread, offset, duplicates, growing):
     """Keys around one center, or none; equal keys; zeros; some rows or queries many times as long as others."""
     generator = torch.Generator().manual_seed(seed)
@@ -155,11 +161,14 @@ def test_the_kernel_is_compiled_once(new_cache, caplog):
     assert list(new_cache.iterdir()) == [library]
 
 
-@pytest.mark.parametrize("compiler, reason", [
-    ("no-such-compiler --fast", "there is no C.. compiler no-such-compiler"),
-    ("false", "false fails .no reason given."),
-    ("true", "cannot be made or loaded .*No such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "compiler, reason",
+    [
+        ("no-such-compiler --fast", "there is no C.. compiler no-such-compiler"),
+        ("false", "false fails .no reason given."),
+        ("true", "cannot be made or loaded .*No such file"),
+    ],
+)
 def test_a_compiler_that_cannot(new_cache, monkeypatch, compiler, reason):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(KernelUnavailable, match=reason):

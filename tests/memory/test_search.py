@@ -88,9 +88,15 @@ fills = st.lists(
 @each_search
 @settings(max_examples=40)
 @given(
-    fills=fills, N=st.integers(1, 13), C=st.integers(1, 4), T=st.integers(1, 9), n=st.integers(1, 15),
-    seed=st.integers(0, 10**6), duplicates=st.booleans(), data=st.data(),
-)  # fmt: skip
+    fills=fills,
+    N=st.integers(1, 13),
+    C=st.integers(1, 4),
+    T=st.integers(1, 9),
+    n=st.integers(1, 15),
+    seed=st.integers(0, 10**6),
+    duplicates=st.booleans(),
+    data=st.data(),
+)
 def test_finds_the_best_chunks(name, fills, N, C, T, n, seed, duplicates, data):
     bank = filled_bank(fills, N, C, seed, duplicates)
     lanes = data.draw(st.lists(st.integers(0, len(fills) - 1), min_size=1, unique=True))

@@ -11,9 +11,13 @@ from longmem_fairseq.memory.search.torch import TorchSearch, top_indices
 
 
 @given(
-    N=st.integers(1, 2000), n=st.integers(1, 8), rows=st.integers(1, 5), seed=st.integers(0, 10**6),
-    levels=st.sampled_from([0, 3, 50]), hidden=st.integers(0, 500),
-)  # fmt: skip
+    N=st.integers(1, 2000),
+    n=st.integers(1, 8),
+    rows=st.integers(1, 5),
+    seed=st.integers(0, 10**6),
+    levels=st.sampled_from([0, 3, 50]),
+    hidden=st.integers(0, 500),
+)
 def test_finds_what_topk_finds(N, n, rows, seed, levels, hidden):
     """All scores differ (levels 0), or many are equal; some columns are hidden."""
     n = min(n, N)

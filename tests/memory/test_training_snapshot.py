@@ -90,10 +90,16 @@ def test_only_what_is_held_is_written(path, tmp_path):
     with safe_open(path, framework="pt") as file:
         shapes = {name: tuple(file.get_tensor(name).shape) for name in file.keys()}
     assert shapes == {
-        "tail": (2, 3, H, C, D), "keys.0": (H, 2, C, D), "values.0": (H, 2, C, D), "means.0": (H, 2, D),
-        "keys.2": (H, 2, C, D), "values.2": (H, 2, C, D), "means.2": (H, 2, D),
-        "pending.keys": (2, H, 7, D), "pending.values": (2, H, 7, D),
-    }  # fmt: skip
+        "tail": (2, 3, H, C, D),
+        "keys.0": (H, 2, C, D),
+        "values.0": (H, 2, C, D),
+        "means.0": (H, 2, D),
+        "keys.2": (H, 2, C, D),
+        "values.2": (H, 2, C, D),
+        "means.2": (H, 2, D),
+        "pending.keys": (2, H, 7, D),
+        "pending.values": (2, H, 7, D),
+    }
     assert os.listdir(tmp_path) == ["memory"]
 
 

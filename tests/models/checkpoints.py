@@ -13,12 +13,16 @@ def save(built, path, **changes):
     cfg = OmegaConf.to_container(built.cfg, resolve=True, enum_to_str=True)
     cfg["model"].update(changes)
     state = {
-        "args": None, "cfg": cfg, "model": built.model.state_dict(), "criterion": None,
+        "args": None,
+        "cfg": cfg,
+        "model": built.model.state_dict(),
+        "criterion": None,
         "optimizer_history": [
             {"optimizer_name": "FairseqAdam", "lr_scheduler_state": {"best": None}, "num_updates": 1}
         ],
-        "task_state": built.task.state_dict(), "extra_state": {"train_iterator": {"epoch": 1}},
-    }  # fmt: skip
+        "task_state": built.task.state_dict(),
+        "extra_state": {"train_iterator": {"epoch": 1}},
+    }
     torch.save(state, path)
     return str(path)
 

@@ -72,25 +72,50 @@ def random_weights(shape: Shape, seed: int = 0) -> Tuple[Dict[str, torch.Tensor]
 
 def side_settings(shape: Shape) -> dict:
     return {
-        "_name": "transformer_lm_sidenet_gpt2_small", "activation_fn": "gelu", "dropout": 0.1, "attention_dropout": 0.1,
-        "decoder_embed_dim": shape.width, "decoder_ffn_embed_dim": 4 * shape.width,
-        "decoder_layers": shape.side_layers, "decoder_attention_heads": shape.heads, "decoder_normalize_before": True,
-        "no_decoder_final_norm": False, "layer_reduction_factor": shape.reduction, "reload_ptm_layer": True,
-        "retrieval_layer_index": shape.retrieval_layer, "chunk_size": shape.chunk_size, "k": shape.k,
-        "memory_size": shape.memory_size, "use_external_memory": True, "use_gpu_to_search": True,
-        "pretrained_model_path": "/home/author/models/newgpt.pt", "gpt_encoder_path": "/home/author/bpe",
-        "tokens_per_sample": 1024, "no_scale_embedding": False, "no_token_positional_embeddings": True,
-        "share_decoder_input_output_embed": True, "decoder_layers_to_keep": None,
-    }  # fmt: skip
+        "_name": "transformer_lm_sidenet_gpt2_small",
+        "activation_fn": "gelu",
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+        "decoder_embed_dim": shape.width,
+        "decoder_ffn_embed_dim": 4 * shape.width,
+        "decoder_layers": shape.side_layers,
+        "decoder_attention_heads": shape.heads,
+        "decoder_normalize_before": True,
+        "no_decoder_final_norm": False,
+        "layer_reduction_factor": shape.reduction,
+        "reload_ptm_layer": True,
+        "retrieval_layer_index": shape.retrieval_layer,
+        "chunk_size": shape.chunk_size,
+        "k": shape.k,
+        "memory_size": shape.memory_size,
+        "use_external_memory": True,
+        "use_gpu_to_search": True,
+        "pretrained_model_path": "/home/author/models/newgpt.pt",
+        "gpt_encoder_path": "/home/author/bpe",
+        "tokens_per_sample": 1024,
+        "no_scale_embedding": False,
+        "no_token_positional_embeddings": True,
+        "share_decoder_input_output_embed": True,
+        "decoder_layers_to_keep": None,
+    }
 
 
 def backbone_settings(shape: Shape) -> Namespace:
     return Namespace(
-        _name="newgpt-small", arch="newgpt-small", newgpt_mode="alibi", embed_dim=shape.width,
-        num_attention_heads=shape.heads, num_layers=shape.side_layers * shape.reduction, dropout=0.1,
-        attention_dropout=0.1, tokens_per_sample=1024, retrieval_layer_index=shape.retrieval_layer,
-        max_target_positions=None, gpt_dict_path="/home/author/dict.txt", task="gpt_pretraining",
-    )  # fmt: skip
+        _name="newgpt-small",
+        arch="newgpt-small",
+        newgpt_mode="alibi",
+        embed_dim=shape.width,
+        num_attention_heads=shape.heads,
+        num_layers=shape.side_layers * shape.reduction,
+        dropout=0.1,
+        attention_dropout=0.1,
+        tokens_per_sample=1024,
+        retrieval_layer_index=shape.retrieval_layer,
+        max_target_positions=None,
+        gpt_dict_path="/home/author/dict.txt",
+        task="gpt_pretraining",
+    )
 
 
 def save(path: Path, weights: dict, settings) -> Path:
@@ -103,12 +128,16 @@ def save(path: Path, weights: dict, settings) -> Path:
         "model": weights,
         "criterion": None,
         "optimizer_history": [
-            {"criterion_name": "CrossEntropyCriterion", "optimizer_name": "FairseqAdam",
-             "lr_scheduler_state": {"lr": 0.0002}, "num_updates": 0}
+            {
+                "criterion_name": "CrossEntropyCriterion",
+                "optimizer_name": "FairseqAdam",
+                "lr_scheduler_state": {"lr": 0.0002},
+                "num_updates": 0,
+            }
         ],
         "task_state": {},
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0, "shuffle": True}, "val_loss": None},
-    }  # fmt: skip
+    }
     torch.save(state, path)
     return path
 

@@ -9,9 +9,11 @@ from longmem_fairseq.modules.self_attention import SelfAttention
 from tests.models.tiny import VOCABULARY, stock_model
 
 ARCHITECTURES = {
-    "alibi_lm_tiny": (4, 128, 4), "alibi_lm_mini": (6, 256, 8), "alibi_lm_small": (12, 768, 12),
+    "alibi_lm_tiny": (4, 128, 4),
+    "alibi_lm_mini": (6, 256, 8),
+    "alibi_lm_small": (12, 768, 12),
     "alibi_lm_medium": (24, 1024, 16),
-}  # name: layers, width, heads  # fmt: skip
+}  # name: layers, width, heads
 
 
 def tokens(B=2, T=11):
@@ -30,9 +32,16 @@ def test_architectures(parse, arch):
 
 def test_sizes_of_an_architecture_can_be_changed(parse):
     cfg = parse(
-        "--decoder-layers", 2, "--decoder-embed-dim", 32, "--decoder-attention-heads", 8, "--activation-fn", "relu",
+        "--decoder-layers",
+        2,
+        "--decoder-embed-dim",
+        32,
+        "--decoder-attention-heads",
+        8,
+        "--activation-fn",
+        "relu",
         arch="alibi_lm_mini",
-    ).model  # fmt: skip
+    ).model
     assert (cfg.decoder_layers, cfg.decoder_embed_dim, cfg.decoder_attention_heads) == (2, 32, 8)
     assert cfg.decoder_ffn_embed_dim == 128 and cfg.decoder_input_dim == 32 and cfg.activation_fn == "relu"
 

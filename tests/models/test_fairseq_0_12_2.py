@@ -22,22 +22,32 @@ def as_fairseq_0_12_2(state):
         model["decoder.embed_positions._float_tensor"] = torch.tensor([float("nan")])
     sections = ["common", "common_eval", "distributed_training", "dataset", "optimization", "checkpoint", "bmuf"]
     return {
-        **state, "model": model, "task_state": {},
+        **state,
+        "model": model,
+        "task_state": {},
         "cfg": {
-            **{name: {"_name": None} for name in sections}, "_name": None, "model": state["cfg"]["model"],
+            **{name: {"_name": None} for name in sections},
+            "_name": None,
+            "model": state["cfg"]["model"],
             "task": {"_name": "language_modeling", "data": "data", "tokens_per_sample": POSITIONS},
         },
         "optimizer_history": [
-            {"criterion_name": "CrossEntropyCriterion", "optimizer_name": "FairseqAdam",
-             "lr_scheduler_state": {"lr": 0.01}, "num_updates": 3}
+            {
+                "criterion_name": "CrossEntropyCriterion",
+                "optimizer_name": "FairseqAdam",
+                "lr_scheduler_state": {"lr": 0.01},
+                "num_updates": 3,
+            }
         ],
         "extra_state": {
             "metrics": {"default": [[0, "loss", "AverageMeter", {"val": 6.4, "sum": 1, "count": 1, "round": 3}]]},
-            "previous_training_time": 0.5, "train_iterator": {"version": 2, "epoch": 2, "iterations_in_epoch": 0},
-            "val_loss": 6.3, "best": 6.3,
+            "previous_training_time": 0.5,
+            "train_iterator": {"version": 2, "epoch": 2, "iterations_in_epoch": 0},
+            "val_loss": 6.3,
+            "best": 6.3,
         },
         "last_optimizer_state": {"state": {}, "param_groups": [{"lr": 0.01, "betas": (0.9, 0.999), "params": [0]}]},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("learned", [True, False], ids=["learned", "sinusoidal"])

@@ -51,12 +51,13 @@ def test_comes_back_with_the_same_logits(built, tmp_path):
 @pytest.mark.parametrize(
     "model, config",
     [
-        ("alibi_lm", {}), ("transformer_lm", {"decoder_learned_pos": False}),
+        ("alibi_lm", {}),
+        ("transformer_lm", {"decoder_learned_pos": False}),
         ("transformer_lm", {"share_decoder_input_output_embed": False}),
         ("transformer_lm", {"decoder_input_dim": 8, "decoder_output_dim": 8}),
         ("transformer_lm", {"no_decoder_final_norm": True}),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("options", [[], ["--save-backbone"]])
 def test_every_kind_of_backbone_comes_back(built, tmp_path, model, config, options):
     made = built(*options, model=model, **config)
@@ -153,9 +154,15 @@ def test_as_fairseq_train_writes_it(tiny_data, tiny_options, tmp_path):
     backbone = tmp_path / "copy.pt"
     backbone.write_bytes((tiny_data.parent / "backbone" / "checkpoint_last.pt").read_bytes())
     run(
-        "train", *tiny_options, "--pretrained-model-path", backbone, "--save-backbone", "--batch-size", 4,
-        "--num-workers", 0, "--max-update", 2, "--disable-validation", "--save-dir", tmp_path, cwd=tmp_path,
-    )  # fmt: skip
+        "train",
+        *tiny_options,
+        "--pretrained-model-path",
+        backbone,
+        *"--save-backbone --batch-size 4 --num-workers 0 --max-update 2 --disable-validation".split(),
+        "--save-dir",
+        tmp_path,
+        cwd=tmp_path,
+    )
     backbone.unlink()
     path = tmp_path / "checkpoint_last.pt"
     weights = torch.load(path, weights_only=False)["model"]

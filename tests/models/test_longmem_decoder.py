@@ -34,7 +34,10 @@ VARIANTS = {
     "GPT-2's gelu": ("transformer_lm", "learned", {"activation_fn": "gelu_accurate"}, {}),
     "R = 1": ("transformer_lm", "learned", {}, {"layer_reduction_factor": 1, "retrieval_layer_index": 3}),
     "R = 3": (
-        "alibi_lm", "alibi", {"decoder_layers": 6}, {"layer_reduction_factor": 3, "retrieval_layer_index": 4},
+        "alibi_lm",
+        "alibi",
+        {"decoder_layers": 6},
+        {"layer_reduction_factor": 3, "retrieval_layer_index": 4},
     ),
     "R = N": ("transformer_lm", "learned", {}, {"layer_reduction_factor": 4, "retrieval_layer_index": 0}),
     "second layer reads": ("transformer_lm", "learned", {}, {"retrieval_layer_index": 2}),
@@ -42,16 +45,23 @@ VARIANTS = {
     "reads all": ("transformer_lm", "learned", {}, {"k": 30}),
     "memory of a segment": ("transformer_lm", "learned", {}, {"memory_size": 7, "k": 3}),
     "torch search": ("alibi_lm", "alibi", {}, {"memory_search": "torch"}),
-}  # fmt: skip
+}
 
 
 def setting_of(model, positions, backbone):
     cfg = model.cfg
     return Setting(
-        heads=HEADS, activation=ACTIVATIONS[backbone.get("activation_fn", "gelu")], positions=positions,
-        reduction=cfg.layer_reduction_factor, memory_layer=cfg.retrieval_layer_index, chunk=cfg.chunk_size, k=cfg.k,
-        memory=cfg.memory_size, padding=VOCABULARY.pad(), scaled=not backbone.get("no_scale_embedding", False),
-    )  # fmt: skip
+        heads=HEADS,
+        activation=ACTIVATIONS[backbone.get("activation_fn", "gelu")],
+        positions=positions,
+        reduction=cfg.layer_reduction_factor,
+        memory_layer=cfg.retrieval_layer_index,
+        chunk=cfg.chunk_size,
+        k=cfg.k,
+        memory=cfg.memory_size,
+        padding=VOCABULARY.pad(),
+        scaled=not backbone.get("no_scale_embedding", False),
+    )
 
 
 def weights_of(model):

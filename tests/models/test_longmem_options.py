@@ -14,16 +14,20 @@ from longmem_fairseq.models.longmem_lm import LongMemConfig, LongMemModel
 from tests.models.tiny import LAYERS, POSITIONS
 
 ARCHITECTURES = {
-    "longmem_gpt2_tiny": (4, 3), "longmem_gpt2_mini": (6, 5), "longmem_gpt2_small": (12, 9),
-    "longmem_gpt2_medium": (24, 17), "longmem_gpt2_large": (36, 25), "longmem_gpt2_xl": (48, 33),
-}  # name: layers of its backbone, layer that is remembered  # fmt: skip
+    "longmem_gpt2_tiny": (4, 3),
+    "longmem_gpt2_mini": (6, 5),
+    "longmem_gpt2_small": (12, 9),
+    "longmem_gpt2_medium": (24, 17),
+    "longmem_gpt2_large": (36, 25),
+    "longmem_gpt2_xl": (48, 33),
+}  # name: layers of its backbone, layer that is remembered
 
 RELEASED_SCRIPT = [
-    "--use-external-memory", "--memory-size", 65536, "--k", 64, "--chunk-size", 4, "--retrieval-layer-index", 17,
-    "--layer-reduction-factor", 2, "--reload-ptm-layer", "--use-gpu-to-search", "--gpt-encoder-path", "gpt2_bpe",
-    "--sample-break-mode", "none", "--tokens-per-sample", 1024, "--data-no-shuffle", "--no-token-positional-embeddings",
-    "--fp16",
-]  # fmt: skip
+    *"--use-external-memory --memory-size 65536 --k 64 --chunk-size 4 --retrieval-layer-index 17".split(),
+    *"--layer-reduction-factor 2 --reload-ptm-layer --use-gpu-to-search --gpt-encoder-path gpt2_bpe".split(),
+    *"--sample-break-mode none --tokens-per-sample 1024 --data-no-shuffle".split(),
+    *"--no-token-positional-embeddings --fp16".split(),
+]
 
 
 def messages(caplog):
@@ -87,16 +91,40 @@ def test_what_is_on_can_be_turned_off(parse, option):
 
 def test_values(parse):
     cfg = parse(
-        "--pretrained-model-path", "b.pt", "--memory-size", 128, "--k", 12, "--chunk-size", 6,
-        "--retrieval-layer-index", 2, "--layer-reduction-factor", 3, "--memory-search", "torch",
-        "--memory-dtype", "float16", "--dropout", 0.1, "--attention-dropout", 0.2, "--checkpoint-activations",
+        "--pretrained-model-path",
+        "b.pt",
+        "--memory-size",
+        128,
+        "--k",
+        12,
+        "--chunk-size",
+        6,
+        "--retrieval-layer-index",
+        2,
+        "--layer-reduction-factor",
+        3,
+        *"--memory-search torch --memory-dtype float16".split(),
+        "--dropout",
+        0.1,
+        "--attention-dropout",
+        0.2,
+        "--checkpoint-activations",
         "--save-backbone",
-    ).model  # fmt: skip
+    ).model
     expected = {
-        "pretrained_model_path": "b.pt", "memory_size": 128, "k": 12, "chunk_size": 6, "retrieval_layer_index": 2,
-        "layer_reduction_factor": 3, "memory_search": "torch", "memory_dtype": "float16", "dropout": 0.1,
-        "attention_dropout": 0.2, "checkpoint_activations": True, "save_backbone": True,
-    }  # fmt: skip
+        "pretrained_model_path": "b.pt",
+        "memory_size": 128,
+        "k": 12,
+        "chunk_size": 6,
+        "retrieval_layer_index": 2,
+        "layer_reduction_factor": 3,
+        "memory_search": "torch",
+        "memory_dtype": "float16",
+        "dropout": 0.1,
+        "attention_dropout": 0.2,
+        "checkpoint_activations": True,
+        "save_backbone": True,
+    }
     assert {name: cfg[name] for name in expected} == expected
 
 
@@ -119,11 +147,19 @@ def test_every_option_has_a_help_text():
 def test_the_released_scripts_options_mean_the_same(parse):
     cfg = parse("--pretrained-model-path", "b.pt", *RELEASED_SCRIPT, arch="longmem_gpt2_medium")
     expected = {
-        "use_external_memory": True, "memory_size": 65536, "k": 64, "chunk_size": 4, "retrieval_layer_index": 17,
-        "layer_reduction_factor": 2, "reload_ptm_layer": True, "use_gpu_to_search": True,
-        "pretrained_model_path": "b.pt", "gpt_encoder_path": "gpt2_bpe", "no_token_positional_embeddings": True,
+        "use_external_memory": True,
+        "memory_size": 65536,
+        "k": 64,
+        "chunk_size": 4,
+        "retrieval_layer_index": 17,
+        "layer_reduction_factor": 2,
+        "reload_ptm_layer": True,
+        "use_gpu_to_search": True,
+        "pretrained_model_path": "b.pt",
+        "gpt_encoder_path": "gpt2_bpe",
+        "no_token_positional_embeddings": True,
         "tokens_per_sample": 1024,
-    }  # fmt: skip
+    }
     assert {name: cfg.model[name] for name in expected} == expected
     assert cfg.common.fp16 and cfg.task.data_no_shuffle
 
@@ -139,8 +175,9 @@ def test_the_released_scripts_model_is_built(train, write_backbone, caplog):
     assert built.model.memory_tokens == 65536 + 4
     explained = [line for line in messages(caplog) if "no effect" in line]
     assert [re.match(r"--(\S+) has no effect", line)[1] for line in explained] == [
-        "gpt-encoder-path", "no-token-positional-embeddings",
-    ]  # fmt: skip
+        "gpt-encoder-path",
+        "no-token-positional-embeddings",
+    ]
 
 
 def test_nothing_is_explained_where_nothing_is_asked(train, write_backbone, caplog):

@@ -26,8 +26,9 @@ def models(tmp_path_factory):
 @settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(1, 4 * T), min_size=2, max_size=4),
-    kind=st.sampled_from(["transformer_lm", "alibi_lm"]), data=st.data(),
-)  # fmt: skip
+    kind=st.sampled_from(["transformer_lm", "alibi_lm"]),
+    data=st.data(),
+)
 def test_lanes_are_isolated(models, lengths, kind, data):
     """One document is another one: the logits of all others are the same, bit by bit."""
     model = models[kind]

@@ -137,10 +137,16 @@ def test_the_reference_of_the_rules_below_gives_the_recorded_numbers(case):
     state = torch.load(RECORDED / "sidenet.pt", weights_only=False)
     cfg = state["cfg"]["model"]
     shape = Shape(
-        width=cfg["decoder_embed_dim"], heads=cfg["decoder_attention_heads"], side_layers=cfg["decoder_layers"],
-        reduction=cfg["layer_reduction_factor"], retrieval_layer=cfg["retrieval_layer_index"],
-        chunk_size=cfg["chunk_size"], k=cfg["k"], memory_size=cfg["memory_size"], vocabulary=200,
-    )  # fmt: skip
+        width=cfg["decoder_embed_dim"],
+        heads=cfg["decoder_attention_heads"],
+        side_layers=cfg["decoder_layers"],
+        reduction=cfg["layer_reduction_factor"],
+        retrieval_layer=cfg["retrieval_layer_index"],
+        chunk_size=cfg["chunk_size"],
+        k=cfg["k"],
+        memory_size=cfg["memory_size"],
+        vocabulary=200,
+    )
     reference = Reference(state["model"], shape, half=not recorded.settings)
     for i, tokens in enumerate(recorded.tokens):
         logits = reference(tokens.numpy())
@@ -151,14 +157,24 @@ def test_the_reference_of_the_rules_below_gives_the_recorded_numbers(case):
 # Shapes that the recorded cases do not have: odd chunks, heads that are no power of two, other layers and reductions.
 shapes = st.builds(
     lambda heads, head_dim, side_layers, reduction, layer, chunk, chunks, memory: Shape(
-        width=heads * head_dim, heads=heads, side_layers=side_layers, reduction=reduction,
-        retrieval_layer=layer % (side_layers * reduction), chunk_size=chunk, k=chunk * chunks,
+        width=heads * head_dim,
+        heads=heads,
+        side_layers=side_layers,
+        reduction=reduction,
+        retrieval_layer=layer % (side_layers * reduction),
+        chunk_size=chunk,
+        k=chunk * chunks,
         memory_size=max(memory, chunk),
     ),
-    heads=st.sampled_from([1, 2, 3, 4, 6]), head_dim=st.sampled_from([4, 8]), side_layers=st.integers(1, 3),
-    reduction=st.integers(1, 3), layer=st.integers(0, 8), chunk=st.integers(1, 5), chunks=st.integers(1, 4),
+    heads=st.sampled_from([1, 2, 3, 4, 6]),
+    head_dim=st.sampled_from([4, 8]),
+    side_layers=st.integers(1, 3),
+    reduction=st.integers(1, 3),
+    layer=st.integers(0, 8),
+    chunk=st.integers(1, 5),
+    chunks=st.integers(1, 4),
     memory=st.integers(20, 70),
-)  # fmt: skip
+)
 
 
 @torch.no_grad()

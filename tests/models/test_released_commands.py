@@ -41,7 +41,9 @@ def released(tmp_path_factory):
     write_split(directory / "single", documents[:1])
     backbone, side = random_weights(shape)
     files = SimpleNamespace(
-        data=directory, documents=documents, shape=shape,
+        data=directory,
+        documents=documents,
+        shape=shape,
         backbone=save(directory / "backbone.pt", backbone, backbone_settings(shape)),
         side=save(directory / "sidenet.pt", side, side_settings(shape)),
         bare=save(
@@ -49,8 +51,9 @@ def released(tmp_path_factory):
             {key: x for key, x in side.items() if not key.startswith(COPY)},
             {**side_settings(shape), "pretrained_model_path": str(directory / "backbone.pt")},
         ),
-        plain=directory / "plain", converted=directory / "longmem.pt",
-    )  # fmt: skip
+        plain=directory / "plain",
+        converted=directory / "longmem.pt",
+    )
     convert([str(files.side), str(files.plain)])
     convert([str(files.plain), str(files.converted)])
     return files
@@ -78,9 +81,18 @@ def loss_in_python(model, documents) -> float:
 def test_evaluation_by_document(released, name, tmp_path):
     """By default each document has its memory, whatever the number of lanes."""
     output = run(
-        "eval_lm", released.data, *TASK, "--path", getattr(released, name), *EVALUATE, "--model-overrides", SEGMENTS,
-        "--batch-size", 3, cwd=tmp_path,
-    )  # fmt: skip
+        "eval_lm",
+        released.data,
+        *TASK,
+        "--path",
+        getattr(released, name),
+        *EVALUATE,
+        "--model-overrides",
+        SEGMENTS,
+        "--batch-size",
+        3,
+        cwd=tmp_path,
+    )
     model = load_released(released.side, memory_scope="document", memory_dtype="float32")
     assert "Evaluated 408 tokens" in output
     assert loss_of(output) == pytest.approx(loss_in_python(model, released.documents), abs=1e-3)
@@ -89,9 +101,20 @@ def test_evaluation_by_document(released, name, tmp_path):
 def test_evaluation_with_one_memory(released, tmp_path):
     """--memory-scope shared computes what the released code does."""
     output = run(
-        "eval_lm", released.data, *TASK, "--path", released.side, *EVALUATE, "--gen-subset", "single",
-        "--model-overrides", SEGMENTS, "--memory-scope", "shared", cwd=tmp_path,
-    )  # fmt: skip
+        "eval_lm",
+        released.data,
+        *TASK,
+        "--path",
+        released.side,
+        *EVALUATE,
+        "--gen-subset",
+        "single",
+        "--model-overrides",
+        SEGMENTS,
+        "--memory-scope",
+        "shared",
+        cwd=tmp_path,
+    )
     shared = loss_in_python(load_released(released.side), released.documents[:1])
     assert loss_of(output) == pytest.approx(shared, abs=1e-4)
     apart = load_released(released.side, memory_scope="document", memory_dtype="float32")
@@ -101,9 +124,18 @@ def test_evaluation_with_one_memory(released, tmp_path):
 def test_evaluation_of_the_backbone(released, tmp_path):
     """The backbone is a model of its own for fairseq-eval-lm, given the package and its task."""
     output = run(
-        "eval_lm", released.data, *TASK, "--path", released.backbone, *EVALUATE, "--gen-subset", "single",
-        "--model-overrides", SEGMENTS, cwd=tmp_path,
-    )  # fmt: skip
+        "eval_lm",
+        released.data,
+        *TASK,
+        "--path",
+        released.backbone,
+        *EVALUATE,
+        "--gen-subset",
+        "single",
+        "--model-overrides",
+        SEGMENTS,
+        cwd=tmp_path,
+    )
     model = load_released(released.side, use_external_memory=False)
     losses = []
     document = torch.from_numpy(released.documents[0])
@@ -123,9 +155,19 @@ def test_generation(released, tmp_path):
     for path, backbone in ((released.bare, released.backbone), (released.converted, None)):
         overrides = {"tokens_per_sample": T, **({"pretrained_model_path": str(backbone)} if backbone else {})}
         output = run(
-            "interactive", released.data, *TASK, "--path", path, "--cpu", "--input", tmp_path / "prompts.txt",
-            "--beam", 2, "--max-len-b", 8, "--model-overrides", str(overrides), cwd=tmp_path,
-        )  # fmt: skip
+            "interactive",
+            released.data,
+            *TASK,
+            "--path",
+            path,
+            "--cpu",
+            "--input",
+            tmp_path / "prompts.txt",
+            *"--beam 2 --max-len-b 8".split(),
+            "--model-overrides",
+            str(overrides),
+            cwd=tmp_path,
+        )
         answers.append(re.search(r"^H-0\t(\S+)\t(.+)$", output, re.MULTILINE).groups())
     (score, answer), (same_score, same_answer) = answers
     assert answer == same_answer and float(score) == pytest.approx(float(same_score), abs=1e-3)
@@ -141,12 +183,22 @@ def test_generation(released, tmp_path):
 def test_training_on(released, backbone, start, tmp_path):
     """A released side network is a start for further training; its backbone stays as it is."""
     run(
-        "train", released.data, *TASK, "--arch", "longmem_released", "--retrieval-layer-index", 3,
-        "--pretrained-model-path", getattr(released, backbone), "--finetune-from-model", getattr(released, start),
-        "--criterion", "longmem_cross_entropy", "--memory-size", 128, "--k", 8, "--tokens-per-sample", T,
-        "--batch-size", 2, "--max-update", 1, "--optimizer", "sgd", "--lr", 0.0, "--cpu", "--save-backbone",
-        "--save-dir", tmp_path, "--no-epoch-checkpoints", "--disable-validation", cwd=tmp_path,
-    )  # fmt: skip
+        "train",
+        released.data,
+        *TASK,
+        *"--arch longmem_released --retrieval-layer-index 3".split(),
+        "--pretrained-model-path",
+        getattr(released, backbone),
+        "--finetune-from-model",
+        getattr(released, start),
+        *f"--criterion longmem_cross_entropy --memory-size 128 --k 8 --tokens-per-sample {T} --batch-size 2".split(),
+        *"--max-update 1 --optimizer sgd --lr 0.0 --cpu --save-backbone".split(),
+        "--save-dir",
+        tmp_path,
+        "--no-epoch-checkpoints",
+        "--disable-validation",
+        cwd=tmp_path,
+    )
     trained, began = weights(tmp_path / "checkpoint_last.pt"), weights(released.converted)
     assert set(trained) == set(began)
     for name, tensor in began.items():
@@ -155,11 +207,22 @@ def test_training_on(released, backbone, start, tmp_path):
 
 def test_other_architecture_refused(released, tmp_path):
     output = run(
-        "train", released.data, *TASK, "--arch", "longmem_gpt2_tiny", "--pretrained-model-path", released.backbone,
-        "--finetune-from-model", released.side, "--criterion", "longmem_cross_entropy", "--memory-size", 128, "--k", 8,
-        "--tokens-per-sample", T, "--batch-size", 2, "--optimizer", "sgd", "--cpu", "--save-dir", tmp_path,
-        cwd=tmp_path, succeeds=False,
-    )  # fmt: skip
+        "train",
+        released.data,
+        *TASK,
+        "--arch",
+        "longmem_gpt2_tiny",
+        "--pretrained-model-path",
+        released.backbone,
+        "--finetune-from-model",
+        released.side,
+        *f"--criterion longmem_cross_entropy --memory-size 128 --k 8 --tokens-per-sample {T} --batch-size 2".split(),
+        *"--optimizer sgd --cpu".split(),
+        "--save-dir",
+        tmp_path,
+        cwd=tmp_path,
+        succeeds=False,
+    )
     assert "train it further with --arch longmem_released" in output
 
 
@@ -175,9 +238,15 @@ def test_code_in_a_checkpoint_is_not_run(released, tmp_path):
     side = random_weights(released.shape)[1]
     settings = {**side_settings(released.shape), "activation_fn": Payload(tmp_path / "created")}
     run(
-        "eval_lm", released.data, *TASK, "--path", save(tmp_path / "malicious.pt", side, settings), *EVALUATE,
-        cwd=tmp_path, succeeds=False,
-    )  # fmt: skip
+        "eval_lm",
+        released.data,
+        *TASK,
+        "--path",
+        save(tmp_path / "malicious.pt", side, settings),
+        *EVALUATE,
+        cwd=tmp_path,
+        succeeds=False,
+    )
     assert not (tmp_path / "created").exists()
 
 
@@ -188,8 +257,10 @@ def test_plain_files(released, tmp_path):
     one, other = load_released(released.side), load_released(released.plain)
     assert all(torch.equal(one(segment)[0], other(segment)[0]) for segment in tokens)
     assert sorted(path.name for path in released.plain.iterdir()) == [
-        "backbone.safetensors", "config.json", "side_network.safetensors",
-    ]  # fmt: skip
+        "backbone.safetensors",
+        "config.json",
+        "side_network.safetensors",
+    ]
     side = load_file(released.plain / "side_network.safetensors")
     assert not [name for name in side if "backbone." in name]
     for path in [*released.plain.iterdir(), released.converted]:

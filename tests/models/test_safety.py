@@ -31,9 +31,10 @@ def malicious(request, tmp_path):
     """A checkpoint with a payload in one of its parts."""
     payload = Payload(tmp_path / "created")
     parts = {
-        "model": {"decoder.x": payload}, "cfg": {"_name": None, "model": {**stock_config(), "dropout": payload}},
+        "model": {"decoder.x": payload},
+        "cfg": {"_name": None, "model": {**stock_config(), "dropout": payload}},
         "extra_state": {"x": payload},
-    }  # fmt: skip
+    }
     path = write_checkpoint(
         tmp_path / "malicious.pt", stock_model(), stock_config(), {request.param: parts[request.param]}
     )

@@ -19,11 +19,19 @@ VOCABULARY = make_dictionary(30)
 LAYERS, WIDTH, HEADS, POSITIONS = 4, 12, 3, 24
 
 BACKBONE = {
-    "decoder_layers": LAYERS, "decoder_embed_dim": WIDTH, "decoder_input_dim": WIDTH, "decoder_output_dim": WIDTH,
-    "decoder_ffn_embed_dim": 20, "decoder_attention_heads": HEADS, "decoder_normalize_before": True,
-    "activation_fn": "gelu", "decoder_learned_pos": True, "share_decoder_input_output_embed": True,
-    "max_target_positions": POSITIONS, "tokens_per_sample": POSITIONS,
-}  # fmt: skip
+    "decoder_layers": LAYERS,
+    "decoder_embed_dim": WIDTH,
+    "decoder_input_dim": WIDTH,
+    "decoder_output_dim": WIDTH,
+    "decoder_ffn_embed_dim": 20,
+    "decoder_attention_heads": HEADS,
+    "decoder_normalize_before": True,
+    "activation_fn": "gelu",
+    "decoder_learned_pos": True,
+    "share_decoder_input_output_embed": True,
+    "max_target_positions": POSITIONS,
+    "tokens_per_sample": POSITIONS,
+}
 LONGMEM = {"memory_size": 16, "k": 6, "chunk_size": 3, "retrieval_layer_index": 1, "tokens_per_sample": 7}
 
 
@@ -59,12 +67,16 @@ def stock_model(model: str = "transformer_lm", seed: int = 0, dictionary: Dictio
 def write_checkpoint(path, model, config: dict, changes: dict = None) -> str:
     """Write what fairseq-train would have written, with ``changes`` of its parts."""
     state = {
-        "args": None, "cfg": {"_name": None, "model": config}, "model": model.state_dict(), "criterion": None,
+        "args": None,
+        "cfg": {"_name": None, "model": config},
+        "model": model.state_dict(),
+        "criterion": None,
         "optimizer_history": [
             {"optimizer_name": "FairseqAdam", "lr_scheduler_state": {"best": None}, "num_updates": 1}
         ],
-        "task_state": {}, "extra_state": {"train_iterator": {"epoch": 1}},
-    }  # fmt: skip
+        "task_state": {},
+        "extra_state": {"train_iterator": {"epoch": 1}},
+    }
     torch.save({**state, **(changes or {})}, path)
     return str(path)
 

@@ -52,9 +52,11 @@ def test_fast_equals_plain_on_odd_sizes(L, B, H, T, N, C, d, n, device):
 
 @settings(max_examples=30)
 @given(
-    sizes=st.tuples(*[st.integers(1, 5)] * 6), n=st.integers(1, 6), seed=st.integers(0, 10**6),
+    sizes=st.tuples(*[st.integers(1, 5)] * 6),
+    n=st.integers(1, 6),
+    seed=st.integers(0, 10**6),
     absent=st.sampled_from([0.0, 0.5, 1.0]),
-)  # fmt: skip
+)
 def test_fast_equals_plain(sizes, n, seed, absent):
     B, H, T, N, C, d = sizes
     generator = torch.Generator().manual_seed(seed)

@@ -146,9 +146,11 @@ def test_blocks_of_any_length_equal_the_whole(blocks, heads, alibi):
 
 @settings(max_examples=40)
 @given(
-    before=st.integers(1, 7), after=st.integers(1, 5), alibi=st.booleans(),
+    before=st.integers(1, 7),
+    after=st.integers(1, 5),
+    alibi=st.booleans(),
     order=st.lists(st.integers(0, 2), min_size=1, max_size=5),
-)  # fmt: skip
+)
 def test_reordered_rows_go_on_with_their_own_past(before, after, alibi, order):
     """As beam search does: rows change places, are doubled, or vanish."""
     module = attention(2, alibi=alibi)

@@ -43,17 +43,32 @@ def randomize(model, seed=0):
 
 def tiny_gpt2(vocab_size=97, heads=2, width=24, layers=2, **config):
     config = transformers.GPT2Config(
-        vocab_size=vocab_size, n_embd=width, n_head=heads, n_layer=layers, bos_token_id=vocab_size - 1,
-        eos_token_id=vocab_size - 1, **{"n_positions": POSITIONS, **config},
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        n_embd=width,
+        n_head=heads,
+        n_layer=layers,
+        bos_token_id=vocab_size - 1,
+        eos_token_id=vocab_size - 1,
+        **{"n_positions": POSITIONS, **config},
+    )
     return randomize(GPT2(config))
 
 
 def tiny_opt(**config):
-    config = transformers.OPTConfig(**{
-        **dict(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_dim=40,
-               word_embed_proj_dim=24, max_position_embeddings=POSITIONS), **config,
-    })  # fmt: skip
+    config = transformers.OPTConfig(
+        **{
+            **dict(
+                vocab_size=61,
+                hidden_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=3,
+                ffn_dim=40,
+                word_embed_proj_dim=24,
+                max_position_embeddings=POSITIONS,
+            ),
+            **config,
+        }
+    )
     return randomize(OPT(config))
 
 
@@ -83,12 +98,18 @@ def difference(gpt2, directory):
 @pytest.mark.parametrize(
     "config",
     [
-        dict(heads=2), dict(heads=12, width=48, vocab_size=103), dict(heads=16, width=32, layers=3, vocab_size=131),
-        dict(n_inner=20), dict(n_positions=1024), dict(activation_function="relu"), dict(activation_function="gelu"),
-        dict(activation_function="gelu_pytorch_tanh"), dict(tie_word_embeddings=False),
+        dict(heads=2),
+        dict(heads=12, width=48, vocab_size=103),
+        dict(heads=16, width=32, layers=3, vocab_size=131),
+        dict(n_inner=20),
+        dict(n_positions=1024),
+        dict(activation_function="relu"),
+        dict(activation_function="gelu"),
+        dict(activation_function="gelu_pytorch_tanh"),
+        dict(tie_word_embeddings=False),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_logits_of_gpt2(tmp_path, config):
     model = tiny_gpt2(**config)
     model.save_pretrained(tmp_path / "hf")
@@ -262,10 +283,16 @@ def converted(tmp_path_factory):
 def test_stock_evaluation(converted, tmp_path):
     """fairseq-eval-lm without this package reads the checkpoint, and its scores are the model's."""
     output = run(
-        "eval_lm", converted.data, "--path", converted.checkpoint, "--task", "language_modeling", "--gen-subset",
-        "valid", "--sample-break-mode", "none", "--tokens-per-sample", POSITIONS, "--max-sentences", 1, "--cpu",
+        "eval_lm",
+        converted.data,
+        "--path",
+        converted.checkpoint,
+        *"--task language_modeling --gen-subset valid --sample-break-mode none".split(),
+        "--tokens-per-sample",
+        POSITIONS,
+        *"--max-sentences 1 --cpu".split(),
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     stream = torch.from_numpy(np.concatenate(converted.documents))
     model, _ = load_stock(converted.data)
     losses = []
@@ -283,13 +310,29 @@ def test_training_with_a_memory_and_export(converted, tmp_path):
     """A LongMem model trains on the converted backbone, and gives it back."""
     checkpoints = tmp_path / "checkpoints"
     run(
-        "train", converted.data, *TASK, "--arch", "longmem_gpt2_tiny", "--pretrained-model-path", converted.checkpoint,
-        "--criterion", "longmem_cross_entropy", "--memory-size", 64, "--k", 8, "--tokens-per-sample", 16,
-        "--batch-size", 2, "--max-update", 3, "--optimizer", "adam", "--lr", 0.01, "--cpu", "--save-backbone",
-        "--save-dir", checkpoints, "--no-epoch-checkpoints", cwd=tmp_path,
-    )  # fmt: skip
-    main(["--export", str(checkpoints / "checkpoint_last.pt"), str(tmp_path / "hf"), "--dict",
-          str(converted.data / "dict.txt")])  # fmt: skip
+        "train",
+        converted.data,
+        *TASK,
+        "--arch",
+        "longmem_gpt2_tiny",
+        "--pretrained-model-path",
+        converted.checkpoint,
+        *"--criterion longmem_cross_entropy --memory-size 64 --k 8 --tokens-per-sample 16 --batch-size 2".split(),
+        *"--max-update 3 --optimizer adam --lr 0.01 --cpu --save-backbone".split(),
+        "--save-dir",
+        checkpoints,
+        "--no-epoch-checkpoints",
+        cwd=tmp_path,
+    )
+    main(
+        [
+            "--export",
+            str(checkpoints / "checkpoint_last.pt"),
+            str(tmp_path / "hf"),
+            "--dict",
+            str(converted.data / "dict.txt"),
+        ]
+    )
     expected = load_file(converted.data.parent / "hf" / "model.safetensors")
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())

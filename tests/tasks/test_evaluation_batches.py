@@ -139,9 +139,15 @@ def test_a_context_window_is_refused(options, tmp_path):
 
 def test_without_our_task_there_is_an_error(tiny_data, tiny_longmem, tmp_path):
     output = run(
-        "eval_lm", tiny_data, *TASK[:2], "--path", tiny_longmem.checkpoint, "--gen-subset", "valid", "--cpu",
-        "--tokens-per-sample", 16, cwd=tmp_path, succeeds=False,
-    )  # fmt: skip
+        "eval_lm",
+        tiny_data,
+        *TASK[:2],
+        "--path",
+        tiny_longmem.checkpoint,
+        *"--gen-subset valid --cpu --tokens-per-sample 16".split(),
+        cwd=tmp_path,
+        succeeds=False,
+    )
     assert "--task longmem_language_modeling" in output
 
 

@@ -49,9 +49,11 @@ def with_book(tiny_data, tiny_longmem, prompt_files):
     """Prompts of several lengths side by side, answered over three windows with two documents in memory."""
     documents = ["--memory-text", "book.txt", "--memory-text", "letter.txt"]
     return run(
-        "interactive", *arguments(tiny_data, tiny_longmem, *BEAM, *documents), "--buffer-size", 3, "--batch-size", 3,
-        "--memory-save", "book.memory", "--memory-save-dtype", "float32", cwd=prompt_files,
-    )  # fmt: skip
+        "interactive",
+        *arguments(tiny_data, tiny_longmem, *BEAM, *documents),
+        *"--buffer-size 3 --batch-size 3 --memory-save book.memory --memory-save-dtype float32".split(),
+        cwd=prompt_files,
+    )
 
 
 def test_answers_over_three_windows(with_book, tiny_data, tiny_longmem, prompt_files):
@@ -92,10 +94,12 @@ def test_a_saved_memory_is_as_good_as_the_book(tiny_data, tiny_longmem, with_boo
 
 def test_prompts_by_pipe_and_turns(tiny_data, tiny_longmem, prompt_files):
     process = start(
-        "interactive", *arguments(tiny_data, tiny_longmem, "--memorize-turns", "--memory-save", "turns.memory"),
-        "--sampling", "--sampling-topp", 0.9, "--beam", 1, "--nbest", 1, "--max-len-b", 5, cwd=prompt_files,
+        "interactive",
+        *arguments(tiny_data, tiny_longmem, *"--memorize-turns --memory-save turns.memory".split()),
+        *"--sampling --sampling-topp 0.9 --beam 1 --nbest 1 --max-len-b 5".split(),
+        cwd=prompt_files,
         stdin=open(prompt_files / "prompts.txt"),
-    )  # fmt: skip
+    )
     output = finish(process)
     hypotheses = hypotheses_of(output)
     assert [index for index, _, _ in hypotheses] == ["0", "1", "2"]
@@ -146,9 +150,20 @@ def start_with_text(directory, tokenizer, *options, **kwargs):
     lines = [STORY.replace("\n", "<0x0A>"), "else:", "x"]
     (directory / "prompts").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return start(
-        "interactive", directory, *TASK, "--path", directory / "model.pt", "--cpu", "--input", directory / "prompts",
-        *tokenizer, "--buffer-size", 3, "--batch-size", 3, *options, cwd=directory, **kwargs,
-    )  # fmt: skip
+        "interactive",
+        directory,
+        *TASK,
+        "--path",
+        directory / "model.pt",
+        "--cpu",
+        "--input",
+        directory / "prompts",
+        *tokenizer,
+        *"--buffer-size 3 --batch-size 3".split(),
+        *options,
+        cwd=directory,
+        **kwargs,
+    )
 
 
 def test_tokenizers(tmp_path):
@@ -161,14 +176,25 @@ def test_tokenizers(tmp_path):
     files = ["--gpt2-encoder-json", gpt2 / "encoder.json", "--gpt2-vocab-bpe", gpt2 / "vocab.bpe"]
     diverse = ["--beam", 4, "--nbest", 4, "--diverse-beam-groups", 2, "--no-repeat-ngram-size", 2]
     process = start_with_text(
-        gpt2, ["--bpe", "gpt2", *files], *diverse, "--max-len-b", 30, "--min-len", 30, "--memory-text", "-",
+        gpt2,
+        ["--bpe", "gpt2", *files],
+        *diverse,
+        "--max-len-b",
+        30,
+        "--min-len",
+        30,
+        "--memory-text",
+        "-",
         stdin=open(__file__),
-    )  # fmt: skip
+    )
     sampled = ["--sampling", "--sampling-topk", 9, "--temperature", 1.5, "--beam", 2, "--nbest", 2, "--max-len-b", 9]
     other = start_with_text(
-        spm, ["--bpe", "sentencepiece", "--sentencepiece-model", spm / "sentencepiece.model"], *sampled,
-        "--memory-text", "story",
-    )  # fmt: skip
+        spm,
+        ["--bpe", "sentencepiece", "--sentencepiece-model", spm / "sentencepiece.model"],
+        *sampled,
+        "--memory-text",
+        "story",
+    )
     outputs = {gpt2: finish(process), spm: finish(other)}
     for (directory, output), n_best in zip(outputs.items(), (4, 2)):
         assert re.search(r"memorized (-|story): [\d,]+ tokens", output)

@@ -31,9 +31,11 @@ def loaded(tiny_longmem):
     model = models[0]
     trained = [p for p in model.parameters() if p.requires_grad]
     return SimpleNamespace(
-        model=model, task=task, criterion=task.build_criterion(cfg.criterion),
+        model=model,
+        task=task,
+        criterion=task.build_criterion(cfg.criterion),
         optimizer=optim.build_optimizer(cfg.optimizer, trained),
-    )  # fmt: skip
+    )
 
 
 def logits_of_documents(model, documents, lanes, ranks=1):

@@ -67,9 +67,12 @@ def test_commands_and_python_agree_and_are_close_to_float32(models, tiny_data, t
 @pytest.mark.parametrize("memory_dtype", ["auto", "float16"])
 def test_the_memory_has_a_precision_of_its_own(tiny_data, tiny_longmem, memory_dtype):
     model = LongMem.from_pretrained(
-        str(tiny_longmem.checkpoint), data=str(tiny_data), device="cpu", inference_dtype="bfloat16",
+        str(tiny_longmem.checkpoint),
+        data=str(tiny_data),
+        device="cpu",
+        inference_dtype="bfloat16",
         memory_dtype=memory_dtype,
-    )  # fmt: skip
+    )
     model.memorize(TEXT)
     assert model.memory.bank.keys.dtype == {"auto": torch.float32, "float16": torch.float16}[memory_dtype]
 

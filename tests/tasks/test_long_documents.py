@@ -30,12 +30,23 @@ def trained(data, tmp_path_factory):
         directory / "backbone.pt", stock_model("alibi_lm", dictionary=make_dictionary()), stock_config("alibi_lm")
     )
     log = run(
-        "train", ":".join(map(str, data)), *TASK, "--arch", "longmem_gpt2_tiny", "--pretrained-model-path", backbone,
-        "--criterion", "longmem_cross_entropy", "--memory-size", 2 * T, "--k", 8, "--tokens-per-sample", T,
-        "--batch-size", 2, "--num-workers", 3, "--max-epoch", 2, "--validate-interval", 2, "--optimizer", "adam",
-        "--lr", 0.01, "--cpu", "--no-epoch-checkpoints", "--log-format", "json", "--log-interval", 1,
-        "--save-dir", directory, cwd=directory,
-    )  # fmt: skip
+        "train",
+        ":".join(map(str, data)),
+        *TASK,
+        "--arch",
+        "longmem_gpt2_tiny",
+        "--pretrained-model-path",
+        backbone,
+        "--criterion",
+        "longmem_cross_entropy",
+        "--memory-size",
+        2 * T,
+        *f"--k 8 --tokens-per-sample {T} --batch-size 2 --num-workers 3 --max-epoch 2 --validate-interval 2".split(),
+        *"--optimizer adam --lr 0.01 --cpu --no-epoch-checkpoints --log-format json --log-interval 1".split(),
+        "--save-dir",
+        directory,
+        cwd=directory,
+    )
     return log, directory / "checkpoint_last.pt"
 
 
@@ -50,9 +61,20 @@ def test_training_and_validation_read_every_token_once(trained):
 
 def test_evaluation_scores_every_token_once_of_all_shards(trained, data, tmp_path):
     output = run(
-        "eval_lm", ":".join(map(str, data)), *TASK, "--path", trained[1], "--gen-subset", "train", "--cpu",
-        "--max-tokens", 2 * T, "--num-workers", 3, "--results-path", tmp_path, cwd=tmp_path,
-    )  # fmt: skip
+        "eval_lm",
+        ":".join(map(str, data)),
+        *TASK,
+        "--path",
+        trained[1],
+        *"--gen-subset train --cpu".split(),
+        "--max-tokens",
+        2 * T,
+        "--num-workers",
+        3,
+        "--results-path",
+        tmp_path,
+        cwd=tmp_path,
+    )
     assert re.findall(r"Evaluated ([\d,]+) tokens", output) == [f"{sum(LENGTHS) + sum(MORE):,}"]
     rows = [json.loads(line) for line in (tmp_path / "documents.jsonl").read_text().splitlines()]
     assert [row["tokens"] for row in rows] == LENGTHS + MORE

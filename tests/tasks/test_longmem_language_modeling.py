@@ -156,9 +156,12 @@ def test_lines_of_stock_preprocessing(tmp_path, caplog):
     lines = ["the cat sat", "", "on the mat and on the other mat", "the end"]
     (tmp_path / "text").write_text("\n".join(lines) + "\n")
     subprocess.run(
-        [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--trainpref", "text", "--destdir", "data"],
-        cwd=tmp_path, check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, "-m", "fairseq_cli.preprocess", *"--only-source --trainpref text --destdir data".split()],
+        cwd=tmp_path,
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     tokens = [len(line.split()) + 1 for line in lines]
     for scope, streams in (("document", 4), ("stream", 1)):
         task = LongMemLanguageModelingTask.setup_task(

@@ -47,9 +47,15 @@ def test_all_tokens_are_read(tiny_longmem):
 
 def test_max_tokens_workers_and_update_freq_read_all_tokens_too(tiny_data, tiny_options, tmp_path):
     log = run(
-        "train", *tiny_options, "--max-tokens", 3 * T + 2, "--update-freq", 2, "--num-workers", 2,
-        "--disable-validation", "--save-dir", tmp_path, cwd=tmp_path,
-    )  # fmt: skip
+        "train",
+        *tiny_options,
+        "--max-tokens",
+        3 * T + 2,
+        *"--update-freq 2 --num-workers 2 --disable-validation".split(),
+        "--save-dir",
+        tmp_path,
+        cwd=tmp_path,
+    )
     assert "train: 3 lanes on each of 1 ranks" in log
     assert sum(row[-1] for row in updates(log).values()) == 2 * sum(TRAIN_LENGTHS)
 
@@ -57,9 +63,14 @@ def test_max_tokens_workers_and_update_freq_read_all_tokens_too(tiny_data, tiny_
 def test_shards_of_the_data_are_read_in_turn(tiny_data, tiny_options, tmp_path):
     second = write_data(tmp_path / "second", train=random_documents([60, 7]))
     log = run(
-        "train", f"{tiny_data}:{second}", *tiny_options[1:], "--batch-size", 4, "--num-workers", 0, "--no-save",
-        "--memory-scope", "stream", "--save-dir", tmp_path, cwd=tmp_path,
-    )  # fmt: skip
+        "train",
+        f"{tiny_data}:{second}",
+        *tiny_options[1:],
+        *"--batch-size 4 --num-workers 0 --no-save --memory-scope stream".split(),
+        "--save-dir",
+        tmp_path,
+        cwd=tmp_path,
+    )
     assert "train: 2 documents, 67 tokens" in log
     assert sum(row[-1] for row in updates(log).values()) == sum(TRAIN_LENGTHS) + 67
 
@@ -107,9 +118,12 @@ def test_a_killed_training_continues_bit_by_bit(killed, tiny_longmem, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)")
     limit = between(run_directory)
     ended, first = interrupt(
-        28, lambda process: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit),
-        *options, cwd=tmp_path, environment={"PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
+        28,
+        lambda process: resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit),
+        *options,
+        cwd=tmp_path,
+        environment={"PYTHONPATH": str(tmp_path)},
+    )
     assert ended == -signal.SIGXFSZ, first[-5000:]
     assert "it is made again from" in first
     assert re.search(r"memory of 4 lanes read from .*memory_epoch1_batch10.* in [\d.]+ s", first)
@@ -150,9 +164,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(killed, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")}
     limit = between(directory)
     process = start(
-        "train", *options[:-1], tmp_path / "run", "--num-workers", 0, cwd=tmp_path,
+        "train",
+        *options[:-1],
+        tmp_path / "run",
+        "--num-workers",
+        0,
+        cwd=tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )  # fmt: skip
+    )
     log = finish(process, succeeds=False)
     assert "File too large" in log
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")} == before
@@ -238,9 +257,17 @@ def test_half_precision_keeps_all_gradients(ranks, tmp_path):
 
 def test_a_missing_restore_file_is_an_error(tiny_options, tmp_path):
     log = run(
-        "train", *tiny_options, "--batch-size", 2, "--save-dir", tmp_path, "--restore-file", tmp_path / "gone.pt",
-        cwd=tmp_path, succeeds=False,
-    )  # fmt: skip
+        "train",
+        *tiny_options,
+        "--batch-size",
+        2,
+        "--save-dir",
+        tmp_path,
+        "--restore-file",
+        tmp_path / "gone.pt",
+        cwd=tmp_path,
+        succeeds=False,
+    )
     assert f"--restore-file {tmp_path / 'gone.pt'} does not exist" in log
     assert not list(tmp_path.iterdir())
 
@@ -250,8 +277,14 @@ def test_a_token_outside_the_dictionary_is_an_error_and_keeps_the_checkpoint(tin
     documents[5][300] = len(make_dictionary())
     data = write_data(tmp_path / "data", train=documents, valid=random_documents(VALID_LENGTHS, seed=1))
     log = run(
-        "train", data, *tiny_options[1:], "--batch-size", 4, "--num-workers", 1, "--save-interval-updates", 5,
-        "--save-dir", tmp_path / "run", cwd=tmp_path, succeeds=False,
-    )  # fmt: skip
+        "train",
+        data,
+        *tiny_options[1:],
+        *"--batch-size 4 --num-workers 1 --save-interval-updates 5".split(),
+        "--save-dir",
+        tmp_path / "run",
+        cwd=tmp_path,
+        succeeds=False,
+    )
     assert "token 64 at position 300 of document 5" in log and "outside the dictionary of 64 symbols" in log
     torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=False)
