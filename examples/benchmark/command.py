@@ -7,6 +7,7 @@ from typing import Callable, NoReturn
 
 import torch
 
+from longmem_fairseq.evaluation.reporting.plots import load_pyplot
 from longmem_fairseq.files import write_whole
 
 
@@ -53,11 +54,7 @@ def save_plot(path: str, draw: Callable) -> None:
         path: Path of the PNG.
         draw: Function that draws into the axes it is called with.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = load_pyplot()
     figure, axes = plt.subplots(figsize=(8, 5))
     draw(axes)
     figure.tight_layout()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from longmem_fairseq.evaluation.reporting.plots import load_pyplot
 from longmem_fairseq.files import write_json, write_text, write_whole
 
 
@@ -69,11 +70,7 @@ def plot(report: dict, path: Path) -> None:
         report: Results, as ``collect`` returns them.
         path: Path of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = load_pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4), constrained_layout=True)
     sizes = list(report["memory"])
     axes.plot(range(len(sizes)), list(report["memory"].values()), "o-", label="LongMem")

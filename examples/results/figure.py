@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Dict, List, Tuple
 
+from longmem_fairseq.evaluation.reporting.plots import load_pyplot
+
 RESULTS = Path(__file__).resolve().parent
 PICTURE = RESULTS.parents[1] / "docs" / "results.png"
-# Label, colour, marker, line style.
+# Label, color, marker, line style.
 BACKBONE = ("backbone alone", "#7f7f7f", "s", "--")
 OFF = ("memory off", "#d95f02", "o", "-")
 SMALL = ("memory of 16,384 tokens", "#7570b3", "D", "-")
@@ -31,16 +33,16 @@ def draw_lines(axes, figures: Dict[str, Dict[str, dict]], systems: List[Tuple[st
     Args:
         axes: Axes of matplotlib to draw on.
         figures: Figures of one table, by column and system.
-        systems: Names of the systems in the table, each with its label, colour, marker and line style.
+        systems: Names of the systems in the table, each with its label, color, marker and line style.
     """
-    for number, (system, (label, colour, marker, style)) in enumerate(systems):
+    for number, (system, (label, color, marker, style)) in enumerate(systems):
         cells = [column[system] for column in figures.values()]
         values = [cell["value"] for cell in cells]
         below = [cell["value"] - cell["low"] for cell in cells]
         above = [cell["high"] - cell["value"] for cell in cells]
         places = [place + 0.05 * (number - (len(systems) - 1) / 2) for place in range(len(cells))]
         axes.errorbar(
-            places, values, yerr=(below, above), label=label, color=colour, marker=marker, linestyle=style, capsize=2
+            places, values, yerr=(below, above), label=label, color=color, marker=marker, linestyle=style, capsize=2
         )
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -48,11 +50,7 @@ def draw_lines(axes, figures: Dict[str, Dict[str, dict]], systems: List[Tuple[st
 
 def draw(path: Path) -> None:
     """Draw both panels and save them as a PNG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = load_pyplot()
     compare = json.loads((RESULTS / "compare" / "report.json").read_text(encoding="utf-8"))["evaluations"]["books"]
     needle = json.loads((RESULTS / "needle" / "report.json").read_text(encoding="utf-8"))
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 12, "lines.linewidth": 1.8, "lines.markersize": 5.5})

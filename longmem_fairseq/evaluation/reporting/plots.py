@@ -1,6 +1,7 @@
 """Tables as plots."""
 
 import importlib.util
+import logging
 import math
 import textwrap
 from typing import Sequence
@@ -19,6 +20,17 @@ def require_matplotlib() -> None:
         raise ValueError("the report has plots, which need the Python package matplotlib: pip install matplotlib")
 
 
+def load_pyplot():
+    """Return ``matplotlib.pyplot``, which draws into files here and logs only warnings."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq's import lowers the level of all libraries
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def draw(tables: Sequence[Table], path: str) -> None:
     """Write a PNG file, whole or not at all, with one plot for each table that has a kind of plot.
 
@@ -29,11 +41,7 @@ def draw(tables: Sequence[Table], path: str) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = load_pyplot()
     tables = [table for table in tables if table.plot and table.columns]
     heights = [max(4.2, 1.2 + 0.32 * len(table.rows)) for table in tables]
     figure, all_axes = plt.subplots(
