@@ -1,6 +1,6 @@
 """A stock ``transformer_lm`` with ALiBi in place of position embeddings, trainable by ``fairseq-train``.
 
-ALiBi (Press et al., 2022) penalises attention linearly by distance. The weights are those of ``transformer_lm``
+ALiBi (Press et al., 2022) penalizes attention linearly by distance. The weights are those of ``transformer_lm``
 without position embeddings; only the attention differs.
 """
 

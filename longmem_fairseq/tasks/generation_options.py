@@ -1,4 +1,4 @@
-"""Options of generation that a language model with a memory cannot honour."""
+"""Options of generation that a language model with a memory cannot honor."""
 
 _REFUSED = {
     "match_source_len": "there is no source whose length could be matched",

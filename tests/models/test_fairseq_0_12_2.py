@@ -15,7 +15,7 @@ from tests.repository import ROOT
 
 
 def as_fairseq_0_12_2(state):
-    """A checkpoint as fairseq-train 0.12.2 writes it: the uninitialised buffer of its sinusoidal positions, and what
+    """A checkpoint as fairseq-train 0.12.2 writes it: the uninitialized buffer of its sinusoidal positions, and what
     else lies in the file."""
     model = dict(state["model"])
     if "decoder.embed_positions.weight" not in model:
@@ -74,7 +74,7 @@ def test_its_fingerprints_are_the_same(write_backbone):
 
 
 def test_checkpoints_of_longmem_come_and_go(train, write_backbone, tmp_path):
-    """Its sinusoidal positions have an uninitialised buffer, which is in no checkpoint of later versions."""
+    """Its sinusoidal positions have an uninitialized buffer, which is in no checkpoint of later versions."""
     made = train(write_backbone(decoder_learned_pos=False), "--save-backbone")
     made.model.eval()
     path = save(made, tmp_path / "c.pt")
