@@ -6,6 +6,7 @@ Reading is sequential and cheap; parsing and encoding, which are not, are left t
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -73,48 +74,10 @@ class ParsedBlock:
         self.keys.append(key)
 
 
-@dataclass(frozen=True)
-class TextBlock:
-    """Whole text files, read by the process that parses the block.
+class Block(ABC):
+    """Input of about a megabyte, or one document where that is larger."""
 
-    Args:
-        sources: The files.
-    """
-
-    sources: tuple[DocumentSource, ...]
-
-    def parse(self, bad_documents: str) -> ParsedBlock:
-        """Read and parse the documents of the block.
-
-        Args:
-            bad_documents: ``refuse`` to raise at a bad document, ``skip`` to leave it out.
-
-        Returns:
-            The documents.
-
-        Raises:
-            InputError: A document is bad and not to be left out.
-        """
-        parsed = ParsedBlock()
-        for source in self.sources:
-            with open_source(source) as (stream, _):
-                data = stream.read()
-            parsed.add(source.key, bad_documents, parse_text, source, data)
-        return parsed
-
-
-@dataclass(frozen=True)
-class LinesBlock:
-    """Consecutive JSON lines of one file.
-
-    Args:
-        source: The file.
-        lines: Number, from 1, and bytes of each line.
-    """
-
-    source: DocumentSource
-    lines: tuple[tuple[int, bytes], ...]
-
+    @abstractmethod
     def parse(self, bad_documents: str) -> ParsedBlock:
         """Parse the documents of the block.
 
@@ -127,6 +90,40 @@ class LinesBlock:
         Raises:
             InputError: A document is bad and not to be left out.
         """
+
+
+@dataclass(frozen=True)
+class TextBlock(Block):
+    """Whole text files, read by the process that parses the block.
+
+    Args:
+        sources: The files.
+    """
+
+    sources: tuple[DocumentSource, ...]
+
+    def parse(self, bad_documents: str) -> ParsedBlock:
+        parsed = ParsedBlock()
+        for source in self.sources:
+            with open_source(source) as (stream, _):
+                data = stream.read()
+            parsed.add(source.key, bad_documents, parse_text, source, data)
+        return parsed
+
+
+@dataclass(frozen=True)
+class LinesBlock(Block):
+    """Consecutive JSON lines of one file.
+
+    Args:
+        source: The file.
+        lines: Number, from 1, and bytes of each line.
+    """
+
+    source: DocumentSource
+    lines: tuple[tuple[int, bytes], ...]
+
+    def parse(self, bad_documents: str) -> ParsedBlock:
         parsed = ParsedBlock()
         for number, line in self.lines:
             parsed.add(f"{self.source.key}:{number}", bad_documents, parse_json_line, self.source, number, line)
@@ -138,7 +135,7 @@ def read_blocks(
     start: Position = START,
     stripe: tuple[int, int] = (0, 1),
     block_bytes: int = BLOCK_BYTES,
-) -> Iterator[tuple[TextBlock | LinesBlock, Position]]:
+) -> Iterator[tuple[Block, Position]]:
     """Cut the input into blocks.
 
     Args:

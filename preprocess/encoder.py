@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.blocks import LinesBlock, TextBlock
+from preprocess.blocks import Block
 from preprocess.dictionary import EOS
 from preprocess.selection import Selection
 from preprocess.survey import SurveyPart
@@ -68,7 +68,7 @@ class Encoder:
         self.settings = settings
         self.tokenizer = tokenizer or load_tokenizer(**settings.tokenizer)
 
-    def encode(self, block: TextBlock | LinesBlock, selection: Selection | None = None) -> EncodedBlock:
+    def encode(self, block: Block, selection: Selection | None = None) -> EncodedBlock:
         """Encode the documents of a block.
 
         Args:
@@ -111,7 +111,7 @@ class Encoder:
             subsets=subsets,
         )
 
-    def survey(self, block: TextBlock | LinesBlock, rate: float) -> SurveyPart:
+    def survey(self, block: Block, rate: float) -> SurveyPart:
         """Survey the documents of a block.
 
         Args:

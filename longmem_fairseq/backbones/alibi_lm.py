@@ -55,11 +55,23 @@ class AlibiLanguageModel(TransformerLanguageModel):
         return cls(AlibiDecoder(args, task.target_dictionary, embed_tokens, no_encoder_attn=True))
 
 
-def _architecture(args, layers, width, heads):
+def set_default_size(args, layers: int, width: int, heads: int) -> None:
+    """Set the size of a decoder where the options do not set it; the MLP is four times as wide as the model.
+
+    Args:
+        args: Options of the model, changed in place.
+        layers: Number of layers.
+        width: Width of the model.
+        heads: Number of attention heads.
+    """
     args.decoder_layers = safe_getattr(args, "decoder_layers", layers)
     args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", width)
     args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", heads)
     args.decoder_ffn_embed_dim = safe_getattr(args, "decoder_ffn_embed_dim", 4 * args.decoder_embed_dim)
+
+
+def _architecture(args, layers, width, heads):
+    set_default_size(args, layers, width, heads)
     args.activation_fn = safe_getattr(args, "activation_fn", "gelu")
     args.share_decoder_input_output_embed = safe_getattr(args, "share_decoder_input_output_embed", True)
     args.no_scale_embedding = safe_getattr(args, "no_scale_embedding", True)

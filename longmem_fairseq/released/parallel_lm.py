@@ -13,6 +13,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerL
 from fairseq.utils import safe_getattr
 from torch import nn
 
+from ..backbones.alibi_lm import set_default_size
 from ..modules.layer_norm import set_layer_norm_eps
 from . import released_checkpoint
 from .parallel_layer import ParallelLayer
@@ -84,10 +85,7 @@ def _translate(args) -> None:
 
 
 def _architecture(args, layers, width, heads):
-    args.decoder_layers = safe_getattr(args, "decoder_layers", layers)
-    args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", width)
-    args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", heads)
-    args.decoder_ffn_embed_dim = safe_getattr(args, "decoder_ffn_embed_dim", 4 * args.decoder_embed_dim)
+    set_default_size(args, layers, width, heads)
     args.activation_fn = safe_getattr(args, "activation_fn", "gelu_accurate")
     _translate(args)
     base_lm_architecture(args)
