@@ -169,7 +169,7 @@ def measure_index(option: str, bank: MemoryBank, queries: Tensor, options: argpa
     index.follow(bank, 0)
     seconds = time.perf_counter() - start
     searches: Dict[str, SearchBackend] = {str(spec): TorchSearch()}
-    if index.can_be_searched_by(NativeSearch(), queries.size(2)) and has_native():
+    if index.list_search(NativeSearch(), queries.size(2)) is not None and has_native():
         searches[f"{spec}, native"] = NativeSearch()
     for name, exact in searches.items():
         search = IndexSearch(spec, exact, every=0)

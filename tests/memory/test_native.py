@@ -116,7 +116,7 @@ def test_finds_in_inverted_lists_what_faiss_finds(factory, nprobe):
         index.nprobe = nprobe
         indices.append(index)
     queries = rng.normal(size=(3, 20, 12)).astype("float32")
-    ids = search.search_lists(indices, queries, 40)
+    ids = search.list_search(20, 12)(indices, queries, 40)
     for index, of_head, ids_of_head in zip(indices, queries, ids):
         expected = index.search(of_head, 40)[1]
         assert nprobe > 1 or (expected < 0).any()

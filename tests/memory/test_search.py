@@ -278,6 +278,4 @@ def test_only_search_backends_are_registered():
 
 
 def test_a_backend_searches_no_lists_unless_it_says_so():
-    assert not TorchSearch().can_search_lists(100, D)
-    with pytest.raises(NotImplementedError):
-        TorchSearch().search_lists([], np.zeros((H, 1, D), dtype=np.float32), 1)
+    assert TorchSearch().list_search(100, D) is None

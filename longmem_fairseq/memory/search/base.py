@@ -29,6 +29,8 @@ AUTO = "auto"
 # The backends that "auto" tries, in this order.
 _PREFERENCE = ("native", "faiss")
 
+ListSearch = Callable[[List, np.ndarray, int], np.ndarray]  # see SearchBackend.list_search
+
 
 class SearchBackend(ABC):
     """A way to find the chunks of a bank with the largest inner products.
@@ -73,27 +75,19 @@ class SearchBackend(ABC):
             holds fewer chunks.
         """
 
-    def can_search_lists(self, queries: int, width: int) -> bool:
-        """Return whether :meth:`search_lists` is supported, and faster than faiss for queries of this number and width.
+    def list_search(self, queries: int, width: int) -> Optional[ListSearch]:
+        """Return a function that searches inverted lists faster than faiss does, or None if there is none.
 
         Args:
             queries: Number of queries of each head.
             width: Width of a head.
-        """
-        return False
-
-    def search_lists(self, indices: List, queries: np.ndarray, n: int) -> np.ndarray:
-        """Search the inverted lists of one faiss index per head; only called where :meth:`can_search_lists` is true.
-
-        Args:
-            indices: A ``faiss.IndexIVFFlat`` of inner products for each head.
-            queries: Queries, shape (H, G * T, d), float32, contiguous.
-            n: Number of chunks to find.
 
         Returns:
-            Ids of the chunks in the index, best first, shape (H, G * T, n), int64; -1 where fewer are found.
+            A function of a list with one ``faiss.IndexIVFFlat`` of inner products per head, the queries, shape
+            (H, G * T, d), float32, contiguous, and the number n of chunks to find. It returns the ids of the chunks in
+            the index, best first, shape (H, G * T, n), int64; -1 where fewer are found. By default there is none.
         """
-        raise NotImplementedError
+        return None
 
 
 BACKENDS: Dict[str, Type[SearchBackend]] = {}

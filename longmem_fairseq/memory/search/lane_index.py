@@ -10,13 +10,13 @@ Legend: H KV heads, T queries of a KV head, d width of a head, n chunks to find.
 import copy
 import logging
 import time
-from typing import List
+from typing import List, Optional
 
 import numpy as np
 import torch
 
 from ..bank import MemoryBank
-from .base import SearchBackend
+from .base import ListSearch, SearchBackend
 from .index_spec import IndexSpec, innermost
 
 logger = logging.getLogger(__name__)
@@ -80,22 +80,23 @@ class LaneIndex:
         Returns:
             Numbers of the chunks in the stream, best first, shape (H, T, n), int64; -1 where fewer are found.
         """
-        if self.can_be_searched_by(backend, queries.shape[1]):
-            ids = backend.search_lists(self.heads, queries, n)
+        search_lists = self.list_search(backend, queries.shape[1])
+        if search_lists is not None:
+            ids = search_lists(self.heads, queries, n)
         else:
             parameters = self._hide_evicted()
             ids = np.stack([index.search(x, n, params=parameters)[1] for index, x in zip(self.heads, queries)])
         return np.where(ids < 0, -1, ids + self.base)
 
-    def can_be_searched_by(self, backend: SearchBackend, queries: int) -> bool:
-        """Return whether a backend can search these indices in place of faiss.
+    def list_search(self, backend: SearchBackend, queries: int) -> Optional[ListSearch]:
+        """Return a backend's function that searches these indices faster than faiss does, or None.
 
         Args:
             backend: Search backend.
             queries: Number of queries of each head.
         """
         whole_keys = self.spec.removes and not self.spec.coded
-        return whole_keys and backend.can_search_lists(queries, self.spec.width)
+        return backend.list_search(queries, self.spec.width) if whole_keys else None
 
     def build(self, bank: MemoryBank, lane: int, begin: int, end: int) -> None:
         """Build the indices of chunks ``begin`` to ``end - 1`` of a lane, trained on these chunks.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...files import write_whole
 from ..bank import MemoryBank
-from .base import SearchBackend, register_search
+from .base import ListSearch, SearchBackend, register_search
 from .faiss import FaissSearch
 
 logger = logging.getLogger(__name__)
@@ -106,38 +106,40 @@ class NativeSearch(SearchBackend):
         _in_threads(search, itertools.product(range(B), range(H), range(0, T, step)))
         return slots
 
-    def can_search_lists(self, queries: int, width: int) -> bool:
-        return _suits(queries, width)
+    def list_search(self, queries: int, width: int) -> Optional[ListSearch]:
+        return _search_lists if _suits(queries, width) else None
 
-    def search_lists(self, indices: List, queries: np.ndarray, n: int) -> np.ndarray:
-        # faiss searches the lists of one query after the other; here each list is read once for all its queries.
-        kernel = load_kernel()
-        H, T, d = queries.shape
-        ids = np.empty((H, T, n), dtype=np.int64)
 
-        def search(head: int) -> None:
-            index, of_head = indices[head], queries[head]
-            lists, numbers = index.invlists, range(index.nlist)
-            sizes = np.array([lists.list_size(i) for i in numbers], dtype=np.int64)
-            tables = np.array([int(lists.get_codes(i) or 0) for i in numbers])
-            list_ids = np.array([int(lists.get_ids(i) or 0) for i in numbers])
-            probes = _nearest_lists(kernel, index, of_head)
-            kernel.longmem_search_lists(
-                of_head.ctypes.data,
-                T,
-                d,
-                tables.ctypes.data,
-                list_ids.ctypes.data,
-                sizes.ctypes.data,
-                index.nlist,
-                probes.ctypes.data,
-                index.nprobe,
-                n,
-                ids[head].ctypes.data,
-            )
+def _search_lists(indices: List, queries: np.ndarray, n: int) -> np.ndarray:
+    """Search inverted lists (see :meth:`SearchBackend.list_search`)."""
+    # faiss searches the lists of one query after the other; here each list is read once for all its queries.
+    kernel = load_kernel()
+    H, T, d = queries.shape
+    ids = np.empty((H, T, n), dtype=np.int64)
 
-        _in_threads(search, range(H))
-        return ids
+    def search(head: int) -> None:
+        index, of_head = indices[head], queries[head]
+        lists, numbers = index.invlists, range(index.nlist)
+        sizes = np.array([lists.list_size(i) for i in numbers], dtype=np.int64)
+        tables = np.array([int(lists.get_codes(i) or 0) for i in numbers])
+        list_ids = np.array([int(lists.get_ids(i) or 0) for i in numbers])
+        probes = _nearest_lists(kernel, index, of_head)
+        kernel.longmem_search_lists(
+            of_head.ctypes.data,
+            T,
+            d,
+            tables.ctypes.data,
+            list_ids.ctypes.data,
+            sizes.ctypes.data,
+            index.nlist,
+            probes.ctypes.data,
+            index.nprobe,
+            n,
+            ids[head].ctypes.data,
+        )
+
+    _in_threads(search, range(H))
+    return ids
 
 
 def cache_directory() -> Path:
