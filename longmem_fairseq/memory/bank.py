@@ -170,7 +170,7 @@ class MemoryBank:
         return tensors, {name: getattr(self, name).tolist() for name in ("first", "written", "position")}
 
     def restore(self, tensors: Dict[str, Tensor], counters: Dict[str, List[int]]) -> None:
-        """Hold the same as another bank.
+        """Replace the content by that of another bank.
 
         Args:
             tensors: Tensors of its :meth:`state`; it had the same sizes and precision, on any device.

@@ -105,7 +105,7 @@ class DocumentMemory:
         )
 
     def replace(self, keys: Tensor, values: Tensor, documents: Sequence[MemorizedDocument]) -> None:
-        """Hold these tokens and nothing else.
+        """Replace the content of the memory.
 
         Args:
             keys: Keys, shape (H_kv, tokens, d).

@@ -18,7 +18,7 @@ from .stream_memory import StreamMemory
 
 
 class MemoryFactory:
-    """Makes everything that a model remembers with.
+    """Builds the memories of a model, and their search and attention.
 
     What the settings decide is computed once for each device and kept.
 

@@ -189,7 +189,7 @@ class StreamMemory:
         return tensors, places
 
     def restore(self, tensors: Dict[str, Tensor], places: Dict[str, Any]) -> None:
-        """Become what another memory was.
+        """Replace the content by that of another memory.
 
         Args:
             tensors: Tensors of its :meth:`state`; its bank had this one's sizes and precision.

@@ -27,7 +27,7 @@ def compute_products_in(model: nn.Module, dtype: torch.dtype) -> None:
             module.register_forward_hook(_float_output)
         elif isinstance(module, nn.Embedding):  # a table shared with the output projection was converted with it
             module.register_forward_hook(_float_output)
-        elif isinstance(module, MultiheadAttention):  # stock attention else takes weights from its projections
+        elif isinstance(module, MultiheadAttention):  # stock attention otherwise takes weights from its projections
             module._set_skip_embed_dim_check()  # noqa: SLF001  (fairseq has no public switch)
 
 

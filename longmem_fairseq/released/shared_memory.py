@@ -90,7 +90,7 @@ class SharedMemory(StreamMemory):
         self.bank.reset(0)
 
     def _add_lanes(self, lanes: np.ndarray) -> None:
-        """Let the places of streams be known for these lanes."""
+        """Add the places of streams for lanes that were not used so far."""
         more = max(0, int(lanes.max(initial=-1)) + 1 - len(self.streams))
         self.streams = np.pad(self.streams, (0, more), constant_values=-1)
         self.stream_ends = np.pad(self.stream_ends, (0, more))
