@@ -4,7 +4,7 @@ Importing the package registers its models, task, criterion, backbone families a
 happens.
 """
 
-from .backbones import alibi_lm, transformer_lm  # noqa: F401
+from .backbones import alibi_lm, llama, transformer_lm  # noqa: F401
 from .criterions import longmem_cross_entropy  # noqa: F401
 from .models import longmem_lm  # noqa: F401
 from .released import parallel_backbone, parallel_lm, released_format, shared_memory  # noqa: F401

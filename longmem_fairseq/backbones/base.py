@@ -52,7 +52,11 @@ class Backbone(nn.Module, ABC):
         fingerprint: SHA-256 of the weights that were loaded (see
             :func:`longmem_fairseq.backbones.fingerprint.backbone_fingerprint`); None before.
         normalize_last_hidden: Whether h_N is taken behind the final norm, as in the released LongMem.
+        has_rotary_positions: Whether positions are rotations of queries and keys, so that the queries that read the
+            memory can be rotated by a distance.
     """
+
+    has_rotary_positions = False
 
     def __init__(self, config: Dict[str, Any]):
         super().__init__()
@@ -95,8 +99,8 @@ class Backbone(nn.Module, ABC):
         """The N decoder layers.
 
         ``layer(x, incremental_state=...)`` takes (T, B, D) and returns a tuple that starts with (T, B, D);
-        ``layer.self_attn`` is a :class:`longmem_fairseq.modules.cached_attention.CachedAttention` that caches keys
-        without position.
+        ``layer.self_attn`` is a :class:`longmem_fairseq.modules.cached_attention.CachedAttention`, whose
+        ``cached_without_position`` gives what a memory holds.
         """
 
     @property
@@ -259,8 +263,7 @@ class Backbone(nn.Module, ABC):
 
     def cached_memory(self, state: IncrementalState) -> Tuple[Tensor, Tensor]:
         """Return the memory layer's keys and values of a window that is being decoded, shape (B, H_kv, S, d)."""
-        cache = self.layers[self.memory_layer].self_attn.cache(state)
-        return cache["prev_key"], cache["prev_value"]
+        return self.layers[self.memory_layer].self_attn.cached_without_position(state)
 
     def final_hidden(self, encoded: EncodedSegment) -> Tensor:
         """Return what the output projection takes, shape (B, T, D), of a segment encoded with all layers."""

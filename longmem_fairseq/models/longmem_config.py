@@ -47,6 +47,13 @@ class LongMemConfig(FairseqDataclass):
             "up, 17 of 24 layers)"
         },
     )
+    memory_query_distance: int = field(
+        default=0,
+        metadata={
+            "help": "distance in tokens by which the queries that read the memory are rotated, as if all of it were so "
+            "far back; for backbones with rotary positions, whose memory holds keys without position"
+        },
+    )
     layer_reduction_factor: int = field(
         default=2, metadata={"help": "number of backbone layers per layer of the side network"}
     )
@@ -178,6 +185,14 @@ def check_options(cfg: Any, backbone: Backbone) -> None:
         )
     if cfg.base_layers:
         raise ValueError(f"--base-layers {cfg.base_layers}: a side network cannot have BASE layers, leave it out")
+    distance = cfg.memory_query_distance
+    if distance < 0:
+        raise ValueError(f"--memory-query-distance {distance} is negative: the memory is behind the queries, raise it")
+    if distance and not backbone.has_rotary_positions:
+        raise ValueError(
+            f"--memory-query-distance {distance} rotates queries, and a {backbone.config['model']} has no rotary "
+            "positions: leave it out"
+        )
     longest, segment = backbone.max_positions, safe_getattr(cfg, "tokens_per_sample", None)
     if longest is not None and segment is not None and segment > longest:
         raise ValueError(f"--tokens-per-sample {segment} is longer than the backbone's {longest} positions: lower it")

@@ -43,6 +43,17 @@ class CachedAttention(FairseqIncrementalState):
         """
         self.set_incremental_state(state, _CACHE, cache)
 
+    def cached_without_position(self, state: IncrementalState) -> Tuple[Tensor, Tensor]:
+        """Return the cached keys without position, and the cached values, each of shape (B, H_kv, S, d).
+
+        A module whose cache holds keys with position overrides this.
+
+        Args:
+            state: Incremental state of the decoder, in which this module has a cache.
+        """
+        cache = self.cache(state)
+        return cache["prev_key"], cache["prev_value"]
+
     def append_to_cache(self, state: IncrementalState, keys: Tensor, values: Tensor) -> Tuple[Tensor, Tensor]:
         """Append new keys and values to the cache and return the whole of it.
 

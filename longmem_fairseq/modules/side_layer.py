@@ -23,6 +23,8 @@ class SideNetworkOptions:
         layer_norm_eps: Number added to the variance in LayerNorms; None for the backbone's.
         recompute: Whether activations are recomputed in the backward pass instead of kept
             (``--checkpoint-activations``).
+        memory_query_distance: Distance, in tokens, by which the queries that read the memory are rotated, where the
+            backbone has rotary positions.
     """
 
     dropout: float = 0.0
@@ -30,6 +32,7 @@ class SideNetworkOptions:
     activation_fn: Optional[str] = None
     layer_norm_eps: Optional[float] = None
     recompute: bool = False
+    memory_query_distance: int = 0
 
     @classmethod
     def from_config(cls, cfg: Any) -> "SideNetworkOptions":
@@ -40,6 +43,7 @@ class SideNetworkOptions:
             cfg.side_activation_fn,
             cfg.side_layer_norm_eps,
             cfg.checkpoint_activations,
+            cfg.memory_query_distance,
         )
 
 
