@@ -46,8 +46,8 @@ class LlamaConfig(FairseqDataclass):
     rope_scaling: Optional[str] = field(
         default=None,
         metadata={
-            "help": "scaling of the rotary frequencies: a JSON object as Hugging Face's rope_parameters, of type linear, "
-            "llama3 or yarn"
+            "help": "scaling of the rotary frequencies: a JSON object as Hugging Face's rope_parameters, of type "
+            "linear, llama3 or yarn"
         },
     )
     sliding_window: Optional[int] = field(
@@ -220,8 +220,8 @@ def attention_shape(cfg: Any) -> AttentionShape:
         )
     if head_dim is None and width % heads:
         raise ValueError(
-            f"--decoder-embed-dim {width} is not a multiple of --decoder-attention-heads {heads}: change one of them or "
-            "give --decoder-head-dim"
+            f"--decoder-embed-dim {width} is not a multiple of --decoder-attention-heads {heads}: change one of them "
+            "or give --decoder-head-dim"
         )
     return AttentionShape(
         width=width,
