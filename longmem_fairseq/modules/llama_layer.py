@@ -18,8 +18,8 @@ class LlamaLayer(nn.Module):
 
     Args:
         attention: Self-attention of the layer.
-        width: D, the width of the layer.
-        inner_width: F, the width of the feed-forward part.
+        width: Width D of the layer.
+        inner_width: Width F of the feed-forward part.
         eps: Number added to the mean square in the norms.
         dropout: Dropout probability of what the attention and the feed-forward part add, in training.
     """

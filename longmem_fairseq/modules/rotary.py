@@ -44,7 +44,7 @@ class RotaryPositions:
         kind = rope_type(scaling)
         if kind not in _SCALINGS:
             raise ValueError(
-                f"rotary positions with the scaling {kind!r} are not supported: default, {', '.join(_SCALINGS)} are"
+                f"rotary positions with the scaling {kind!r} are not supported: {', '.join(_SCALINGS)} are"
             )
         try:
             self.frequencies, self.magnitude = _SCALINGS[kind](self.frequencies, theta, scaling)

@@ -24,10 +24,10 @@ class AttentionShape:
     """Sizes and parts of an attention module of the Llama family.
 
     Attributes:
-        width: D, the width of the layer.
-        heads: H, the number of query heads.
-        kv_heads: H_kv, the number of KV heads.
-        head_dim: d, the width of a head.
+        width: Width D of the layer.
+        heads: Number of query heads, H.
+        kv_heads: Number of KV heads, H_kv.
+        head_dim: Width d of a head.
         qkv_bias: Whether the projections to queries, keys and values have biases (Qwen2).
         out_bias: Whether the output projection has a bias.
         qk_norm_eps: Number added to the mean square in the norms of each head's queries and keys (Qwen3); None for no

@@ -6,7 +6,6 @@ Legend: B lanes, T new tokens, S cached and new tokens, D width, H query heads, 
 d width of a head, V symbols.
 """
 
-import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -24,6 +23,7 @@ from longmem_fairseq.modules.joint_attention import MemoryGate
 from longmem_fairseq.modules.side_layer import SideLayer
 from tests.extending.commands import ADAPT, Commands, check_answers, check_perplexities
 from tests.fairseq_runs import weights
+from tests.models.llama_reference import LlamaReference, LlamaSetting
 
 # The model --------------------------------------------------------------------------------------------------------
 
@@ -93,13 +93,13 @@ class GroupedLayer(nn.Module):
     def __init__(self, cfg, attention=GroupedAttention):
         super().__init__()
         width, inner = cfg.decoder_embed_dim, cfg.decoder_ffn_embed_dim
-        self.attention_norm, self.feed_forward_norm = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.self_attn_norm, self.feed_forward_norm = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
         self.self_attn = attention(cfg)
         self.gate_proj, self.up_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x, incremental_state=None):
-        x = x + self.self_attn(self.attention_norm(x), incremental_state)
+        x = x + self.self_attn(self.self_attn_norm(x), incremental_state)
         normed = self.feed_forward_norm(x)
         return (x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed)),)
 
@@ -189,7 +189,7 @@ class GroupedBackbone(Backbone):
 
     def memory_keys_and_values(self, x):
         layer = self.layers[self.memory_layer]
-        return layer.self_attn.keys_and_values(layer.attention_norm(x))
+        return layer.self_attn.keys_and_values(layer.self_attn_norm(x))
 
     def output(self, features):
         return self.decoder.output_projection(features)
@@ -210,84 +210,13 @@ import tests.extending.test_backbone_family
 """
 
 
-# The reference ----------------------------------------------------------------------------------------------------
+# The comparison ---------------------------------------------------------------------------------------------------
 
 
-class GroupedReference:
-    """One document read by the model with a memory, one head and query at a time in float64; shares no code with it.
-
-    Args:
-        weights: Tensors of a checkpoint that holds its backbone.
-        heads: Number of query heads.
-        kv_heads: Number of key/value heads.
-    """
-
-    chunk, chunks_read, memory, memory_layer, reduction = 4, 2, 64, 1, 2  # as in ADAPT
-
-    def __init__(self, weights, heads=4, kv_heads=2):
-        self.w = {name: value.double() for name, value in weights.items() if value.is_floating_point()}
-        self.heads, self.group = heads, heads // kv_heads
-        self.past = [[] for _ in range(kv_heads)]  # per head, (key, value) of every token so far
-
-    def read(self, tokens):
-        backbone = "decoder.backbone.decoder."
-        x = self.w[f"{backbone}embed_tokens.weight"][torch.tensor(tokens)]
-        hidden, number = [x], 0
-        while f"{backbone}layers.{number}.up_proj.weight" in self.w:
-            name = f"{backbone}layers.{number}."
-            if number == self.memory_layer:
-                _, keys, values = self.projections(name, hidden[-1])
-            hidden.append(self.layer(name, hidden[-1], reads=False))
-            number += 1
-        x = hidden[0]
-        for j in range(number // self.reduction):
-            skip = hidden[self.reduction * (j + 1)] - hidden[self.reduction * j]
-            x = self.layer(f"decoder.layers.{j}.", x, reads=j == self.memory_layer // self.reduction) + skip
-        for past, key, value in zip(self.past, keys, values):
-            past += zip(key, value)
-        return self.norm("decoder.layer_norm.", x) @ self.w[f"{backbone}output_projection.weight"].T
-
-    def layer(self, name, x, reads):
-        queries, keys, values = self.projections(name, x)
-        outputs = []
-        for h, q in enumerate(queries):
-            k, v = keys[h // self.group], values[h // self.group]
-            outputs.append(torch.stack([self.attend(name, h, t, q, k, v, reads) for t in range(len(x))]))
-        x = x + torch.cat(outputs, dim=1) @ self.w[f"{name}self_attn.out_proj.weight"].T
-        normed = self.norm(f"{name}feed_forward_norm.", x)
-        gate, up = (normed @ self.w[f"{name}{part}_proj.weight"].T for part in ("gate", "up"))
-        return x + (gate / (1 + torch.exp(-gate)) * up) @ self.w[f"{name}down_proj.weight"].T
-
-    def projections(self, name, x):
-        """Return queries, keys and values of each head, (T, d) each."""
-        normed = self.norm(f"{name}attention_norm.", x)
-        head_dim = x.size(1) // self.heads
-        return [(normed @ self.w[f"{name}self_attn.{p}_proj.weight"].T).split(head_dim, dim=1) for p in "qkv"]
-
-    def attend(self, name, h, t, q, k, v, reads):
-        scores = [self.turn(q[t], t) @ self.turn(k[s], s) / math.sqrt(q.size(1)) for s in range(t + 1)]
-        local = torch.softmax(torch.stack(scores), dim=0) @ v[: t + 1]
-        past = self.past[h // self.group]
-        chunks = [past[i : i + self.chunk] for i in range(0, len(past) - self.chunk + 1, self.chunk)]
-        chunks = chunks[-(self.memory // self.chunk) :]
-        if not reads or not chunks:
-            return local
-        means = [sum(key.float() for key, _ in chunk) / self.chunk for chunk in chunks]
-        best = sorted(range(len(chunks)), key=lambda i: -float(means[i] @ q[t].float()))[: self.chunks_read]
-        keys, values = (torch.stack(x) for x in zip(*(token for i in best for token in chunks[i])))
-        memory = torch.softmax(keys @ q[t] / math.sqrt(q.size(1)), dim=0) @ values
-        gate = torch.sigmoid(self.w[f"{name}self_attn.memory_gate"][h])
-        return (1 - gate) * local + gate * memory
-
-    def turn(self, x, position):
-        half = len(x) // 2
-        pairs = torch.complex(x[:half], x[half:])
-        angles = torch.tensor([position * 100.0 ** (-i / half) for i in range(half)], dtype=torch.float64)
-        turned = pairs * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat([turned.real, turned.imag])
-
-    def norm(self, name, x):
-        return x / (x.pow(2).mean(dim=1, keepdim=True) + 1e-5).sqrt() * self.w[f"{name}weight"]
+def reference(checkpoint):
+    """The independent reference of the Llama family; the frequencies are those of ``rotate``, the rest as in ADAPT."""
+    tensors = {name[len("decoder.") :]: value for name, value in weights(checkpoint).items()}
+    return LlamaReference(tensors, LlamaSetting(heads=4, kv_heads=2, frequencies=[100.0 ** (-i / 3) for i in range(3)]))
 
 
 @pytest.fixture(scope="module")
@@ -316,8 +245,8 @@ def test_the_side_network_is_of_the_family(checkpoint):
 
 
 def test_evaluates_as_the_reference(commands, checkpoint):
-    check_perplexities(commands.evaluate(checkpoint, "results"), lambda: GroupedReference(weights(checkpoint)))
+    check_perplexities(commands.evaluate(checkpoint, "results"), lambda: reference(checkpoint))
 
 
 def test_generates_as_the_reference(commands, checkpoint):
-    check_answers(commands.generate(checkpoint), lambda: GroupedReference(weights(checkpoint)))
+    check_answers(commands.generate(checkpoint), lambda: reference(checkpoint))

@@ -61,8 +61,9 @@ def test_equals_fairseqs_decoder(load, variant):
     torch.testing.assert_close(backbone.output(features), logits, rtol=1e-4, atol=1e-4)
 
 
-def test_equals_alibi_lm(load):
-    stock, backbone = load("alibi_lm")
+@pytest.mark.parametrize("model", ["alibi_lm", "llama_lm"])
+def test_equals_a_model_of_this_package(load, model):
+    stock, backbone = load(model)
     x = tokens()
     with torch.no_grad():
         states = stock(x)[1]["inner_states"]
@@ -96,7 +97,7 @@ def test_keys_and_values_are_the_memory_layers_projections(load):
             torch.testing.assert_close(actual[:, head], columns.transpose(0, 1))
 
 
-@pytest.mark.parametrize("model", ["transformer_lm", "alibi_lm"])
+@pytest.mark.parametrize("model", ["transformer_lm", "alibi_lm", "llama_lm"])
 def test_remembering_computes_the_same_bits(load, model):
     _, backbone = load(model)
     encoded, remembered = backbone(tokens()), backbone.encode_for_memory(tokens())
@@ -109,7 +110,8 @@ blocks = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize(
-    "model, changes", [("transformer_lm", {}), ("transformer_lm", {"decoder_learned_pos": False}), ("alibi_lm", {})]
+    "model, changes",
+    [("transformer_lm", {}), ("transformer_lm", {"decoder_learned_pos": False}), ("alibi_lm", {}), ("llama_lm", {})],
 )
 def test_a_window_in_blocks_equals_the_whole(load, model, changes):
     _, backbone = load(model, **changes)
@@ -161,7 +163,8 @@ def test_sinusoidal_positions_follow_the_model_to_another_device(load):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "model, changes", [("transformer_lm", {}), ("transformer_lm", {"decoder_learned_pos": False}), ("alibi_lm", {})]
+    "model, changes",
+    [("transformer_lm", {}), ("transformer_lm", {"decoder_learned_pos": False}), ("alibi_lm", {}), ("llama_lm", {})],
 )
 def test_half_precision_agrees_coarsely(load, model, changes, dtype):
     _, backbone = load(model, **changes)

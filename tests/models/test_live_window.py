@@ -14,6 +14,7 @@ MODELS = {
     "learned": dict(),
     "sinusoidal": dict(backbone={"decoder_learned_pos": False}),
     "alibi": dict(model="alibi_lm"),
+    "llama": dict(model="llama_lm"),
     "no memory": dict(use_external_memory=False),
 }
 

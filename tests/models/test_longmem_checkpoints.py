@@ -52,6 +52,7 @@ def test_comes_back_with_the_same_logits(built, tmp_path):
     "model, config",
     [
         ("alibi_lm", {}),
+        ("llama_lm", {}),
         ("transformer_lm", {"decoder_learned_pos": False}),
         ("transformer_lm", {"share_decoder_input_output_embed": False}),
         ("transformer_lm", {"decoder_input_dim": 8, "decoder_output_dim": 8}),

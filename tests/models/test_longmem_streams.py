@@ -10,6 +10,7 @@ from longmem_fairseq.memory.stream_memory import MemoryOutOfStep
 from tests.models.tiny import LONGMEM, batches, documents, longmem, read
 
 T = LONGMEM["tokens_per_sample"]
+KINDS = ("transformer_lm", "alibi_lm", "llama_lm")
 
 
 def from_start(model):
@@ -20,13 +21,13 @@ def from_start(model):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return {kind: longmem(tmp_path_factory.mktemp(kind), model=kind) for kind in ("transformer_lm", "alibi_lm")}
+    return {kind: longmem(tmp_path_factory.mktemp(kind), model=kind) for kind in KINDS}
 
 
 @settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(1, 4 * T), min_size=2, max_size=4),
-    kind=st.sampled_from(["transformer_lm", "alibi_lm"]),
+    kind=st.sampled_from(KINDS),
     data=st.data(),
 )
 def test_lanes_are_isolated(models, lengths, kind, data):

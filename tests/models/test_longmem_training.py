@@ -51,7 +51,7 @@ def test_every_trained_parameter_has_a_gradient_at_every_step(tmp_path):
         assert set(gradients) == trained
 
 
-@pytest.mark.parametrize("kind", ["transformer_lm", "alibi_lm"])
+@pytest.mark.parametrize("kind", ["transformer_lm", "alibi_lm", "llama_lm"])
 def test_recomputed_activations_give_the_same_gradients(tmp_path, kind):
     docs = documents([4 * T, 2 * T + 3])
     kept = losses(longmem(tmp_path, model=kind), docs)
@@ -128,7 +128,7 @@ def test_dropout_is_the_side_networks_alone(tmp_path):
     assert torch.equal(*keys), "what is remembered does not depend on dropout"
 
 
-@pytest.mark.parametrize("kind", ["transformer_lm", "alibi_lm"])
+@pytest.mark.parametrize("kind", ["transformer_lm", "alibi_lm", "llama_lm"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_agrees_coarsely(tmp_path, kind, dtype):
     """The whole model in half precision, forward and backward; its memory is too."""

@@ -1,5 +1,6 @@
 """Tiny models with random weights, and documents read by them segment by segment; no training, no commands."""
 
+import json
 from types import SimpleNamespace
 from typing import Dict, Iterator, List, Sequence, Tuple
 
@@ -32,6 +33,17 @@ BACKBONE = {
     "max_target_positions": POSITIONS,
     "tokens_per_sample": POSITIONS,
 }
+# Of the Llama family: grouped queries, heads of another width than D / H, and every part that some model has.
+LLAMA = {
+    "decoder_kv_heads": 1,
+    "decoder_head_dim": 6,
+    "rope_theta": 100.0,
+    "rope_scaling": json.dumps({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 12}),
+    "qkv_bias": True,
+    "out_bias": True,
+    "qk_norm": True,
+    "start_symbol": 5,
+}
 LONGMEM = {"memory_size": 16, "k": 6, "chunk_size": 3, "retrieval_layer_index": 1, "tokens_per_sample": 7}
 
 
@@ -53,11 +65,11 @@ def stock_config(model: str = "transformer_lm", **changes) -> dict:
     """The complete configuration of a backbone, as a checkpoint's ``cfg.model`` holds it."""
     cfg = OmegaConf.structured(MODEL_REGISTRY[model].__dataclass())
     values = {key: None if OmegaConf.is_interpolation(cfg, key) else cfg[key] for key in cfg}
-    return {**values, **BACKBONE, "_name": model, **changes}
+    return {**values, **BACKBONE, **(LLAMA if model == "llama_lm" else {}), "_name": model, **changes}
 
 
 def stock_model(model: str = "transformer_lm", seed: int = 0, dictionary: Dictionary = VOCABULARY, **changes):
-    """A model of fairseq (or alibi_lm) with random weights, in evaluation mode."""
+    """A model of fairseq (or alibi_lm, llama_lm) with random weights, in evaluation mode."""
     args = SimpleNamespace(**stock_config(model, **changes))
     built = MODEL_REGISTRY[model].build_model(args, task_of(dictionary))
     randomize(built, seed)

@@ -34,7 +34,7 @@ def linear_layers(model):
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared embedding", "output projection of its own"])
-@pytest.mark.parametrize("name", ["transformer_lm", "alibi_lm", "parallel_lm"])
+@pytest.mark.parametrize("name", ["transformer_lm", "alibi_lm", "llama_lm", "parallel_lm"])
 @torch.no_grad()
 def test_stock_models(name, shared):
     model, exact = (stock_model(name, share_decoder_input_output_embed=shared) for _ in range(2))
@@ -51,7 +51,7 @@ def test_stock_models(name, shared):
     torch.testing.assert_close(logits.log_softmax(-1), expected.log_softmax(-1), atol=0.2, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["transformer_lm", "alibi_lm"])
+@pytest.mark.parametrize("name", ["transformer_lm", "alibi_lm", "llama_lm"])
 @torch.no_grad()
 def test_one_token_at_a_time(name):
     """Decoding goes other ways through stock attention than reading does."""
