@@ -26,6 +26,8 @@ PREPROCESS = ["regex>=2022.1.18", "tokenizers>=0.15", "zstandard>=0.18"]
 EXAMPLES = PREPROCESS + ["matplotlib>=3.5"]
 # Additional requirements of longmem_fairseq.evaluation: plots, and BLEU for dialogue.
 EVALUATION = ["matplotlib>=3.5", "sacrebleu>=2.3"]
+# Reads models in llama.cpp's format.
+GGUF = "gguf>=0.10"
 
 setup(
     name="longmem_fairseq",
@@ -52,10 +54,11 @@ setup(
         "preprocess": PREPROCESS,
         "examples": EXAMPLES,
         "eval": EVALUATION,
-        "convert": ["transformers>=4.30", "safetensors>=0.4"],
+        "convert": ["transformers>=4.30", "safetensors>=0.4", GGUF],
         "dev": EXAMPLES
         + EVALUATION
         + [
+            GGUF,
             "hypothesis>=6.80",
             "pytest>=8.0",
             "pytest-xdist>=3.5",
