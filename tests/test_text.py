@@ -1,15 +1,17 @@
 """Text to tokens and back, with real tokenizers: whole texts, single tokens, and the lines of fairseq's commands."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fairseq.data import Dictionary
+from fairseq.data import Dictionary, encoders
 from fairseq.data.encoders.gpt2_bpe import GPT2BPE
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 from longmem_fairseq.text import OneLineBPE, decode_text, encode_text, find_bpe, one_line, token_texts
@@ -80,6 +82,7 @@ def test_words():
 
 
 @given(text=TEXT)
+@example(text="\nimport sys\n    ")
 def test_prompts_and_answers_are_lines(tokenizer, text):
     """What fairseq's commands do with a prompt, and with an answer of the same tokens."""
     bpe, dictionary = tokenizer
@@ -120,6 +123,39 @@ def test_ids_are_those_of_transformers(huggingface, text):
     tokens = encode_text(text, dictionary, bpe)
     assert (tokens - dictionary.nspecial).tolist() == expected == bpe.tokenizer.encode_batch([text])[0]
     lines = one_line(bpe)
-    line = text if lines is bpe else text.replace("\n", "<0x0A>").replace("\r", "<0x0D>")
-    if line.replace("<0x0A>", "\n").replace("<0x0D>", "\r") == text:  # else the text has the spelling of a line end
+    if "<0x0A>" not in text:  # the spelling of a newline in a line
+        line = text if lines is bpe else text.replace("\n", "<0x0A>").replace("\r", "<0x0D>")
         assert lines.encode(line).split() == list(map(str, expected))
+    decoded = decode_text(tokens, dictionary, bpe)
+    if bpe.tokenizer.has_token_bytes:
+        assert "".join(token_texts(tokens, dictionary, bpe)) == decoded
+    if not text.startswith(" "):  # of which transformers removes more than were added
+        assert decoded == reference.decode(expected, clean_up_tokenization_spaces=False)
+
+
+def test_texts_of_tokens_that_depend_on_others(tmp_path):
+    """WordPiece encodes and decodes as transformers does, but its tokens do not have a text each."""
+    (tmp_path / "tokenizer.json").write_bytes(KINDS["word piece"](["some words to learn"]))
+    bpe, dictionary = find_bpe(tmp_path), dictionary_of_numbers(99)
+    tokens = encode_text("Some words", dictionary, bpe)
+    assert decode_text(tokens, dictionary, bpe) == "some words" and one_line(bpe) is bpe
+    with pytest.raises(ValueError, match=r"text of single tokens \(decoder: WordPiece\): supported are byte-level BPE"):
+        token_texts(tokens, dictionary, bpe)
+    with pytest.raises(ValueError, match="symbol .* is not in the dictionary of 6 symbols: give the dict.txt that"):
+        encode_text("some words", dictionary_of_numbers(1), bpe)
+
+
+def test_a_tokenizer_that_cannot_be_read(tmp_path, monkeypatch):
+    def build(path):
+        return encoders.build_bpe(OmegaConf.create({"_name": "hf_tokenizer", "tokenizer_json": str(path)}))
+
+    with pytest.raises(ValueError, match="--bpe hf_tokenizer needs a file: name it with --tokenizer-json"):
+        encoders.build_bpe(OmegaConf.create({"_name": "hf_tokenizer"}))
+    with pytest.raises(ValueError, match="--tokenizer-json .*nowhere cannot be read: No such file"):
+        build(tmp_path / "nowhere")
+    (tmp_path / "damaged").write_bytes(byte_level(["text"])[:-9])
+    with pytest.raises(ValueError, match="--tokenizer-json .*damaged cannot be used: it is not a tokenizer.json: "):
+        build(tmp_path / "damaged")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"tokenizers: pip install 'longmem_fairseq\[preprocess\]'"):
+        build(tmp_path / "damaged")

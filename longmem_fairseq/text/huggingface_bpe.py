@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from fairseq.data.encoders import register_bpe
 from fairseq.dataclass import FairseqDataclass
-from omegaconf import MISSING, OmegaConf
 
 from .json_tokenizer import JsonTokenizer
 
@@ -14,7 +13,7 @@ class HuggingFaceBPEConfig(FairseqDataclass):
     """The options of :class:`HuggingFaceBPE`."""
 
     tokenizer_json: str = field(
-        default=MISSING, metadata={"help": "path to a Hugging Face tokenizer.json, for --bpe hf_tokenizer"}
+        default="", metadata={"help": "path to a Hugging Face tokenizer.json, for --bpe hf_tokenizer"}
     )
 
 
@@ -32,7 +31,7 @@ class HuggingFaceBPE:
 
     def __init__(self, cfg):
         path = cfg.tokenizer_json
-        if not path or OmegaConf.is_missing(cfg, "tokenizer_json"):
+        if not path:
             raise ValueError("--bpe hf_tokenizer needs a file: name it with --tokenizer-json")
         try:
             with open(path, "rb") as file:
