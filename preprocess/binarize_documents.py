@@ -337,9 +337,7 @@ def _write_tokenizer(
         shutil.copyfile(args.dict, dictionary)
     else:
         dictionary.write_text("".join(dictionary_lines(tokenizer.symbols)), encoding="utf-8")
-    for name, path in tokenizer.files.items():
-        if path != workspace.path(name):
-            shutil.copyfile(path, workspace.path(name))
+    tokenizer.write_files(workspace.directory)
     record["tokenizer"] = {
         "kind": tokenizer.kind,
         "files": sorted(tokenizer.files),

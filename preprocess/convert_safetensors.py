@@ -29,10 +29,11 @@ from longmem_fairseq.files import write_whole
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.models.model_directory import write_directory
 from longmem_fairseq.safe_load import load_safely
+from longmem_fairseq.text import TOKENIZER_FILES
 from preprocess.checkpoint_file import write_checkpoint
 
 PROG = "python -m preprocess.convert_safetensors"
-DATA_FILES = ("dict.txt", "sentencepiece.model", "encoder.json", "vocab.bpe")
+DATA_FILES = ("dict.txt", *TOKENIZER_FILES)
 
 
 def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:

@@ -94,7 +94,7 @@ class SurveyPart:
             windows = subset_texts
             if rate < 1:
                 windows = _windows(subset_texts, rate, draw(seed, parsed.keys[0], subset))
-            samples[subset] = sum(map(len, windows)), sum(len(tokenizer.encode_array(text)) for text in windows)
+            samples[subset] = sum(map(len, windows)), sum(map(len, tokenizer.encode_arrays(windows)))
         return cls(counts, bins, samples)
 
 
