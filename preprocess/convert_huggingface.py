@@ -1,19 +1,22 @@
-r"""Convert a Hugging Face GPT-2 or OPT to a fairseq language model, and a fairseq GPT-2 to a Hugging Face one.
+r"""Convert a Hugging Face model to a model of fairseq, and back.
 
-    python -m preprocess.convert_huggingface gpt2-medium/ backbone/ [--dict dict.txt]
+    python -m preprocess.convert_huggingface SmolLM2-135M/ backbone/
+    python -m preprocess.convert_huggingface model.Q4_K_M.gguf backbone/
     python -m preprocess.binarize_documents --tokenizer backbone ...
-    fairseq-train ... --arch longmem_gpt2_medium --pretrained-model-path backbone/checkpoint.pt
+    fairseq-train ... --arch longmem_lm --pretrained-model-path backbone/checkpoint.pt
     python -m preprocess.convert_huggingface --export backbone/checkpoint.pt exported/
 
 The Hugging Face side is a local directory with config.json and model.safetensors or pytorch_model.bin (also in shards),
-and the tokenizer's files; nothing is downloaded and no code in the files is run. The fairseq side is a directory with
-checkpoint.pt (a plain ``transformer_lm``, which every fairseq command reads), dict.txt and tokenizer.json (for
-``--bpe hf_tokenizer``, which gives a text the ids of transformers, added tokens included).
---export takes any checkpoint of a ``transformer_lm`` that is built like GPT-2, or of a LongMem model that holds one.
+and the tokenizer's files, or a GGUF file; nothing is downloaded and no code in the files is run. The fairseq side is a
+directory with checkpoint.pt (a ``transformer_lm`` for GPT-2 and OPT, a ``llama_lm`` for Llama, Mistral, Qwen2 and
+Qwen3), dict.txt and tokenizer.json (for ``--bpe hf_tokenizer``, which gives a text the ids of transformers, those of
+added tokens included). --export takes any checkpoint of such a model (OPT excepted), or of a LongMem model that holds one.
 
-The dictionary names GPT-2's tokens by their numbers, in GPT-2's order or that of --dict (fairseq's own dict.txt, say),
-and adds fairseq's four special symbols. ``</s>``, which ends documents, gets the embedding of ``<|endoftext|>``;
-symbols that GPT-2 does not have get the mean embedding, so that each takes at most 1/V of the probability.
+The dictionary names the tokens by their numbers, in their order or that of --dict (for GPT-2 fairseq's own dict.txt,
+say), and adds fairseq's four special symbols. ``</s>``, which ends documents, gets the embedding of the token that ends
+texts (``eos_token_id``); symbols that the model does not have get the mean embedding, so that each takes at most 1/V of
+the probability. Where a Llama starts texts with another token (``bos_token_id``), it reads that one in place of the
+``</s>`` at the start of a window.
 """
 
 from __future__ import annotations
@@ -28,23 +31,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq.models.transformer_lm import TransformerLanguageModelConfig
+from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from longmem_fairseq.backbones.base import BackboneError
 from longmem_fairseq.backbones.loading import read_backbone
 from longmem_fairseq.data.manifest import dictionary_fingerprint
 from longmem_fairseq.files import write_text, write_whole
-from longmem_fairseq.safe_load import load_safely
 from preprocess.checkpoint_file import write_checkpoint
-from preprocess.dictionary import EOS, SPECIALS, filler_symbols, read_dictionary
+from preprocess.dictionary import EOS, SPECIALS, read_dictionary
 from preprocess.errors import InputError
-from preprocess.huggingface_models import check_config, convert_gpt2, convert_opt, export_gpt2, model_settings
-from preprocess.huggingface_tokenizer import JsonTokenizer, dictionary_symbols
-from preprocess.tokenizer_json import TOKENIZER, has_tokenizer, read_json, read_tokenizer_json
+from preprocess.huggingface_models import conversion_of, export_of
+from preprocess.huggingface_source import open_model
+from preprocess.huggingface_tokenizer import JsonTokenizer
+from preprocess.tokenizer_json import TOKENIZER, read_json, read_tokenizer_json
 
 logger = logging.getLogger("preprocess.convert_huggingface")
 
@@ -55,51 +57,50 @@ _EXPORTED_FILES = {TOKENIZER: TOKENIZER, ENCODER: "vocab.json", MERGES: "merges.
 
 
 def from_huggingface(source: Path, destination: Path, dictionary: Path | None = None) -> None:
-    """Convert a Hugging Face model directory to a directory for fairseq.
+    """Convert a Hugging Face model to a directory for fairseq.
 
     Args:
-        source: Path of a directory with config.json, weights and, to read text, the tokenizer's files.
+        source: Path of a directory with config.json, weights and, to read text, the tokenizer's files; or of a GGUF
+            file.
         destination: Path of the directory to write checkpoint.pt, dict.txt and tokenizer.json to; it is created if it
             does not exist.
-        dictionary: Path of a fairseq dict.txt whose order to use (GPT-2 only); if None, the order of the tokens'
+        dictionary: Path of a fairseq dict.txt whose order to use (not with an OPT); if None, the order of the tokens'
             numbers.
 
     Raises:
         InputError: The model is not supported, or a file cannot be read or does not fit the others.
     """
-    source, destination = Path(source), Path(destination)
-    config = read_json(source / "config.json")
-    check_config(config)
-    content = read_tokenizer_json(source) if has_tokenizer(source) else None
-    tokenizer = None if content is None else _parse_tokenizer(content, source)
-    vocabulary = config.get("vocab_size", 50257)
-    if config["model_type"] == "opt":
-        symbols, rows = _opt_symbols(config, vocabulary, tokenizer, dictionary)
-    else:
-        symbols, rows = _gpt2_symbols(config, vocabulary, tokenizer, dictionary)
-    settings = model_settings(config)
+    source, destination = open_model(Path(source)), Path(destination)
+    config = source.config
+    conversion = conversion_of(config)
+    settings = conversion.settings(config)
+    content = source.tokenizer_json
+    tokenizer = None if content is None else _parse_tokenizer(content, source.path)
+    symbols, rows = conversion.symbols(config, tokenizer, dictionary)
+    settings.update(conversion.symbol_settings(config, symbols))
     logger.info(
         "%s: %s, %d layers of width %d, %d heads, %s symbols",
-        source,
+        source.path,
         config["model_type"],
         settings["decoder_layers"],
         settings["decoder_embed_dim"],
         settings["decoder_attention_heads"],
         f"{len(rows):,}",
     )
-    convert = convert_opt if config["model_type"] == "opt" else convert_gpt2
-    weights = convert(_read_weights(source), settings, rows, vocabulary)
+    weights = conversion.convert(source.weights(), settings, rows, conversion.vocabulary(config))
     destination.mkdir(parents=True, exist_ok=True)
     write_text(destination / DICTIONARY, "".join(f"{symbol} 1\n" for symbol in symbols))
     if content is None:
-        logger.warning("%s holds no tokenizer (tokenizer.json, or vocab.json and merges.txt), which text needs", source)
+        logger.warning(
+            "%s holds no tokenizer (tokenizer.json, or vocab.json and merges.txt), which text needs", source.path
+        )
     else:
         write_text(destination / TOKENIZER, content.decode())
     logger.info("writing %s", destination / CHECKPOINT)
     symbols = [*SPECIALS, *symbols]
     write_checkpoint(
         destination / CHECKPOINT,
-        _complete(settings),
+        _complete(conversion.model, settings),
         {"_name": "language_modeling", "data": None, "tokens_per_sample": settings["tokens_per_sample"]},
         weights,
         {"dictionary_sha256": dictionary_fingerprint(symbols), "dictionary_size": len(symbols)},
@@ -107,23 +108,25 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
 
 
 def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None = None) -> None:
-    """Convert a fairseq model that is built like GPT-2, or the backbone of a LongMem model, to a Hugging Face one.
+    """Convert a fairseq model that is built like GPT-2 or Llama, or the backbone of a LongMem model, to Hugging Face's.
 
     Args:
-        checkpoint: Path of a checkpoint of a ``transformer_lm`` or of a ``longmem_lm`` that holds its backbone.
+        checkpoint: Path of a checkpoint of a ``transformer_lm`` or ``llama_lm``, or of a ``longmem_lm`` that holds its
+            backbone.
         destination: Path of the directory to write config.json, model.safetensors and the files of the tokenizer that
             is beside the checkpoint to; it is created if it does not exist.
         dictionary: Path of the model's dict.txt; if None, the one beside the checkpoint. If its symbols are the numbers
-            of GPT-2's tokens, tokens get these numbers again; otherwise their ids, 4 for the first symbol.
+            of the tokens, these get their numbers again; otherwise their ids, 4 for the first symbol.
 
     Raises:
-        InputError: GPT-2 cannot express the model, or the model does not fit the dictionary.
+        InputError: No Hugging Face model expresses this one, or the model does not fit the dictionary.
     """
     checkpoint, destination = Path(checkpoint), Path(destination)
     try:
         settings, weights = read_backbone(str(checkpoint))
     except BackboneError as error:
         raise InputError(str(error)) from None
+    conversion = export_of(settings["model"])
     symbols = read_dictionary(dictionary or checkpoint.parent / DICTIONARY)
     if len(SPECIALS) + len(symbols) != settings["vocabulary"]:
         raise InputError(
@@ -136,11 +139,12 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
         embedding = weights["decoder.embed_tokens.weight"]
         end = _same_row(embedding, rows, EOS)
         end = _vocabulary(checkpoint.parent).get(_END_OF_TEXT) if end is None else end
-        special = {"bos_token_id": end, "eos_token_id": end}
+        start = settings.get("start_symbol")
+        special = {"bos_token_id": end if start is None else rows.index(start), "eos_token_id": end}
     else:
         rows = list(range(settings["vocabulary"]))
         special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    config, exported = export_gpt2(weights, settings, rows)
+    config, exported = conversion.export(weights, settings, rows)
     destination.mkdir(parents=True, exist_ok=True)
     for name, exported_name in _EXPORTED_FILES.items():
         if (source_file := checkpoint.parent / name).is_file():
@@ -160,57 +164,6 @@ def _parse_tokenizer(content: bytes, source: Path) -> JsonTokenizer:
         raise InputError(f"the tokenizer of {source} cannot be used: {error}") from None
 
 
-def _gpt2_symbols(
-    config: dict, vocabulary: int, tokenizer: JsonTokenizer | None, dictionary: Path | None
-) -> tuple[list[str], list[int]]:
-    """Choose the symbols of the dictionary, and the row of the embedding for each after those of the special ones."""
-    symbols = [str(number) for number in range(vocabulary)] + filler_symbols(vocabulary)
-    if tokenizer is not None:
-        symbols = dictionary_symbols(tokenizer, vocabulary)
-    if len(symbols) < vocabulary:
-        raise InputError("the tokenizer begins with fairseq's special symbols, as OPT's; those of a GPT-2 do not")
-    if dictionary is not None:
-        symbols = read_dictionary(dictionary)
-        numbers = set(tokenizer.vocabulary.values()) if tokenizer else set(range(vocabulary))
-        missing = sorted(numbers - {int(symbol) for symbol in symbols if symbol.isdigit()})
-        if missing:
-            raise InputError(
-                f"--dict {dictionary} lacks {len(missing)} of the model's {len(numbers)} tokens, such as {missing[0]}: "
-                "give a dictionary of GPT-2's numbers, or leave --dict out"
-            )
-    rows = [int(symbol) if symbol.isdigit() and int(symbol) < vocabulary else -1 for symbol in symbols]
-    special = [-1] * len(SPECIALS)
-    special[EOS] = _end_of_text(config, vocabulary, 50256)
-    return symbols, [*special, *rows]
-
-
-def _opt_symbols(
-    config: dict, vocabulary: int, tokenizer: JsonTokenizer | None, dictionary: Path | None
-) -> tuple[list[str], list[int]]:
-    """Return the same for an OPT, whose ids are those of the dictionary: the special symbols are fairseq's own."""
-    if dictionary is not None:
-        raise InputError(f"--dict {dictionary} cannot be used with an OPT, whose order is fixed: leave --dict out")
-    symbols = [str(number) for number in range(len(SPECIALS), vocabulary)]
-    if tokenizer is not None and dictionary_symbols(tokenizer, vocabulary) != symbols:
-        raise InputError(f"the tokenizer of an OPT begins with {', '.join(SPECIALS)}, but this one does not")
-    if _end_of_text(config, vocabulary, EOS) != EOS:
-        raise InputError(f"eos_token_id={config['eos_token_id']} in config.json: an OPT's is {EOS}, as fairseq's")
-    return symbols, list(range(vocabulary))
-
-
-def _end_of_text(config: dict, vocabulary: int, default: int) -> int:
-    """Return the token that ends a text, whose embedding ``</s>`` gets; ``default`` is that of transformers."""
-    end = config.get("eos_token_id", default)
-    if isinstance(end, list) and end:
-        end = end[0]
-    if not isinstance(end, int) or not 0 <= end < vocabulary:
-        raise InputError(
-            f"eos_token_id={end} in config.json is not a token of the vocabulary of {vocabulary:,}: correct it, since "
-            "the end of a document gets the embedding of this token"
-        )
-    return end
-
-
 def _same_row(table: Tensor, rows: Sequence[int], special: int) -> int | None:
     """Find the number of the token that shares its embedding with a special symbol, None if there is not one."""
     same = (table[torch.tensor(rows)] == table[special]).all(dim=1).nonzero()
@@ -224,46 +177,13 @@ def _vocabulary(directory: Path) -> dict[str, int]:
     return read_json(directory / ENCODER) if (directory / ENCODER).is_file() else {}
 
 
-def _complete(settings: dict) -> dict[str, Any]:
-    """Complete the settings of a ``transformer_lm``, as fairseq-train would have written them."""
-    defaults = OmegaConf.structured(TransformerLanguageModelConfig())
-    model = {name: None if OmegaConf.is_interpolation(defaults, name) else defaults[name] for name in defaults}
-    model = {name: getattr(value, "value", value) for name, value in model.items()}  # enumerations
-    return {**model, "_name": "transformer_lm", "add_bos_token": False, "tpu": False, **settings}
-
-
-def _read_weights(source: Path) -> dict[str, Tensor]:
-    """Read all weights of a model directory."""
-    for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_pickle)):
-        if (source / name).is_file():
-            return read(source / name)
-        if (source / f"{name}.index.json").is_file():
-            shards = sorted(set(read_json(source / f"{name}.index.json").get("weight_map", {}).values()))
-            weights: dict[str, Tensor] = {}
-            for shard in shards:
-                logger.info("reading %s", source / shard)
-                weights.update(read(source / Path(shard).name))
-            return weights
-    raise InputError(f"{source} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the weights in a safetensors file."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """Read the weights in a pickle, without running code from it."""
-    try:
-        weights = load_safely(str(path))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(f"{path} is not a dictionary of tensors")
-    return weights
+def _complete(model: str, settings: dict) -> dict[str, Any]:
+    """Complete the settings of a model, as fairseq-train would have written them."""
+    defaults = OmegaConf.structured(MODEL_DATACLASS_REGISTRY[model]())
+    values = {name: None if OmegaConf.is_interpolation(defaults, name) else defaults[name] for name in defaults}
+    values = {name: getattr(value, "value", value) for name, value in values.items()}  # enumerations
+    flags = {name: False for name in ("add_bos_token", "tpu") if name in values}  # of the task and of a run
+    return {**values, **flags, "_name": model, **settings}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -275,7 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="directory of a Hugging Face model; with --export a checkpoint")
+    parser.add_argument(
+        "source", type=Path, help="directory of a Hugging Face model, or GGUF file; with --export a checkpoint"
+    )
     parser.add_argument("destination", type=Path, help="directory to write")
     parser.add_argument("--export", action="store_true", help="convert from fairseq to Hugging Face")
     parser.add_argument("--dict", type=Path, help="dict.txt whose order to use; with --export the model's dict.txt")

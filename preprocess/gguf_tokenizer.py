@@ -76,8 +76,8 @@ def _tokens(metadata: GgufMetadata) -> tuple[list[str], list[int]]:
     tokens, types = metadata.require("tokenizer.ggml.tokens"), metadata.require("tokenizer.ggml.token_type")
     if len(tokens) != len(types) or len(set(tokens)) != len(tokens):
         raise InputError(
-            f"{metadata.path}: tokenizer.ggml.tokens has {len(tokens):,} tokens, {len(set(tokens)):,} of them different,"
-            f" and tokenizer.ggml.token_type {len(types):,} types: these numbers must be the same"
+            f"{metadata.path}: tokenizer.ggml.tokens has {len(tokens):,} tokens, {len(set(tokens)):,} different, "
+            f"and tokenizer.ggml.token_type {len(types):,} types: these numbers must be the same"
         )
     count = max((i + 1 for i, number in enumerate(types) if number != _UNUSED), default=0)
     return tokens[:count], types[:count]

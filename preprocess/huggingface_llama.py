@@ -6,13 +6,18 @@ Legend: V symbols, D width, F width of the feed-forward part, H query heads, H_k
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from longmem_fairseq.modules.rotary import RotaryPositions, rope_type
+from preprocess.dictionary import SPECIALS
 from preprocess.errors import InputError
+from preprocess.huggingface_conversion import Conversion, check_settings
 from preprocess.huggingface_weights import Config, WeightReader, Weights, order_rows
+
+SUPPORTED = "llama, mistral, qwen2 and qwen3 (dense)"
 
 # model_type -> what a config.json of this type leaves out.
 MODEL_TYPES: dict[str, Config] = {
@@ -56,141 +61,139 @@ _NORMS = (("input_layernorm", "self_attn_norm"), ("post_attention_layernorm", "f
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
-def llama_settings(config: Config) -> Config:
-    """Translate a model's configuration, and refuse what ``llama_lm`` cannot express.
+class LlamaConversion(Conversion):
+    """LlamaForCausalLM and its relatives; weights keep their precision."""
 
-    Args:
-        config: Content of config.json with a ``model_type`` of :data:`MODEL_TYPES`.
+    model = "llama_lm"
+    default_vocabulary = _DEFAULTS["vocab_size"]
 
-    Returns:
-        Settings of a ``llama_lm`` without ``start_symbol``, which depends on the dictionary.
-
-    Raises:
-        InputError: The model cannot be expressed; the message names the setting.
-    """
-    kind = config["model_type"]
-    known = {**_DEFAULTS, **MODEL_TYPES[kind], **config}
-    for name, feature in _REFUSED.items():
-        if config.get(name):
-            raise InputError(f"{name}={_brief(config[name])} in config.json: {feature} is not supported")
-    if known["hidden_act"] != "silu":
-        raise InputError(f"hidden_act={known['hidden_act']} in config.json is not supported: SwiGLU takes silu")
-    if known["mlp_bias"]:
-        raise InputError("mlp_bias=true in config.json is not supported: llama_lm's feed-forward part has no biases")
-    biased = bool(known["attention_bias"])
-    heads, positions = known["num_attention_heads"], known["max_position_embeddings"]
-    theta, scaling = _rotary(known)
-    return {
-        "decoder_layers": known["num_hidden_layers"],
-        "decoder_embed_dim": known["hidden_size"],
-        "decoder_ffn_embed_dim": known["intermediate_size"],
-        "decoder_attention_heads": heads,
-        "decoder_kv_heads": known["num_key_value_heads"] or heads,
-        "decoder_head_dim": known["head_dim"] or known["hidden_size"] // heads,
-        "rope_theta": theta,
-        "rope_scaling": None if scaling is None else json.dumps(scaling, sort_keys=True),
-        "sliding_window": _sliding_window(known),
-        "qkv_bias": kind == "qwen2" or biased,
-        "out_bias": kind != "qwen2" and biased,
-        "qk_norm": kind == "qwen3",
-        "norm_eps": known["rms_norm_eps"],
-        "share_decoder_input_output_embed": known["tie_word_embeddings"],
-        "max_target_positions": positions,
-        "tokens_per_sample": positions,
-    }
-
-
-def convert_llama(weights: Weights, settings: Config, rows: Sequence[int], vocabulary: int) -> Weights:
-    """Convert the weights of a LlamaForCausalLM or a relative.
-
-    Args:
-        weights: Tensors by their Hugging Face names.
-        settings: Settings of the ``llama_lm``, from :func:`llama_settings`.
-        rows: Row of the embedding for each symbol of the dictionary, special ones included; -1 for a symbol without.
-        vocabulary: V, number of rows of the embedding.
-
-    Returns:
-        Tensors by the names of a ``llama_lm``, in their own precision.
-
-    Raises:
-        InputError: A tensor is missing, of another shape or unknown.
-    """
-    source = WeightReader(weights, "model.")
-    D, F = settings["decoder_embed_dim"], settings["decoder_ffn_embed_dim"]
-    embedding = order_rows(source.take("embed_tokens.weight", vocabulary, D), rows)
-    converted = {"decoder.embed_tokens.weight": embedding, "decoder.layer_norm.weight": source.take("norm.weight", D)}
-    for i in range(settings["decoder_layers"]):
-        for source_name, name in _NORMS:
-            converted[f"decoder.layers.{i}.{name}.weight"] = source.take(f"layers.{i}.{source_name}.weight", D)
-        for source_name, name, shape in _attention_tensors(settings):
-            converted[f"decoder.layers.{i}.self_attn.{name}"] = source.take(
-                f"layers.{i}.self_attn.{source_name}", *shape
+    def settings(self, config: Config) -> Config:
+        check_settings(config, {}, SUPPORTED)
+        kind = config["model_type"]
+        known = {**_DEFAULTS, **MODEL_TYPES[kind], **config}
+        for name, feature in _REFUSED.items():
+            if config.get(name):
+                raise InputError(f"{name}={_brief(config[name])} in config.json: {feature} is not supported")
+        if known["hidden_act"] != "silu":
+            raise InputError(f"hidden_act={known['hidden_act']} in config.json is not supported: SwiGLU takes silu")
+        if known["mlp_bias"]:
+            raise InputError(
+                "mlp_bias=true in config.json is not supported: llama_lm's feed-forward part has no biases"
             )
-        for name in _FEED_FORWARD:
-            shape = (D, F) if name == "down_proj" else (F, D)
-            converted[f"decoder.layers.{i}.{name}.weight"] = source.take(f"layers.{i}.mlp.{name}.weight", *shape)
-    converted["decoder.output_projection.weight"] = embedding
-    if not settings["share_decoder_input_output_embed"]:
-        output = source.take("lm_head.weight", vocabulary, D)
-        converted["decoder.output_projection.weight"] = order_rows(output, rows)
-    source.finish(r"lm_head\.weight|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-    return converted
+        biased = bool(known["attention_bias"])
+        heads, positions = known["num_attention_heads"], known["max_position_embeddings"]
+        theta, scaling = _rotary(known)
+        return {
+            "decoder_layers": known["num_hidden_layers"],
+            "decoder_embed_dim": known["hidden_size"],
+            "decoder_ffn_embed_dim": known["intermediate_size"],
+            "decoder_attention_heads": heads,
+            "decoder_kv_heads": known["num_key_value_heads"] or heads,
+            "decoder_head_dim": known["head_dim"] or known["hidden_size"] // heads,
+            "rope_theta": theta,
+            "rope_scaling": None if scaling is None else json.dumps(scaling, sort_keys=True),
+            "sliding_window": _sliding_window(known),
+            "qkv_bias": kind == "qwen2" or biased,
+            "out_bias": kind != "qwen2" and biased,
+            "qk_norm": kind == "qwen3",
+            "norm_eps": known["rms_norm_eps"],
+            "share_decoder_input_output_embed": known["tie_word_embeddings"],
+            "max_target_positions": positions,
+            "tokens_per_sample": positions,
+        }
 
+    def symbol_settings(self, config: Config, symbols: Sequence[str]) -> Config:
+        start = config.get("bos_token_id")
+        if start is None or start == self.end_of_text(config):
+            return {"start_symbol": None}
+        if str(start) not in symbols:
+            raise InputError(
+                f"bos_token_id={start} in config.json is not a token of the vocabulary of {self.vocabulary(config):,}: "
+                "correct it, since a document starts with this token"
+            )
+        return {"start_symbol": len(SPECIALS) + symbols.index(str(start))}
 
-def export_llama(weights: Weights, settings: Config, rows: Sequence[int]) -> tuple[Config, Weights]:
-    """Convert a ``llama_lm`` to a LlamaForCausalLM or the relative that has its parts.
+    def convert(self, weights: Mapping[str, Tensor], settings: Config, rows: Sequence[int], vocabulary: int) -> Weights:
+        source = WeightReader(weights, "model.")
+        D, F = settings["decoder_embed_dim"], settings["decoder_ffn_embed_dim"]
+        embedding = order_rows(source.take("embed_tokens.weight", vocabulary, D), rows)
+        converted = {
+            "decoder.embed_tokens.weight": embedding,
+            "decoder.layer_norm.weight": source.take("norm.weight", D),
+        }
+        for i in range(settings["decoder_layers"]):
+            for source_name, name in _NORMS:
+                converted[f"decoder.layers.{i}.{name}.weight"] = source.take(f"layers.{i}.{source_name}.weight", D)
+            for source_name, name, shape in _attention_tensors(settings):
+                converted[f"decoder.layers.{i}.self_attn.{name}"] = source.take(
+                    f"layers.{i}.self_attn.{source_name}", *shape
+                )
+            for name in _FEED_FORWARD:
+                shape = (D, F) if name == "down_proj" else (F, D)
+                converted[f"decoder.layers.{i}.{name}.weight"] = source.take(f"layers.{i}.mlp.{name}.weight", *shape)
+        converted["decoder.output_projection.weight"] = embedding
+        if not settings["share_decoder_input_output_embed"]:
+            output = source.take("lm_head.weight", vocabulary, D)
+            converted["decoder.output_projection.weight"] = order_rows(output, rows)
+        source.finish(r"lm_head\.weight|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+        return converted
 
-    Args:
-        weights: Tensors by the names of a ``llama_lm``.
-        settings: Settings of the model, as in its checkpoint.
-        rows: Symbol of the dictionary for each row of the exported embedding.
+    def export(self, weights: Weights, settings: Config, rows: Sequence[int]) -> tuple[Config, Weights]:
+        """Convert a ``llama_lm`` to a LlamaForCausalLM or the relative that has its parts.
 
-    Returns:
-        The content of config.json, and tensors by their Hugging Face names, in their own precision.
+        Args:
+            weights: Tensors by the names of a ``llama_lm``.
+            settings: Settings of the model, as in its checkpoint.
+            rows: Symbol of the dictionary for each row of the exported embedding.
 
-    Raises:
-        InputError: No model type of Hugging Face expresses the model.
-    """
-    kind = _exported_type(settings)
-    index, tied = torch.tensor(rows), bool(settings["share_decoder_input_output_embed"])
-    exported = {
-        "model.embed_tokens.weight": weights["decoder.embed_tokens.weight"][index],
-        "model.norm.weight": weights["decoder.layer_norm.weight"],
-    }
-    for i in range(settings["decoder_layers"]):
-        for exported_name, name in _NORMS:
-            exported[f"model.layers.{i}.{exported_name}.weight"] = weights[f"decoder.layers.{i}.{name}.weight"]
-        for exported_name, name, _ in _attention_tensors(settings):
-            exported[f"model.layers.{i}.self_attn.{exported_name}"] = weights[f"decoder.layers.{i}.self_attn.{name}"]
-        for name in _FEED_FORWARD:
-            exported[f"model.layers.{i}.mlp.{name}.weight"] = weights[f"decoder.layers.{i}.{name}.weight"]
-    if not tied:
-        exported["lm_head.weight"] = weights["decoder.output_projection.weight"][index]
-    heads = settings["decoder_attention_heads"]
-    scaling = json.loads(settings["rope_scaling"]) if settings["rope_scaling"] else None
-    config = {
-        "model_type": kind,
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
-        "vocab_size": len(rows),
-        "hidden_size": settings["decoder_embed_dim"],
-        "intermediate_size": settings["decoder_ffn_embed_dim"],
-        "num_hidden_layers": settings["decoder_layers"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": settings["decoder_kv_heads"] or heads,
-        "head_dim": settings["decoder_head_dim"] or settings["decoder_embed_dim"] // heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": settings["norm_eps"],
-        "rope_theta": settings["rope_theta"],
-        "rope_scaling": scaling,
-        "max_position_embeddings": settings["max_target_positions"],
-        "tie_word_embeddings": tied,
-        "torch_dtype": str(exported["model.norm.weight"].dtype).removeprefix("torch."),
-    }
-    if kind == "llama":
-        config["attention_bias"] = settings["qkv_bias"]
-    if kind == "mistral":
-        config["sliding_window"] = settings["sliding_window"]
-    return config, {name: tensor.contiguous() for name, tensor in exported.items()}
+        Returns:
+            Content of config.json, and tensors by their Hugging Face names, in their own precision.
+
+        Raises:
+            InputError: No model type of Hugging Face expresses the model.
+        """
+        kind = _exported_type(settings)
+        index, tied = torch.tensor(rows), bool(settings["share_decoder_input_output_embed"])
+        exported = {
+            "model.embed_tokens.weight": weights["decoder.embed_tokens.weight"][index],
+            "model.norm.weight": weights["decoder.layer_norm.weight"],
+        }
+        for i in range(settings["decoder_layers"]):
+            for exported_name, name in _NORMS:
+                exported[f"model.layers.{i}.{exported_name}.weight"] = weights[f"decoder.layers.{i}.{name}.weight"]
+            for exported_name, name, _ in _attention_tensors(settings):
+                exported[f"model.layers.{i}.self_attn.{exported_name}"] = weights[
+                    f"decoder.layers.{i}.self_attn.{name}"
+                ]
+            for name in _FEED_FORWARD:
+                exported[f"model.layers.{i}.mlp.{name}.weight"] = weights[f"decoder.layers.{i}.{name}.weight"]
+        if not tied:
+            exported["lm_head.weight"] = weights["decoder.output_projection.weight"][index]
+        heads = settings["decoder_attention_heads"]
+        scaling = json.loads(settings["rope_scaling"]) if settings["rope_scaling"] else None
+        config = {
+            "model_type": kind,
+            "architectures": [f"{kind.capitalize()}ForCausalLM"],
+            "vocab_size": len(rows),
+            "hidden_size": settings["decoder_embed_dim"],
+            "intermediate_size": settings["decoder_ffn_embed_dim"],
+            "num_hidden_layers": settings["decoder_layers"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": settings["decoder_kv_heads"] or heads,
+            "head_dim": settings["decoder_head_dim"] or settings["decoder_embed_dim"] // heads,
+            "hidden_act": "silu",
+            "rms_norm_eps": settings["norm_eps"],
+            "rope_theta": settings["rope_theta"],
+            "rope_scaling": scaling,
+            "max_position_embeddings": settings["max_target_positions"],
+            "tie_word_embeddings": tied,
+            "torch_dtype": str(exported["model.norm.weight"].dtype).removeprefix("torch."),
+        }
+        if kind == "llama":
+            config["attention_bias"] = settings["qkv_bias"]
+        if kind == "mistral":
+            config["sliding_window"] = settings["sliding_window"]
+        return config, {name: tensor.contiguous() for name, tensor in exported.items()}
 
 
 def _attention_tensors(settings: Config) -> list[tuple[str, str, tuple[int, ...]]]:

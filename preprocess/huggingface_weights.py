@@ -6,7 +6,7 @@ Legend: V symbols, D width.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,15 @@ class WeightReader:
     Args:
         weights: Tensors by their names.
         prefix: Prefix of the names, to remove where it is.
+        dtype: Precision of the tensors that are taken; None for their own.
     """
 
-    def __init__(self, weights: Weights, prefix: str):
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None = None):
+        self._dtype = dtype
         self._left = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """Take one tensor in its own precision.
+        """Take one tensor.
 
         Args:
             name: Name of the tensor, without the prefix.
@@ -46,7 +48,7 @@ class WeightReader:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, but config.json requires {shape}")
         if not tensor.is_floating_point():
             raise InputError(f"{name} is {tensor.dtype}, so the weights are quantized: give the original weights")
-        return tensor
+        return tensor if self._dtype is None else tensor.to(self._dtype)
 
     def finish(self, ignored: str) -> None:
         """Refuse weights that were not taken.

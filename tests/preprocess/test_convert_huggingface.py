@@ -348,7 +348,7 @@ def test_checkpoint_says_which_dictionary(converted, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model_type": "llama"}, "model_type=llama in config.json is not supported; supported are gpt2 .* and opt"),
+        ({"model_type": "falcon"}, "model_type=falcon in config.json is not supported; supported are gpt2 .*qwen3"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True in config.json cannot"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06 in config.json cannot .* which has 1e-05"),
         ({"activation_function": "silu"}, "activation_function=silu in config.json is not supported"),
@@ -383,7 +383,7 @@ def test_refused_tokenizers(tmp_path, sources):
 
 def test_refused_opt(tmp_path):
     tiny_opt(do_layer_norm_before=False).save_pretrained(tmp_path / "hf")
-    with pytest.raises(InputError, match="do_layer_norm_before=False .* which has True; supported are gpt2"):
+    with pytest.raises(InputError, match="do_layer_norm_before=False .* which has True; supported are opt"):
         from_huggingface(tmp_path / "hf", tmp_path / "fs")
 
 
