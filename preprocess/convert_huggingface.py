@@ -10,7 +10,8 @@ The Hugging Face side is a local directory with config.json and model.safetensor
 and the tokenizer's files, or a GGUF file; nothing is downloaded and no code in the files is run. The fairseq side is a
 directory with checkpoint.pt (a ``transformer_lm`` for GPT-2 and OPT, a ``llama_lm`` for Llama, Mistral, Qwen2 and
 Qwen3), dict.txt and tokenizer.json (for ``--bpe hf_tokenizer``, which gives a text the ids of transformers, those of
-added tokens included). --export takes any checkpoint of such a model (OPT excepted), or of a LongMem model that holds one.
+added tokens included). --export takes any checkpoint of such a model (OPT excepted), or of a LongMem model that holds
+one.
 
 The dictionary names the tokens by their numbers, in their order or that of --dict (for GPT-2 fairseq's own dict.txt,
 say), and adds fairseq's four special symbols. ``</s>``, which ends documents, gets the embedding of the token that ends

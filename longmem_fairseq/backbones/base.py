@@ -52,10 +52,13 @@ class Backbone(nn.Module, ABC):
         fingerprint: SHA-256 of the weights that were loaded (see
             :func:`longmem_fairseq.backbones.fingerprint.backbone_fingerprint`); None before.
         normalize_last_hidden: Whether h_N is taken behind the final norm, as in the released LongMem.
+        builds_on_meta: Whether :meth:`build` also works on PyTorch's meta device, so that weights are loaded without
+            being drawn first.
         has_rotary_positions: Whether positions are rotations of queries and keys, so that the queries that read the
             memory can be rotated by a distance.
     """
 
+    builds_on_meta = False
     has_rotary_positions = False
 
     def __init__(self, config: Dict[str, Any]):
@@ -272,11 +275,12 @@ class Backbone(nn.Module, ABC):
             x = self.final_norm(x)
         return x.transpose(0, 1)
 
-    def load_weights(self, weights: Dict[str, Tensor]) -> None:
+    def load_weights(self, weights: Dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         """Load weights of a checkpoint.
 
         Args:
             weights: Tensors by their names in the checkpoint, ``decoder.*``.
+            dtype: Precision of the matrices of a model that was built on the meta device.
 
         Raises:
             BackboneError: They do not fit the description.
@@ -285,7 +289,12 @@ class Backbone(nn.Module, ABC):
             if not value.is_floating_point():
                 raise BackboneError(f"its weights are quantized ({name} is {value.dtype}): give its original weights")
         try:
-            missing, unexpected = self.load_state_dict(self.upgrade_weights(weights), strict=False)
+            weights = self.upgrade_weights(weights)
+            if self.device.type == "meta":  # the tensors of the checkpoint become the model's
+                weights = {name: x.to(dtype if x.dim() > 1 else torch.float32) for name, x in weights.items()}
+                missing, unexpected = self.load_state_dict(weights, strict=False, assign=True)
+            else:
+                missing, unexpected = self.load_state_dict(weights, strict=False)
         except RuntimeError as error:  # lists every tensor of another shape, one a line
             first = str(error).splitlines()[1].strip()
             raise BackboneError(f"its weights do not fit its configuration: {first}") from error

@@ -45,6 +45,7 @@ class LlamaBackbone(Backbone):
         decoder: Its decoder.
     """
 
+    builds_on_meta = True
     has_rotary_positions = True
 
     def __init__(self, config: Dict[str, Any], decoder: LlamaDecoder):

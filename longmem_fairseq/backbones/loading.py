@@ -5,11 +5,13 @@ import logging
 import os
 from typing import Any, Dict, Tuple
 
+import torch
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from fairseq.utils import safe_getattr
 from torch import Tensor
 
 from ..data.manifest import dictionary_fingerprint
+from ..modules.mixed_precision import compute_products_in
 from ..safe_load import load_safely, settings
 from .base import Backbone, BackboneError, backbone_family
 from .checkpoint_formats import checkpoint_formats
@@ -69,7 +71,7 @@ def build_backbone(config: Dict[str, Any], dictionary, memory_layer: int = 0) ->
     return backbone
 
 
-def load_backbone(path: str, dictionary, memory_layer: int = 0) -> Backbone:
+def load_backbone(path: str, dictionary, memory_layer: int = 0, dtype: torch.dtype = torch.float32) -> Backbone:
     """Load a backbone from a checkpoint.
 
     Args:
@@ -77,6 +79,7 @@ def load_backbone(path: str, dictionary, memory_layer: int = 0) -> Backbone:
             backbone.
         dictionary: fairseq dictionary of the data.
         memory_layer: Number of the layer whose keys and values are written into the memory, counted from 0.
+        dtype: Precision of the weights and of the products with them; everything else is float32.
 
     Raises:
         BackboneError: The file is missing or unreadable, its model cannot be a backbone, or it was trained with
@@ -85,12 +88,18 @@ def load_backbone(path: str, dictionary, memory_layer: int = 0) -> Backbone:
     state = _read_checkpoint(path)
     try:
         config, weights = _describe(state)
-        backbone = build_backbone(config, dictionary, memory_layer)
+        with torch.device("meta" if backbone_family(config["model"]).builds_on_meta else "cpu"):
+            backbone = build_backbone(config, dictionary, memory_layer)
         _check_dictionary(state, dictionary)
-        backbone.load_weights(weights)
+        backbone.load_weights(weights, dtype)
     except ValueError as error:
         raise BackboneError(f"{path} cannot be the backbone: {error}") from error
-    backbone.fingerprint = backbone_fingerprint(backbone)
+    if dtype == torch.float32:
+        backbone.fingerprint = backbone_fingerprint(backbone)
+    else:
+        original = backbone.upgrade_weights(weights)
+        backbone.fingerprint = backbone_fingerprint(backbone, {name: original[name] for name in backbone.state_dict()})
+        compute_products_in(backbone, dtype)
     logger.info(
         "backbone %s: %s, %d layers of width %d, %d heads, %d symbols",
         path,

@@ -27,6 +27,13 @@ class LongMemConfig(FairseqDataclass):
     pretrained_model_path: Optional[str] = field(
         default=None, metadata={"help": "checkpoint of the backbone, a pre-norm transformer_lm or alibi_lm"}
     )
+    backbone_dtype: ChoiceEnum(["float32", "bfloat16"]) = field(
+        default="float32",
+        metadata={
+            "help": "precision of the frozen backbone's weights and of the products with them; bfloat16 needs half the "
+            "memory, and is faster on processors that multiply in it"
+        },
+    )
     use_external_memory: bool = field(
         default=True, metadata={"help": "read from and write to the memory (off: --no-use-external-memory)"}
     )

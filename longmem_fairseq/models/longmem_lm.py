@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class LongMemModel(FairseqLanguageModel):
         score_without_memory: If true, every call also returns ``extra["logits_without_memory"]``, the logits of the
             side network when it reads nothing.
         num_updates: Number of updates of the training so far.
+        autocast_dtype: Precision of products under autocast; None for that of the weights.
     """
 
     def __init__(self, cfg, decoder: LongMemDecoder):
@@ -53,6 +54,7 @@ class LongMemModel(FairseqLanguageModel):
         self.cfg = cfg
         self.score_without_memory = False
         self.num_updates = 0
+        self.autocast_dtype: Optional[torch.dtype] = None
 
     @classmethod
     def add_args(cls, parser):
@@ -112,7 +114,8 @@ class LongMemModel(FairseqLanguageModel):
 
     def forward(self, src_tokens: Tensor, without_memory: bool = False, **kwargs):
         """See :meth:`LongMemDecoder.forward`."""
-        return self.decoder(src_tokens, without_memory=without_memory or self.score_without_memory, **kwargs)
+        with self._autocast(src_tokens):
+            return self.decoder(src_tokens, without_memory=without_memory or self.score_without_memory, **kwargs)
 
     def reset_memory(self) -> None:
         """Forget everything that was read."""
@@ -128,7 +131,12 @@ class LongMemModel(FairseqLanguageModel):
 
     def memorize(self, src_tokens: Tensor, segments: Segments, restart: bool = False) -> None:
         """Write tokens into the memory without reading it (see :meth:`LongMemDecoder.memorize`)."""
-        self.decoder.memorize(src_tokens, segments, restart=restart)
+        with self._autocast(src_tokens):  # as forward, so that a memory is rebuilt bit by bit
+            self.decoder.memorize(src_tokens, segments, restart=restart)
+
+    def _autocast(self, tokens: Tensor) -> torch.autocast:
+        # Here and not around the training step, in which fairseq turns autocast off.
+        return torch.autocast(tokens.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     @property
     def memory_tokens(self) -> int:
@@ -219,7 +227,7 @@ def _find_backbone(cfg, dictionary) -> Backbone:
 def _load_named(cfg, dictionary) -> Backbone:
     if not cfg.pretrained_model_path:
         raise BackboneError("longmem_lm needs a backbone: name its checkpoint with --pretrained-model-path")
-    return load_backbone(cfg.pretrained_model_path, dictionary)
+    return load_backbone(cfg.pretrained_model_path, dictionary, dtype=getattr(torch, str(cfg.backbone_dtype)))
 
 
 def _select_memory_layer(cfg, backbone: Backbone) -> None:

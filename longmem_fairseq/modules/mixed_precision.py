@@ -17,10 +17,13 @@ def compute_products_in(model: nn.Module, dtype: torch.dtype) -> None:
     convert those of a frozen backbone again in every call, which costs more than it gains where few tokens are read.
 
     Args:
-        model: Model for inference, changed in place; the function is called once for each model.
+        model: Model for inference, or frozen part of one, changed in place; parts that compute in this precision
+            already stay as they are.
         dtype: Precision of the products, ``torch.bfloat16``; activations would not fit the range of ``torch.float16``.
     """
     for module in model.modules():
+        if _round_input in module._forward_pre_hooks.values():  # noqa: SLF001  (torch has no public list of hooks)
+            continue
         if isinstance(module, nn.Linear):
             module.to(dtype)
             module.register_forward_pre_hook(_round_input)

@@ -38,7 +38,7 @@ class RotaryPositions:
     def __init__(self, head_dim: int, theta: float, scaling: Optional[Mapping[str, Any]] = None):
         if head_dim % 2:
             raise ValueError(f"rotary positions turn pairs of numbers, so a head of odd width {head_dim} has none")
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
         self.frequencies, self.magnitude = 1.0 / theta**exponents, 1.0
         scaling = scaling or {}
         kind = rope_type(scaling)
@@ -85,7 +85,7 @@ class RotaryPositions:
         if tables is None or tables[0].size(0) < length:
             rows = max(_FIRST_TABLE, 1 << (length - 1).bit_length())
             with torch.inference_mode(False):  # otherwise a training that follows could not use them
-                angles = torch.arange(rows).float()[:, None] * self.frequencies
+                angles = torch.arange(rows, device="cpu").float()[:, None] * self.frequencies
                 tables = tuple((part * self.magnitude).to(device) for part in (angles.cos(), angles.sin()))
             self._tables[device] = tables
         return tables
@@ -137,7 +137,7 @@ def _yarn(frequencies: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tupl
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * pairs - 1)
-    ramp = ((torch.arange(pairs).float() - low) / (high - low or 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(pairs, device="cpu").float() - low) / (high - low or 0.001)).clamp(0, 1)
     magnitude = scaling.get("attention_factor")
     if magnitude is None:
         mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")

@@ -12,6 +12,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from ..data.document_dataset import DocumentDataset
 from ..data.manifest import dictionary_fingerprint
+from ..models.longmem_lm import LongMemModel
 from ..modules.mixed_precision import compute_products_in
 from ..safe_load import allow_namespaces
 from ..text import encode_text, one_line
@@ -108,6 +109,10 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
                     logger.info("--%s: %s, from the checkpoint (change it with --model-overrides)", option, saved)
                     self.args[name] = saved
         model = super().build_model(args, from_checkpoint)
+        if not from_checkpoint and str(self.args.train_dtype) != "float32":
+            if not isinstance(model, LongMemModel):
+                raise ValueError(f"--train-dtype {self.args.train_dtype} is for longmem_lm: use --amp for other models")
+            model.autocast_dtype = getattr(torch, str(self.args.train_dtype))
         if from_checkpoint and str(self.args.inference_dtype) != "float32":
             compute_products_in(model, getattr(torch, str(self.args.inference_dtype)))
         positions = model.max_positions()

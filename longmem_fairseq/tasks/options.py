@@ -70,6 +70,13 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
         default=None,
         metadata={"help": "fairseq-generate: continue the first tokens, this many, of each document of --gen-subset"},
     )
+    train_dtype: ChoiceEnum(["float32", "bfloat16"]) = field(
+        default="float32",
+        metadata={
+            "help": "training and its validation: precision of products; bfloat16 computes under autocast with float32 "
+            "parameters and without scaling the loss, on GPUs and on CPUs that multiply in it"
+        },
+    )
     inference_dtype: ChoiceEnum(["float32", "bfloat16"]) = field(
         default="float32",
         metadata={
@@ -129,6 +136,8 @@ def check_options(cfg: LongMemLanguageModelingConfig) -> None:
         raise ValueError(
             f"--dataset-impl {cfg.dataset_impl} cannot be read by slices: write the data with --dataset-impl mmap"
         )
+    if str(cfg.train_dtype) != "float32" and cfg.fp16:
+        raise ValueError(f"--train-dtype {cfg.train_dtype} and --fp16 are two precisions: leave one out")
     if str(cfg.inference_dtype) != "float32" and cfg.fp16:
         raise ValueError(f"--inference-dtype {cfg.inference_dtype} and --fp16 are two precisions: leave one out")
     for path in [*(cfg.memory_text or []), *filter(None, [cfg.memory_load])]:

@@ -26,8 +26,8 @@ def prepare_training(cfg, dictionary: Dictionary) -> Optional[MemorySnapshots]:
     """
     if str(cfg.inference_dtype) != "float32":
         raise ValueError(
-            f"--inference-dtype {cfg.inference_dtype} is for evaluation and generation: leave it out, and train in "
-            "half precision with --fp16 or --amp"
+            f"--inference-dtype {cfg.inference_dtype} is for evaluation and generation: leave it out, and train "
+            "with --train-dtype"
         )
     paths = utils.split_paths(cfg.data)
     if len(paths) > 1:  # the data of an epoch days from now is checked today
