@@ -15,6 +15,7 @@ from tests.preprocess.gguf_files import F32, metadata_of, tensors_of, tiny, writ
 
 ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WHOLE = "zqxjzq"  # a token that no merges make: Llama 3 takes a whole word before it merges
 # The regular expressions in the tokenizer.json of Llama 3 and of Qwen2.
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -25,7 +26,8 @@ QWEN2_WORDS = (
     r"|\s+(?!\S)|\s+"
 )
 ALPHABET = "ab'sTRE  \n\r\t0123456789.,!-_()\u00e9e\u0301\u4e2d\u6587\u0661\U0001f600\u2581<|>"
-PARTS = (st.text(st.sampled_from(ALPHABET), max_size=12), st.text(max_size=5), st.sampled_from([*ADDED, "the "]))
+WORDS = [*ADDED, "the ", WHOLE, "<caf\u00e9>", "<cafe\u0301>"]
+PARTS = (st.text(st.sampled_from(ALPHABET), max_size=12), st.text(max_size=5), st.sampled_from(WORDS))
 TEXTS = st.lists(st.one_of(*PARTS), max_size=8).map("".join)
 
 
@@ -55,8 +57,11 @@ def original_tokenizer(name, texts):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"][WHOLE] = len(content["model"]["vocab"])
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in ADDED])
-    tokenizer.add_tokens([tokenizers.AddedToken("<tool>", normalized=False)])
+    tokenizer.add_tokens([tokenizers.AddedToken("<caf\u00e9>", normalized=False)])
     return tokenizer
 
 
@@ -189,10 +194,10 @@ def test_ids_of_a_sentencepiece_bpe(tmp_path, sources, sentencepiece_model):
         ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model=t5 is not supported; supported are gpt2, llama"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "'a b c' in tokenizer.ggml.merges is not two tokens"),
         ({"tokenizer.ggml.merges": ["qqq zzz"]}, "the tokenizer's tokens and merges do not fit: "),
-        ({"tokenizer.ggml.token_type": [1, 1]}, "has 704 tokens, 704 of them different, and .* 2 types"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "has 705 tokens, 705 of them different, and .* 2 types"),
         (
             {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 999},
-            "bos_token_id=999 is not one of the 704 tokens",
+            "bos_token_id=999 is not one of the 705 tokens",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -205,5 +210,5 @@ def test_unsupported_tokenizers_are_refused(tmp_path, sources, changes, message)
 
 def test_tokenizer_longer_than_the_embedding_is_refused(tmp_path, sources):
     metadata = bpe_metadata(original_tokenizer("gpt-2", sources[:5]), "gpt-2")
-    with pytest.raises(InputError, match="has 704 tokens and the embedding 703 rows"):
-        read_tokenizer(tmp_path, metadata, vocabulary=703)
+    with pytest.raises(InputError, match="has 705 tokens and the embedding 704 rows"):
+        read_tokenizer(tmp_path, metadata, vocabulary=704)
