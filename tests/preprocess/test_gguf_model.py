@@ -15,7 +15,7 @@ from fairseq.data import Dictionary
 from longmem_fairseq.backbones.llama import LlamaBackbone
 from preprocess.errors import InputError
 from preprocess.gguf_model import read_gguf
-from preprocess.huggingface_llama import convert_llama, llama_settings
+from preprocess.huggingface_models import conversion_of
 from tests.preprocess.gguf_files import F32, I16, metadata_of, tensors_of, tiny, write, write_model
 
 LLAMA3 = {
@@ -28,11 +28,16 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
+def settings_of(config):
+    return conversion_of(config).settings(config)
+
+
 @torch.no_grad()
 def logits(model, ids):
     """Logits (B, T, V) of a read model, which is converted and built as a backbone."""
-    rows, converted = model.config["vocab_size"], llama_settings(model.config)
-    weights = convert_llama(model.weights, converted, [-1] * 4 + list(range(rows)), rows)
+    conversion, rows = conversion_of(model.config), model.config["vocab_size"]
+    converted = conversion.settings(model.config)
+    weights = conversion.convert(model.weights, converted, [-1] * 4 + list(range(rows)), rows)
     dictionary = Dictionary()
     for number in range(rows):
         dictionary.add_symbol(str(number))
@@ -74,8 +79,8 @@ def test_logits_and_config(tmp_path, kind, options):
     for name, tensor in expected.items():
         assert torch.equal(read.weights[name], tensor), name
     assert (read.config["bos_token_id"], read.config["eos_token_id"]) == (1, 2)
-    expected = llama_settings({**model.config.to_dict(), "model_type": "llama" if kind == "mistral" else kind})
-    assert llama_settings(read.config) == expected
+    expected = settings_of({**model.config.to_dict(), "model_type": "llama" if kind == "mistral" else kind})
+    assert settings_of(read.config) == expected
     assert_same_logits(path, model)
 
 
@@ -98,7 +103,7 @@ def test_logits_of_k_quants(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_sliding_window(tmp_path, kind):
     path = write_model(tmp_path / "model.gguf", tiny(kind), changes={f"{kind}.attention.sliding_window": 32})
-    assert llama_settings(read_gguf(path).config)["sliding_window"] == 32
+    assert settings_of(read_gguf(path).config)["sliding_window"] == 32
 
 
 def test_long_tensors_are_read_in_parts(tmp_path, monkeypatch):

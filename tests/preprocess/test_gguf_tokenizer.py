@@ -6,9 +6,13 @@ import gguf
 import pytest
 import sentencepiece
 import tokenizers
+import torch
+from fairseq.data import Dictionary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longmem_fairseq.backbones.loading import load_backbone
+from preprocess.convert_huggingface import main
 from preprocess.errors import InputError
 from preprocess.gguf_model import read_gguf
 from tests.preprocess.gguf_files import F32, metadata_of, tensors_of, tiny, write
@@ -107,6 +111,24 @@ def test_ids_of_a_byte_level_bpe(tmp_path, sources, name):
     check()
     for text in sources[20:24]:
         assert read.encode(text).ids == original.encode(text).ids
+
+
+@torch.no_grad()
+def test_conversion_by_the_command(tmp_path, sources):
+    """A GGUF becomes a backbone with its tokenizer: text gives the ids and the logits of the original."""
+    original = original_tokenizer("smollm", sources[:5])
+    model = tiny("llama", vocab_size=800, num_hidden_layers=1, bos_token_id=1, eos_token_id=2)
+    metadata = metadata_of(model, **bpe_metadata(original, "smollm", unused=3))
+    main([str(write(tmp_path / "m.gguf", metadata, tensors_of(model, F32))), str(tmp_path / "backbone")])
+    dictionary = Dictionary.load(str(tmp_path / "backbone" / "dict.txt"))
+    decoder = load_backbone(str(tmp_path / "backbone" / "checkpoint.pt"), dictionary).decoder
+    read = tokenizers.Tokenizer.from_file(str(tmp_path / "backbone" / "tokenizer.json"))
+    numbers = original.encode("<|im_start|>def f(x): return 12<|im_end|>").ids
+    assert read.encode("<|im_start|>def f(x): return 12<|im_end|>").ids == numbers
+    ids = torch.tensor([[dictionary.index(str(number)) for number in numbers]])
+    index = [dictionary.index(str(number)) for number in range(800)]
+    expected = model(torch.tensor([numbers])).logits
+    torch.testing.assert_close(decoder(ids)[0][..., index], expected, rtol=0, atol=1e-4)
 
 
 def test_words_of_llama_cpp_by_default(tmp_path, sources):
