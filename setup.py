@@ -27,7 +27,7 @@ EXAMPLES = PREPROCESS + ["matplotlib>=3.5"]
 # Additional requirements of longmem_fairseq.evaluation: plots, and BLEU for dialogue.
 EVALUATION = ["matplotlib>=3.5", "sacrebleu>=2.3"]
 # Reads models in llama.cpp's format.
-GGUF = "gguf>=0.10"
+GGUF = "gguf>=0.17"
 
 setup(
     name="longmem_fairseq",

@@ -168,10 +168,11 @@ def _yarn(settings: _Settings) -> Config:
                 f"{settings.metadata.path}: {settings.prefix}.rope.scaling.{name}={_decimal(value)} is not supported; "
                 f"supported is {usual}"
             )
+    bounds = {name: settings.number(f"rope.scaling.yarn_{name}", 0.0) for name in ("beta_fast", "beta_slow")}
+    window = settings.number("rope.scaling.original_context_length")
     return {
-        "original_max_position_embeddings": settings.number("rope.scaling.original_context_length"),
-        "beta_fast": _decimal(settings.number("rope.scaling.yarn_beta_fast", 32.0)),
-        "beta_slow": _decimal(settings.number("rope.scaling.yarn_beta_slow", 1.0)),
+        "original_max_position_embeddings": window,
+        **{name: _decimal(value) for name, value in bounds.items() if value},
     }
 
 

@@ -74,10 +74,11 @@ def tokenizer_json(metadata: GgufMetadata, vocabulary: int) -> str:
 def _tokens(metadata: GgufMetadata) -> tuple[list[str], list[int]]:
     """Return the tokens and their types, without unused ones at the end, which fill the embedding up."""
     tokens, types = metadata.require("tokenizer.ggml.tokens"), metadata.require("tokenizer.ggml.token_type")
-    if len(tokens) != len(types) or len(set(tokens)) != len(tokens):
+    different = len(set(tokens))
+    if not len(tokens) == len(types) == different:
         raise InputError(
-            f"{metadata.path}: tokenizer.ggml.tokens has {len(tokens):,} tokens, {len(set(tokens)):,} different, "
-            f"and tokenizer.ggml.token_type {len(types):,} types: these numbers must be the same"
+            f"{metadata.path}: tokenizer.ggml.tokens has {len(tokens):,} tokens, {different:,} of them different, and "
+            f"tokenizer.ggml.token_type {len(types):,} types: these numbers must be the same"
         )
     count = max((i + 1 for i, number in enumerate(types) if number != _UNUSED), default=0)
     return tokens[:count], types[:count]

@@ -77,13 +77,27 @@ def test_leaves_an_existing_fairseq_environment_alone(site):
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu", "preprocess", "examples", "dev"])
 def test_extras_provide_the_requirements_of_preprocessing(site, extra):
+    needed = {package for package, name in required_packages() if not name}
+    assert {"regex", "tokenizers", "zstandard"} <= needed <= provided_by(extra, site)
+
+
+def test_extras_provide_the_packages_that_name_them(site):
+    named = {(package, extra) for package, extra in required_packages() if extra}
+    assert ("gguf", "convert") in named
+    for package, extra in named:
+        assert package in provided_by(extra, site) and package in provided_by("dev", site)
+
+
+def required_packages():
+    """Packages that only some inputs of the scripts need, with the extra that the message names, or an empty string."""
     scripts = [path for path in repository_files() if path.parts[0] == "preprocess" and path.suffix == ".py"]
     text = "".join((ROOT / path).read_text() for path in scripts)
-    needed = set(re.findall(r'\brequire_package\("(\w+)"', text))
-    assert {"regex", "tokenizers", "zstandard"} <= needed
+    return set(re.findall(r'\brequire_package\("(\w+)"(?:[^\n]*extra="(\w+)")?', text))
+
+
+def provided_by(extra, site):
     requirements = next(importlib.metadata.distributions(path=[str(site)])).requires
-    provided = {re.match(r"[\w-]+", line)[0] for line in requirements if re.search(rf"extra == .{extra}.", line)}
-    assert needed <= provided
+    return {re.match(r"[\w-]+", line)[0] for line in requirements if re.search(rf"extra == .{extra}.", line)}
 
 
 def make(*arguments: str) -> "subprocess.CompletedProcess[str]":
