@@ -9,10 +9,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# The Makefile reads the two pins below from this file.
+# The Makefile reads the pins TORCH, NUMPY and FAIRSEQ from this file.
 
 # Pinned, because fairseq is compiled against the installed torch; `torch` alone would install the newest CUDA build.
 TORCH = "torch==2.13.0"
+# The last release before numpy 2, which dropped names that fairseq calls: with numpy 2 stock fairseq-generate,
+# fairseq-interactive and --sample-break-mode eos fail, on the very models that are trained as backbones.
+NUMPY = "numpy==1.26.4"
 # fairseq's own release 0.12.2 needs Python <= 3.10, pip < 24.1 and numpy < 1.24. This is a maintained build of the same
 # code (module `fairseq`) for Python 3.11 and 3.12. Pinned, because the plugin overrides some of its internals.
 FAIRSEQ = "fairseq-fixed==0.12.3.1"
@@ -47,8 +50,8 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        "cpu": [TORCH, FAIRSEQ, FAISS_CPU] + PREPROCESS,
-        "gpu": [TORCH, FAIRSEQ, FAISS_GPU] + PREPROCESS,
+        "cpu": [TORCH, NUMPY, FAIRSEQ, FAISS_CPU] + PREPROCESS,
+        "gpu": [TORCH, NUMPY, FAIRSEQ, FAISS_GPU] + PREPROCESS,
         "preprocess": PREPROCESS,
         "examples": EXAMPLES,
         "eval": EVALUATION,

@@ -73,6 +73,13 @@ def test_leaves_an_existing_fairseq_environment_alone(site):
     for extra, other in (("cpu", "gpu"), ("gpu", "cpu")):
         assert any(f"faiss-{extra}==" in line for line in extras[extra])
         assert not any(f"faiss-{other}" in line for line in extras[extra]), "both install the module faiss"
+        assert any(line.startswith("numpy==1.") for line in extras[extra]), "stock fairseq fails with numpy 2"
+
+
+def test_the_models_of_transformers_can_be_imported():
+    """Beside fairseq: it requires torchaudio, which does not load beside every torch, and transformers imports it."""
+    program = "import faiss, torch, fairseq, transformers, matplotlib\nfrom transformers import GPT2LMHeadModel"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu", "preprocess", "examples", "dev"])

@@ -2,12 +2,12 @@
 
 import json
 import os
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe import GPT2BPE
 from safetensors.torch import load_file
@@ -19,14 +19,6 @@ from preprocess.tokenization import load_tokenizer
 from tests.fairseq_runs import TASK, run, write_split
 from tests.models import checkpoints
 from tests.models.tiny import VOCABULARY, stock_config, stock_model, write_checkpoint
-
-with pytest.MonkeyPatch.context() as patch:
-    # transformers imports torchaudio where it is installed, which fails beside a torch of another kind.
-    patch.setitem(sys.modules, "torchaudio", None)
-    transformers = pytest.importorskip("transformers")
-    GPT2 = pytest.importorskip("transformers.models.gpt2.modeling_gpt2").GPT2LMHeadModel
-    OPT = pytest.importorskip("transformers.models.opt.modeling_opt").OPTForCausalLM
-    GPT2TokenizerFast = transformers.GPT2TokenizerFast
 
 POSITIONS = 24
 
@@ -51,7 +43,7 @@ def tiny_gpt2(vocab_size=97, heads=2, width=24, layers=2, **config):
         eos_token_id=vocab_size - 1,
         **{"n_positions": POSITIONS, **config},
     )
-    return randomize(GPT2(config))
+    return randomize(transformers.GPT2LMHeadModel(config))
 
 
 def tiny_opt(**config):
@@ -69,7 +61,7 @@ def tiny_opt(**config):
             **config,
         }
     )
-    return randomize(OPT(config))
+    return randomize(transformers.OPTForCausalLM(config))
 
 
 def load_stock(directory):
@@ -119,7 +111,7 @@ def test_logits_of_gpt2(tmp_path, config):
     assert size % 8 == 0 and size >= model.config.vocab_size + 4
 
     to_huggingface(tmp_path / "fs" / "checkpoint.pt", tmp_path / "back")
-    back = GPT2.from_pretrained(tmp_path / "back").eval()
+    back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").eval()
     ids = torch.randint(model.config.vocab_size, (2, POSITIONS))
     with torch.no_grad():
         assert back(ids).logits.shape[-1] >= model.config.vocab_size
@@ -207,7 +199,7 @@ def model_with_tokenizer(request, gpt2_files, tmp_path_factory):
     vocabulary.setdefault("<|endoftext|>", len(vocabulary))
     (directory / "vocab.json").write_text(json.dumps(vocabulary))
     (directory / "merges.txt").write_text(merges.read_text())
-    tokenizer = GPT2TokenizerFast.from_pretrained(directory)
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(directory)
     if request.param == "tokenizer.json":
         (directory / "vocab.json").unlink()
         (directory / "merges.txt").unlink()
@@ -236,7 +228,7 @@ def test_text_in_text_out(model_with_tokenizer, sources, tmp_path):
         converted = model(torch.tensor([ids[window]]))[0][0, :, numbers_of(dictionary)].argmax(dim=-1)
         assert torch.equal(likeliest, converted)
     to_huggingface(destination / "checkpoint.pt", tmp_path / "back")
-    back = GPT2TokenizerFast.from_pretrained(tmp_path / "back")
+    back = transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "back")
     assert back(sources[0])["input_ids"] == source.tokenizer(sources[0])["input_ids"]
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["eos_token_id"] == source.tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -255,7 +247,7 @@ def test_text_of_opt(gpt2_files, sources, tmp_path):
     (directory / "vocab.json").write_text(json.dumps(vocabulary))
     (directory / "merges.txt").write_text(merges.read_text())
     from_huggingface(directory, destination)
-    huggingface_tokenizer = GPT2TokenizerFast.from_pretrained(directory)
+    huggingface_tokenizer = transformers.GPT2TokenizerFast.from_pretrained(directory)
     tokenizer = load_tokenizer(
         "gpt2", destination / "encoder.json", destination / "vocab.bpe", destination / "dict.txt"
     )
