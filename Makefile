@@ -59,7 +59,7 @@ lint: env
 # fairseq is compiled against the torch and numpy of the environment. With pip's build isolation it would first download
 # a second torch of several GB, and with CUDA_HOME set it would compile CUDA extensions that are not used. pip caches the
 # wheel, so that the next environment needs seconds.
-$(STAMP): setup.py Makefile
+$(STAMP): setup.py Makefile $(wildcard longmem_fairseq/memory/search/native_search*)
 	@if [ ! -x "$(BIN)/pip" ]; then \
 	  version=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || { \
 	    echo "PYTHON=$(PYTHON) does not run: set it to Python 3.11 or 3.12, make PYTHON=/path/to/python3.12" >&2; exit 1; }; \

@@ -58,7 +58,7 @@ class LongMemConfig(FairseqDataclass):
         default="auto",
         metadata={
             "help": "search backend: faiss (on the GPU if the memory is there), torch, or native (a kernel for "
-            "processors with AVX-512 VNNI); auto: native where it runs, faiss otherwise"
+            "processors with AVX-512 VNNI or AVX2); auto: native where it runs, faiss otherwise"
         },
     )
     memory_dtype: ChoiceEnum(["auto", *MEMORY_DTYPES]) = field(

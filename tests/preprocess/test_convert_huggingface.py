@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,12 @@ from tests.models import checkpoints
 from tests.models.tiny import VOCABULARY, stock_config, stock_model, write_checkpoint
 
 POSITIONS = 24
+
+
+def test_models_of_transformers_can_be_imported_beside_fairseq():
+    """fairseq requires torchaudio, which does not load beside every torch, and transformers imports it."""
+    assert sys.modules.get("torchaudio", torch) is not None, "a test hides torchaudio"
+    assert issubclass(transformers.GPT2LMHeadModel, torch.nn.Module)
 
 
 def randomize(model, seed=0):
