@@ -63,6 +63,55 @@ def test_finds_the_largest_products(instructions, N, d, T, n, seed, spread, offs
     check(instructions, means, queries, min(n, N))
 
 
+MAGNITUDES = [0.0, 1e-45, 1e-40, 1e-38, 1e-30, 1e-15, 1.0, 1e20, 1e30, 3.4e38]
+magnitudes = st.lists(st.sampled_from(MAGNITUDES), min_size=1, max_size=4)
+
+
+@each_instructions
+@settings(max_examples=60)
+@given(
+    N=st.integers(1, 300),
+    d=st.sampled_from([1, 7, 16, 33, 64]),
+    T=st.integers(16, 19),
+    n=st.integers(1, 20),
+    seed=st.integers(0, 10**6),
+    of_rows=magnitudes,
+    of_columns=magnitudes,
+    of_queries=magnitudes,
+    common=st.sampled_from([0.0, 1.0, 2e38]),
+)
+def test_finds_the_largest_products_of_any_floats(
+    instructions, N, d, T, n, seed, of_rows, of_columns, of_queries, common
+):
+    """Floats from the smallest to the largest, both zeros, mixed in a row or between rows; flushing is switched on."""
+    rng = np.random.default_rng(seed)
+
+    def numbers(rows, magnitudes):
+        x = rng.uniform(-1, 1, (rows, d)) * rng.choice(magnitudes, (rows, 1))
+        return x * np.minimum(rng.choice(of_columns, d), 1.0)
+
+    keys = np.clip(numbers(N, of_rows) + common * rng.uniform(-1, 1, d), -3.4e38, 3.4e38)
+    means, queries = (torch.from_numpy(x.astype(np.float32)[None]) for x in (keys, numbers(T, of_queries)))
+    bank, n = bank_of(means), min(n, N)
+    torch.set_flush_denormal(True)
+    try:
+        slots = NativeSearch(instructions)(bank, ONE, queries[None], n)[0]
+    finally:
+        torch.set_flush_denormal(False)
+    scores = queries.double() @ means.double().mT
+    sums = queries.double().abs() @ means.double().abs().mT
+    best = scores.topk(n, dim=-1)
+    rounding = 1e-12 * torch.maximum(sums.gather(-1, slots), sums.gather(-1, best.indices))
+    assert ((scores.gather(-1, slots) - best.values).abs() <= rounding).all()
+    assert (slots.sort(dim=-1).values.diff(dim=-1) > 0).all()
+
+
+@needs_kernel
+def test_zero_keys_are_found_by_queries_of_any_size():
+    slots = NativeSearch()(bank_of(torch.zeros(1, 20, 8)), ONE, torch.full((1, 1, 16, 8), 1e20), 20)
+    assert (slots.sort(dim=-1).values == torch.arange(20)).all()
+
+
 @each_instructions
 def test_zero_queries_and_outliers(instructions):
     means = torch.randn(1, 300, 64, generator=torch.Generator().manual_seed(0))

@@ -154,6 +154,18 @@ def test_queries_that_are_not_numbers_find_nothing_outside_what_is_held(name):
 
 
 @each_search
+@pytest.mark.parametrize("power", [-140, -60, 100, 124])
+def test_the_length_of_a_query_does_not_matter(name, power):
+    """Scores of the long queries are above the largest float32, those of the short ones below the smallest."""
+    bank = filled_bank([(0, 40), (40, 20)], 13, 3)
+    bank.means *= 2.0**40
+    queries = torch.randn(2, H, 20, D, generator=torch.Generator().manual_seed(1)).round(decimals=2)
+    lanes = np.array([0, 1])
+    expected = SEARCHES[name](bank, lanes, (queries * 4).round(), 5)
+    assert torch.equal(SEARCHES[name](bank, lanes, (queries * 4).round() * 2.0**power, 5), expected)
+
+
+@each_search
 def test_gradients_do_not_flow_through_the_search(name):
     bank = filled_bank([(0, 30)], 8, 3)
     slots = SEARCHES[name](bank, np.array([0]), torch.randn(1, H, 7, D).requires_grad_(), 4)
