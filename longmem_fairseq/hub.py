@@ -24,7 +24,7 @@ from .memory.document_memory import DocumentMemory
 from .memory.memory_file import load_memory, save_memory
 from .models.longmem_config import LongMemConfig
 from .models.longmem_lm import LongMemModel
-from .models.model_directory import is_model_directory, read_directory
+from .models.model_directory import BACKBONE, CONFIG, is_model_directory, read_directory
 from .models.reading import DocumentReader
 from .models.trace import Trace, trace_reads
 from .safe_load import allow_namespaces
@@ -323,6 +323,7 @@ def _load_directory(directory: str, data: str, settings: dict):
     }
     task_args = OmegaConf.create({**values, "data": data, "path": directory, "fp16": False})
     task = LongMemLanguageModelingTask(task_args, Dictionary.load(os.path.join(data, "dict.txt")))
+    trained_on = saved.pop("backbone_fingerprint", None)
     cfg = argparse.Namespace(
         _name="longmem_lm",
         **{**saved, **settings},
@@ -333,7 +334,12 @@ def _load_directory(directory: str, data: str, settings: dict):
     )
     model = task.build_model(cfg, from_checkpoint=True)
     model.load_state_dict(weights)
-    model.decoder.take_fingerprint()
+    fingerprint = model.decoder.backbone.fingerprint
+    if trained_on not in (None, fingerprint):
+        raise ValueError(
+            f"{os.path.join(directory, BACKBONE)} is not the backbone that the model was trained on: its fingerprint is "
+            f"{fingerprint[:12]}, and {CONFIG} has {trained_on[:12]}"
+        )
     return model, task
 
 

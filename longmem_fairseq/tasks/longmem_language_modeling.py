@@ -16,7 +16,7 @@ from ..modules.mixed_precision import compute_products_in
 from ..safe_load import allow_namespaces
 from ..text import encode_text, one_line
 from .batch_memory import BatchMemory
-from .checkpoints import check_dictionary, check_space, read_checkpoint
+from .checkpoints import Restored, check_dictionary, check_space, read_checkpoint
 from .document_splits import load_documents
 from .evaluation_batches import EvaluationBatches
 from .generation_options import check_generation
@@ -44,6 +44,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         memory: Upkeep of the model's memory before each batch.
         lane_batches: Iterators over documents on lanes.
         session: Memory of a generation command; None before its generator is built.
+        restored: Checkpoint that training continues from; None if there is none.
     """
 
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
@@ -51,6 +52,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         self.memory = BatchMemory(args)
         self.lane_batches = LaneBatches(args, dictionary.eos(), self.memory.start_epoch)
         self.session: Optional[MemorySession] = None
+        self.restored: Optional[Restored] = None
         self._model = self._model_cfg = self._last_batch = None
         self._tokenizer = self._bpe = None
 
@@ -71,7 +73,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             for path in filter(os.path.isfile, utils.split_paths(args.path)):
                 read_checkpoint(path)
         elif not kwargs.get("from_checkpoint"):
-            task.memory.snapshots = prepare_training(args, task.dictionary)
+            task.restored, task.memory.snapshots = prepare_training(args, task.dictionary)
         return task
 
     @classmethod
@@ -107,6 +109,8 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
                     option = name.replace("_", "-")
                     logger.info("--%s: %s, from the checkpoint (change it with --model-overrides)", option, saved)
                     self.args[name] = saved
+        elif self.restored is not None and "backbone_fingerprint" in args:
+            args.backbone_fingerprint = self.restored.backbone  # the model compares it with its backbone's
         model = super().build_model(args, from_checkpoint)
         if from_checkpoint and str(self.args.inference_dtype) != "float32":
             compute_products_in(model, getattr(torch, str(self.args.inference_dtype)))
