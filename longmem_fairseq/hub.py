@@ -337,8 +337,8 @@ def _load_directory(directory: str, data: str, settings: dict):
     fingerprint = model.decoder.backbone.fingerprint
     if trained_on not in (None, fingerprint):
         raise ValueError(
-            f"{os.path.join(directory, BACKBONE)} is not the backbone that the model was trained on: its fingerprint is "
-            f"{fingerprint[:12]}, and {CONFIG} has {trained_on[:12]}"
+            f"{os.path.join(directory, BACKBONE)} is not the backbone that the model was trained on: it has "
+            f"fingerprint {fingerprint[:12]}, and {CONFIG} names {trained_on[:12]}"
         )
     return model, task
 

@@ -255,7 +255,9 @@ def _longmem_settings(cfg: Any, task):
     for checkpoint_format in checkpoint_formats():
         settings = checkpoint_format.longmem_settings(cfg, len(task.source_dictionary), scope)
         if settings is not None:
-            return argparse.Namespace(**settings)
+            overrides = getattr(getattr(task, "saved", None), "overrides", {})  # of settings that the format lacks too
+            known = {name: x for name, x in overrides.items() if name in LongMemConfig.__dataclass_fields__}
+            return argparse.Namespace(**{**settings, **known})
     return cfg
 
 

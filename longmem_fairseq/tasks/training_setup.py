@@ -25,11 +25,6 @@ def prepare_training(cfg, dictionary: Dictionary) -> Tuple[Optional[Restored], O
         ValueError: An option, the checkpoint or the data cannot be used.
         FileNotFoundError: The checkpoint or the data does not exist.
     """
-    if str(cfg.inference_dtype) != "float32":
-        raise ValueError(
-            f"--inference-dtype {cfg.inference_dtype} is for evaluation and generation: leave it out, and train in "
-            "half precision with --fp16 or --amp"
-        )
     paths = utils.split_paths(cfg.data)
     if len(paths) > 1:  # the data of an epoch days from now is checked today
         open_split(paths, cfg.train_subset, dictionary, combine=True)

@@ -74,6 +74,7 @@ def test_options_without_an_effect_are_not_in_the_help(parse):
         "side_layer_norm_eps",
         "normalize_last_hidden",
         "backbone_config",
+        "backbone_fingerprint",
         "gpt_encoder_path",
         "no_token_positional_embeddings",
         "base_layers",
