@@ -32,6 +32,7 @@ from .tasks.checkpoints import read_checkpoint
 from .tasks.generator import LongMemGenerator, backbone_identity
 from .tasks.longmem_language_modeling import LongMemLanguageModelingTask
 from .tasks.options import LongMemLanguageModelingConfig
+from .tasks.saved_settings import suggestion
 from .text import decode_text, encode_text, find_bpe, token_texts
 
 TASK = "longmem_language_modeling"
@@ -297,9 +298,7 @@ def _load_checkpoint(checkpoint: str, data: Optional[str], settings: dict):
         # The task may be another one, as in a released checkpoint, or lack an option that was added later.
         cfg["task"] = _task_settings(cfg["task"])
         cfg["task"]["fp16"] = False  # an option of the training, not of this call
-    unknown = [key for key in settings if key not in cfg["model"] and key not in cfg["task"]]
-    if unknown:
-        raise ValueError(f"{checkpoint} does not have the setting {unknown[0]}: leave it out")
+    _check_settings(checkpoint, settings, {*cfg["model"], *cfg["task"]})
     data = find_data(data, checkpoint, cfg["task"].get("data"))
     with open_dict(cfg):
         # Each setting goes wherever the configuration has it, as with --model-overrides.
@@ -314,9 +313,7 @@ def _load_directory(directory: str, data: str, settings: dict):
     """Return the model of a model directory and its task."""
     saved, backbone, weights = read_directory(directory)
     task_settings = OmegaConf.structured(LongMemLanguageModelingConfig())
-    unknown = [key for key in settings if key not in LongMemConfig.__dataclass_fields__ and key not in task_settings]
-    if unknown:
-        raise ValueError(f"{directory} does not have the setting {unknown[0]}: leave it out")
+    _check_settings(directory, settings, {*LongMemConfig.__dataclass_fields__, *task_settings})
     values = {
         **_task_settings({}),
         **{key: value for key, value in {**saved, **settings}.items() if key in task_settings},
@@ -341,6 +338,12 @@ def _load_directory(directory: str, data: str, settings: dict):
             f"fingerprint {fingerprint[:12]}, and {CONFIG} names {trained_on[:12]}"
         )
     return model, task
+
+
+def _check_settings(path: str, settings: dict, known: set) -> None:
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{path} does not have the setting {name}: {suggestion(name, known)}")
 
 
 def _task_settings(settings) -> dict:

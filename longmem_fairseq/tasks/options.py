@@ -129,6 +129,7 @@ def check_options(cfg: LongMemLanguageModelingConfig, from_checkpoint: bool = Fa
         check_use(cfg, LongMemLanguageModelingConfig, command)
         if cfg.use_plasma_view:
             raise ValueError("--use-plasma-view is not supported: data is memory-mapped; leave it out")
+        _check_precision(cfg)
     memory_policy(cfg.memory_scope)
     if cfg.tokens_per_sample < 1:
         raise ValueError(f"--tokens-per-sample {cfg.tokens_per_sample} is less than one token: raise it")
@@ -136,7 +137,6 @@ def check_options(cfg: LongMemLanguageModelingConfig, from_checkpoint: bool = Fa
         raise ValueError(
             f"--dataset-impl {cfg.dataset_impl} cannot be read by slices: write the data with --dataset-impl mmap"
         )
-    _check_precision(cfg)
     _check_memory_files(cfg)
     if cfg.prompt_tokens is not None and cfg.prompt_tokens < 0:
         raise ValueError(f"--prompt-tokens {cfg.prompt_tokens} is negative: set it to 0 or more")

@@ -35,22 +35,15 @@ def parse_overrides(text: Optional[str]) -> Dict[str, Any]:
     return overrides
 
 
-def check_names(names: Iterable[str], known: Set[str], where: str) -> None:
-    """Refuse names of settings that do not exist.
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Advise what to do about a setting that does not exist, as the end of a sentence.
 
     Args:
-        names: Names to check.
+        name: Name of the setting.
         known: Names of all settings.
-        where: Place of the names, for the message.
-
-    Raises:
-        ValueError: A name is unknown; the message has the nearest one.
     """
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(str(name), sorted(known), n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "leave it out"
-            raise ValueError(f"{where} has {name}, which is not a setting of the model: {hint}")
+    nearest = difflib.get_close_matches(str(name), sorted(known), n=1)
+    return f"did you mean {nearest[0]}?" if nearest else "leave it out"
 
 
 class SavedSettings:
@@ -94,19 +87,12 @@ class SavedSettings:
         files = [settings(state) for state in states if state.get("cfg") or state.get("args")]
         for saved in files:
             known = {name for name in {*vars(saved), *_fields(saved)} if not name.startswith("_")}
-            if self.from_checkpoint:
-                known |= task_settings
-            else:
-                self._refuse_task_options(task_settings - known)
-            check_names(self.overrides, known, "--model-overrides")
+            for name in self.overrides:
+                if name in known or (name in task_settings and self.from_checkpoint):
+                    continue
+                option = f"give it as --{name.replace('_', '-')}" if name in task_settings else suggestion(name, known)
+                raise ValueError(f"--model-overrides has {name}, which is not a setting of the model: {option}")
         self._files = iter(files)
-
-    def _refuse_task_options(self, options: Set[str]) -> None:
-        for name in sorted(options & set(self.overrides)):
-            raise ValueError(
-                f"--model-overrides has {name}, which is not a setting of the model: give it as "
-                f"--{name.replace('_', '-')}"
-            )
 
     def apply(self, model_cfg, cfg) -> None:
         """Settle the settings of a checkpoint's model that is about to be built, and the task's.
