@@ -56,7 +56,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         self.lane_batches = LaneBatches(args, dictionary.eos(), self.memory.start_epoch)
         self.session: Optional[MemorySession] = None
         self.restored: Optional[Restored] = None
-        self.saved = SavedSettings(args, from_checkpoint=True)
+        self.saved = SavedSettings({})
         self._model = self._model_cfg = self._last_batch = None
         self._tokenizer = self._bpe = None
 
@@ -71,7 +71,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         allow_namespaces()  # fairseq reads its checkpoints after this
         from_checkpoint = bool(kwargs.get("from_checkpoint"))
         check_options(args, from_checkpoint)
-        saved = SavedSettings(args, from_checkpoint)
+        saved = SavedSettings.of_command(args, from_checkpoint)
         task = super().setup_task(args, **kwargs)
         task.saved = saved
         if args.path is not None:

@@ -4,7 +4,7 @@ import ast
 import difflib
 import logging
 from argparse import Namespace
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Set
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Set
 
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.utils import safe_getattr
@@ -50,29 +50,42 @@ class SavedSettings:
     """Settings of the checkpoints of ``--path`` for one command.
 
     Args:
-        cfg: Configuration of the task: ``model_overrides``, ``explicit_options`` and the options in :data:`ADOPTED`.
-        from_checkpoint: Whether ``cfg`` itself comes from the checkpoint, with the user's options already in it.
+        overrides: Settings of ``--model-overrides``.
+        explicit: Those options in :data:`ADOPTED` that the user gave.
+        from_checkpoint: Whether the task's configuration itself comes from the checkpoint, with the user's options
+            already in it.
 
     Attributes:
-        overrides: Settings of ``--model-overrides``.
-
-    Raises:
-        ValueError: ``--model-overrides`` is not a dictionary, or contradicts an option.
+        overrides: As above.
     """
 
-    def __init__(self, cfg, from_checkpoint: bool):
-        self.from_checkpoint = from_checkpoint
-        self.overrides = parse_overrides(cfg.model_overrides)
-        given = () if from_checkpoint else cfg.explicit_options or ()
-        self.explicit = [name for name in ADOPTED if name in given]
+    def __init__(self, overrides: Dict[str, Any], explicit: Sequence[str] = (), from_checkpoint: bool = False):
+        self.overrides, self.explicit, self.from_checkpoint = overrides, explicit, from_checkpoint
         self._files: Iterator[Namespace] = iter(())
         self._adopted: Dict[str, Any] = {}
-        for name in self.explicit:
-            if str(self.overrides.get(name, getattr(cfg, name))) != str(getattr(cfg, name)):
+
+    @classmethod
+    def of_command(cls, cfg, from_checkpoint: bool) -> "SavedSettings":
+        """Read what the user gave from a task's configuration.
+
+        Args:
+            cfg: Configuration: ``model_overrides``, ``explicit_options`` and the options in :data:`ADOPTED`.
+            from_checkpoint: As for the class.
+
+        Raises:
+            ValueError: ``--model-overrides`` is not a dictionary, or contradicts an option.
+        """
+        overrides = parse_overrides(cfg.model_overrides)
+        given = () if from_checkpoint else cfg.explicit_options or ()
+        explicit = [name for name in ADOPTED if name in given]
+        for name in explicit:
+            value = getattr(cfg, name)
+            if str(overrides.get(name, value)) != str(value):
                 raise ValueError(
-                    f"--{name.replace('_', '-')} {getattr(cfg, name)} contradicts --model-overrides, which has "
-                    f"{self.overrides[name]}: leave one of them out"
+                    f"--{name.replace('_', '-')} {value} contradicts --model-overrides, which has {overrides[name]}: "
+                    "leave one of them out"
                 )
+        return cls(overrides, explicit, from_checkpoint)
 
     def expect(self, states: List[Dict[str, Any]], task_settings: Set[str]) -> None:
         """Take the checkpoints that are about to be loaded, and check the names in ``--model-overrides``.
