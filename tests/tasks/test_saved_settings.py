@@ -6,8 +6,9 @@ from fairseq import checkpoint_utils, options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from longmem_fairseq.tasks.saved_settings import parse_overrides
-from tests.conftest import T
-from tests.fairseq_runs import TASK
+from tests.conftest import VALID_LENGTHS, T
+from tests.fairseq_runs import TASK, figures, finish, random_documents, start
+from tests.tasks.test_evaluation_batches import load_language_model, mean_loss
 
 
 @pytest.fixture
@@ -93,3 +94,22 @@ def test_settings_that_came_later_can_be_overridden(load, tiny_longmem, tmp_path
 def test_settings_that_do_not_exist_are_refused(load, arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         load(*arguments)
+
+
+def test_fairseq_validate(tiny_data, tiny_longmem, tiny_backbone, tmp_path):
+    """It takes task and options from the checkpoint; here too, what the user gives wins, or is refused."""
+    options = [tiny_data, *TASK, *"--valid-subset valid --batch-size 2 --cpu --log-format json --path".split()]
+    commands = {
+        "backbone": [tiny_backbone, "--tokens-per-sample", 8],
+        "stream": [tiny_longmem.checkpoint, "--memory-scope", "stream"],
+        "misspelt": [tiny_longmem.checkpoint, "--model-overrides", "{'memory_sise': 64}"],
+        "memory": [tiny_longmem.checkpoint, "--memory-load", "x"],
+    }
+    processes = {name: start("validate", *options, *arguments, cwd=tmp_path) for name, arguments in commands.items()}
+    expected = mean_loss(load_language_model(tiny_backbone, tiny_data), random_documents(VALID_LENGTHS, seed=1), 8)
+    losses = {name: figures(finish(processes[name]), "valid", "loss") for name in ("backbone", "stream")}
+    assert losses["backbone"] == [pytest.approx(expected, abs=2e-3)]
+    assert losses["stream"] != figures(tiny_longmem.log, "valid", "loss")[-1:]
+    assert "did you mean memory_size?" in finish(processes["misspelt"], succeeds=False).splitlines()[-1]
+    refusal = "error: --memory-load x is not supported by fairseq-validate: memories start empty; "
+    assert refusal in finish(processes["memory"], succeeds=False).splitlines()[-1]
