@@ -88,8 +88,6 @@ class StreamMemory:
             position: Number of tokens of the stream that were skipped.
         """
         self.bank.reset(lane, position)
-        if self.base is not None and position == 0:
-            self.bank.load(lane, self.base)
         self.streams[lane], self.stream_ends[lane] = stream, position
 
     def store(self, pending: PendingWrite, rows: List[int]) -> None:
@@ -125,6 +123,8 @@ class StreamMemory:
         self._settle(segments)
         for row in np.flatnonzero(segments.starts == 0):
             self.start_stream(int(segments.lanes[row]), int(segments.streams[row]), 0)
+            if self.base is not None:
+                self.bank.load(int(segments.lanes[row]), self.base)
         return self.reader(segments)
 
     def needs_replay(self, segments: Segments) -> np.ndarray:

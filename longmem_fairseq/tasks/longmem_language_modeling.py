@@ -114,6 +114,11 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         model = super().build_model(args, from_checkpoint)
         if from_checkpoint and str(self.args.inference_dtype) != "float32":
             compute_products_in(model, getattr(torch, str(self.args.inference_dtype)))
+        if not from_checkpoint and hasattr(model, "memorize") and self.args.max_target_positions is not None:
+            raise ValueError(
+                f"--max-target-positions {self.args.max_target_positions} is not supported by a model with a memory: "
+                "its positions are the backbone's; leave it out"
+            )
         positions = model.max_positions()
         if positions is not None and self.args.tokens_per_sample > positions:
             raise ValueError(
