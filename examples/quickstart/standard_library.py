@@ -5,7 +5,8 @@
 writes DIR/train.jsonl, DIR/valid.jsonl and DIR/test.jsonl, one document a line (``name``, ``text``). With --text, the
 documents are read from there instead. The split depends on the lengths of the documents only: of the long ones, longest
 first, every third is held out, for test or (every ninth) for valid; all others are for training. Fewer than nine
-documents are cut instead: 70 % of each for training, 10 % for valid and the end for test.
+documents are cut instead: 70 % of each for training, 10 % for valid and the end for test. With --test-characters N, the
+longest documents of the test split are kept, up to N characters.
 """
 
 import argparse
@@ -80,6 +81,23 @@ def split(documents: Sequence[NamedText]) -> Dict[str, List[NamedText]]:
     return splits
 
 
+def longest(documents: Sequence[NamedText], characters: int) -> List[NamedText]:
+    """Keep the longest documents that together have at most a number of characters, and at least one.
+
+    Args:
+        documents: Name and text of each document.
+        characters: Largest number of characters.
+
+    Returns:
+        The kept documents, the longest first.
+    """
+    kept: List[NamedText] = []
+    for document in sorted(documents, key=lambda d: (-len(d[1]), d[0])):
+        if not kept or sum(len(text) for _, text in kept) + len(document[1]) <= characters:
+            kept.append(document)
+    return kept
+
+
 def line_end(text: str, at: int) -> int:
     """Return the index behind the line that contains character ``at``."""
     end = text.find("\n", at)
@@ -92,6 +110,7 @@ def main() -> None:
     )
     parser.add_argument("--destdir", required=True, help="directory of the three files")
     parser.add_argument("--text", help="a text file, a directory of text files, or JSON lines")
+    parser.add_argument("--test-characters", type=int, help="largest number of characters in the test split")
     args = parser.parse_args()
     try:
         documents = [(d.name, d.text) for d in iter_documents([args.text])] if args.text else list(standard_library())
@@ -99,6 +118,8 @@ def main() -> None:
         sys.exit(f"standard_library.py: {error}")
     os.makedirs(args.destdir, exist_ok=True)
     for name, part in split(documents).items():
+        if name == "test" and args.test_characters is not None:
+            part = longest(part, args.test_characters)
         if not part:
             sys.exit(f"standard_library.py: {args.text} is too little text: nothing is left for {name}")
         lines = [json.dumps({"name": document, "text": text}) + "\n" for document, text in part]

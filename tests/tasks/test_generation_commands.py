@@ -167,7 +167,7 @@ def start_with_text(directory, tokenizer, *options, **kwargs):
 
 
 def test_tokenizers(tmp_path):
-    """Texts of several lines, by a tokenizer.json, as named, and by the data's sentencepiece; in two ways of generation."""
+    """Texts of several lines, by a named tokenizer.json and by the data's sentencepiece; in two ways of generation."""
     huggingface, spm = tmp_path / "huggingface", tmp_path / "sentencepiece"
     for directory in (huggingface, spm):
         directory.mkdir()

@@ -1,0 +1,118 @@
+"""Report of examples/smollm2/run.sh: collect its results into report.json, report.md and report.png, and print the table.
+
+python -m examples.smollm2.report --directory smollm2 --seconds 3600
+"""
+
+import argparse
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Dict
+
+import torch
+
+from examples.quickstart.demo_report import perplexity
+from longmem_fairseq.evaluation.reporting.plots import load_pyplot
+from longmem_fairseq.files import write_json, write_text, write_whole
+
+
+def collect(directory: Path, seconds: int) -> dict:
+    """Collect all results, in the form of report.json.
+
+    Args:
+        directory: Directory of the run.
+        seconds: Duration of this call of run.sh in seconds.
+    """
+    training = (directory / "logs/train.log").read_text()
+    gates = re.findall(r"train_inner .*? gate=([0-9.]+)", training)
+    walls = re.findall(r"train_wall=([0-9.]+)", training)
+    trained = re.search(r"([\d,]+) parameters to train", training)
+    copying = (directory / "copying.txt").read_text().splitlines()
+    return {
+        "source": (directory / "source").read_text().strip(),
+        "copying": copying[0],
+        "memory_layer": int(copying[-1].split()[-1]),
+        "heads": next(line for line in copying if line.split()[:1] == [copying[-1].split()[-1]]).split(maxsplit=1)[1],
+        "backbone": _by_size(directory, "backbone"),
+        "memory": _by_size(directory, "memory"),
+        "updates": int(re.findall(r"num_updates=(\d+)|num_updates (\d+)|$", training)[0][0] or 0),
+        "training_seconds": float(walls[-1]) if walls else None,
+        "gate": float(gates[-1]) if gates else None,
+        "parameters_trained": trained[1] if trained else None,
+        "seconds": seconds,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+    }
+
+
+def _by_size(directory: Path, system: str) -> Dict[str, float]:
+    """Return the perplexities of a system by the size in the names of its logs, smallest first."""
+    sizes = {int(log.stem.split("-")[1]): perplexity(log) for log in directory.glob(f"eval/{system}-*.log")}
+    return {str(size): sizes[size] for size in sorted(sizes)}
+
+
+def results_table(report: dict) -> str:
+    """Format the results as a table in Markdown; gains are against the same model's smallest context."""
+    rows = []
+    for system, label, first in (
+        ("backbone", "backbone, full attention over blocks of {} tokens", None),
+        ("memory", "LongMem, window 1,024, memory of {} tokens", "LongMem, window 1,024, memory off"),
+    ):
+        smallest = next(iter(report[system].values()))
+        for size, value in report[system].items():
+            name = first if int(size) == 0 else label.format(f"{int(size):,}")
+            gain = "" if value == smallest else f"{100 * (value / smallest - 1):+.1f} %"
+            rows.append(f"| {name} | {value:.2f} | {gain} |")
+    return "\n".join(["| model | perplexity | against its smallest |", "| --- | ---: | ---: |", *rows])
+
+
+def plot(report: dict, path: Path) -> None:
+    """Draw the perplexity by size of the context and write it as a PNG, whole or not at all.
+
+    Args:
+        report: Results, as ``collect`` returns them.
+        path: Path of the PNG.
+    """
+    plt = load_pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4), constrained_layout=True)
+    blocks, memories = report["backbone"], report["memory"]
+    axes.plot(list(map(int, blocks)), list(blocks.values()), "s--", color="grey", label="backbone, full attention")
+    sizes = [1024 + int(size) for size in memories]
+    axes.plot(sizes, list(memories.values()), "o-", label="LongMem, window of 1,024 and memory")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({*map(int, blocks), 17408, 66560}), labels=None)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{int(value):,}")
+    axes.tick_params(axis="x", labelrotation=30)
+    axes.set_xlabel("tokens that can be read")
+    axes.set_ylabel("perplexity of held-out documents")
+    axes.set_title(report["source"], fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m examples.smollm2.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--directory", type=Path, required=True, help="directory of the run")
+    parser.add_argument("--seconds", type=int, default=0, help="duration of the run in seconds")
+    args = parser.parse_args()
+    directory, report = args.directory, collect(args.directory, args.seconds)
+    results = results_table(report)
+    plot(report, directory / "report.png")
+    lines = [
+        f"# {report['source']}",
+        results,
+        f"{report['copying']}. Memory layer {report['memory_layer']}; its heads: {report['heads']}.",
+        f"Adaptation: {report['updates']} updates, {report['parameters_trained']} parameters trained, "
+        f"{report['training_seconds']} s. Machine: {report['machine']}, {report['device']}.",
+    ]
+    write_text(directory / "report.md", "\n\n".join(lines) + "\n")
+    write_json(directory / "report.json", report)
+    print(f"\n{results}\n\n{report['seconds']} s; report: {directory}/report.md, report.json, report.png")
+
+
+if __name__ == "__main__":
+    main()
