@@ -1,4 +1,4 @@
-"""Report of examples/smollm2/run.sh: collect its results into report.json, report.md and report.png, and print the table.
+"""Report of examples/smollm2/run.sh: collect its results into report.json, report.md and report.png, and print them.
 
 python -m examples.smollm2.report --directory smollm2 --seconds 3600
 """
