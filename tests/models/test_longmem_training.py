@@ -152,3 +152,38 @@ def test_a_memory_in_half_precision_beside_a_full_model(tmp_path, dtype):
     assert float((a - b).abs().mean() / a.std()) < 0.05
     bank = next(iter(half.decoder.memories)).bank
     assert str(bank.keys.dtype) == f"torch.{dtype}" and bank.means.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["transformer_lm", "llama_lm"])
+def test_autocast_computes_products_in_half_and_learns_in_full_precision(tmp_path, kind):
+    """--train-dtype bfloat16: parameters and gradients are float32, and a memory is rebuilt bit by bit."""
+    full, half, rebuilt = (longmem(tmp_path, model=kind) for _ in range(3))
+    half.autocast_dtype = rebuilt.autocast_dtype = torch.bfloat16
+    docs = documents([4 * T, 2 * T])
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    for a, b in zip(losses(full, docs), losses(half, docs)):
+        assert a.keys() == b.keys() and all(grad.dtype == torch.float32 for grad in b.values())
+        whole = [torch.cat([grad.flatten() for grad in gradients.values()]) for gradients in (a, b)]
+        assert not torch.equal(*whole) and torch.cosine_similarity(*whole, dim=0) > 0.98
+    assert half.memory_contents()[0].dtype == torch.bfloat16
+    for tokens, segments in batches(docs, T):
+        rebuilt.train().memorize(tokens, segments)
+    assert all(torch.equal(a, b) for a, b in zip(half.memory_contents(), rebuilt.memory_contents()))
+
+
+@pytest.mark.parametrize("kind", ["transformer_lm", "alibi_lm", "llama_lm"])
+def test_a_backbone_in_half_precision_beside_a_full_side_network(tmp_path, kind):
+    """--backbone-dtype bfloat16: half of the bytes, the same fingerprint, and no weight in the side network rounded."""
+    full = longmem(tmp_path, model=kind)
+    half = build_longmem(tmp_path / "backbone.pt", backbone_dtype="bfloat16")
+    assert half.decoder.backbone.fingerprint == full.decoder.backbone.fingerprint
+    half.decoder.layers.load_state_dict(full.decoder.layers.state_dict())
+    half.decoder.layer_norm.load_state_dict(full.decoder.layer_norm.state_dict())
+    for name, parameter in half.named_parameters():
+        product = "backbone" in name and name.endswith("proj.weight")
+        assert parameter.dtype == (torch.bfloat16 if product else parameter.dtype), name
+        assert parameter.device.type == "cpu" and ("backbone" in name or parameter.dtype == torch.float32), name
+    docs = documents([4 * T])
+    (a,), (b,) = read(full, docs, T), read(half.eval(), docs, T)
+    assert b.dtype == torch.float32 and not torch.equal(a, b)
+    assert float((a - b).abs().mean() / a.std()) < 0.1

@@ -87,7 +87,12 @@ def test_every_option_acts_or_is_refused_in_every_command():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_lines_refuse_options_that_do_not_act(command, tmp_path, monkeypatch, capsys):
     """In one sentence, before anything is read; the others are parsed, and known to be the user's."""
-    values = {"memory_scope": "stream", "resume_memory": "replay", "inference_dtype": "bfloat16"}
+    values = {
+        "memory_scope": "stream",
+        "resume_memory": "replay",
+        "inference_dtype": "bfloat16",
+        "train_dtype": "bfloat16",
+    }
     values.update(memory_save_dtype="float32", sample_break_mode="eos", shorten_method="truncate")
     for name, use in TABLE.items():
         if name == "data":

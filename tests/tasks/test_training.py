@@ -255,6 +255,21 @@ def test_half_precision_keeps_all_gradients(ranks, tmp_path):
     assert all(entry["exp_avg_sq"].any() for entry in state.values())
 
 
+def test_half_precision_by_autocast_continues_bit_by_bit(ranks, tmp_path):
+    """--train-dtype and --backbone-dtype on two ranks: float32 parameters, and a memory that is rebuilt as it was."""
+    options = ["train", *ranks.options, "--train-dtype", "bfloat16", "--backbone-dtype", "bfloat16"]
+    log, _ = run_ranks(*options, "--save-dir", tmp_path / "whole", cwd=tmp_path)
+    losses = figures(log, "train_inner", "loss")
+    assert losses != figures(ranks.log, "train_inner", "loss")
+    assert losses == pytest.approx(figures(ranks.log, "train_inner", "loss"), rel=0.03)
+    run_ranks(*options, "--save-dir", tmp_path / "stopped", "--max-update", 10, cwd=tmp_path)
+    run_ranks(*options, "--save-dir", tmp_path / "stopped", cwd=tmp_path)
+    checkpoints = [tmp_path / name / "checkpoint_last.pt" for name in ("stopped", "whole")]
+    assert same_weights(*checkpoints)
+    state = torch.load(checkpoints[1], weights_only=False)
+    assert {x.dtype for x in state["model"].values()} == {torch.float32}
+
+
 def test_a_moving_average_and_another_backbone(tiny_data, tiny_options, tiny_backbone, tmp_path):
     """--store-ema averages what is trained; a training that continues knows the backbone by its fingerprint."""
     options = [*tiny_options, *"--batch-size 4 --num-workers 0 --disable-validation --lr-scheduler fixed".split()]
