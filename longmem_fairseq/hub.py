@@ -24,10 +24,10 @@ from .memory.document_memory import DocumentMemory
 from .memory.memory_file import load_memory, save_memory
 from .models.longmem_config import LongMemConfig
 from .models.longmem_lm import LongMemModel
-from .models.model_directory import BACKBONE, CONFIG, is_model_directory, read_directory
+from .models.model_directory import BACKBONE, CONFIG, is_model_directory, load_weights, read_directory
 from .models.reading import DocumentReader
 from .models.trace import Trace, trace_reads
-from .safe_load import allow_namespaces
+from .safe_load import allow_namespaces, refuse_adapter
 from .tasks.checkpoints import read_checkpoint
 from .tasks.generator import LongMemGenerator, backbone_identity
 from .tasks.longmem_language_modeling import LongMemLanguageModelingTask
@@ -100,6 +100,7 @@ class LongMem:
             FileNotFoundError: The checkpoint or the dictionary is missing.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        refuse_adapter(path)
         if is_model_directory(path):
             data = find_data(data, os.path.join(path, "config.json"), None)
             model, task = _load_directory(path, data, settings)
@@ -329,8 +330,13 @@ def _load_directory(directory: str, data: str, settings: dict):
         reload_ptm_layer=False,
         memory_scope=str(task_args.memory_scope),
     )
-    model = task.build_model(cfg, from_checkpoint=True)
-    model.load_state_dict(weights)
+    try:
+        model = task.build_model(cfg, from_checkpoint=True)
+    except ValueError:
+        raise
+    except Exception as error:  # a malformed description makes modules raise anything
+        raise ValueError(f"{directory} does not describe a model that can be built: {error}") from error
+    load_weights(model, directory, weights)
     fingerprint = model.decoder.backbone.fingerprint
     if trained_on not in (None, fingerprint):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Read checkpoints without running code from them: torch's pickles may contain calls of any function."""
 
+import os
 import re
 from argparse import Namespace
 from contextlib import contextmanager
@@ -53,6 +54,25 @@ def load_safely(path: str) -> Any:
         raise
     except Exception as error:  # a damaged file makes its reader raise anything
         raise ValueError(why_unreadable(error)) from error
+
+
+def refuse_adapter(path: str) -> None:
+    """Refuse an adapter (LoRA and others of peft), which is a change to a model and not one.
+
+    Args:
+        path: Path of a directory, or of a file of weights.
+
+    Raises:
+        ValueError: It is an adapter.
+    """
+    whole = os.path.isdir(path)
+    directory = path if whole else os.path.dirname(path)
+    adapted = whole or os.path.basename(path).startswith("adapter_model")
+    if adapted and os.path.isfile(os.path.join(directory, "adapter_config.json")):
+        raise ValueError(
+            f"{path} is an adapter (adapter_config.json), not a model: merge it into its base model first, as with "
+            "peft's merge_and_unload, and convert the merged model"
+        )
 
 
 def why_unreadable(error: Exception) -> str:

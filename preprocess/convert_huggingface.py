@@ -30,15 +30,14 @@ from typing import Any
 import torch
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longmem_fairseq.backbones.base import BackboneError
 from longmem_fairseq.backbones.loading import read_backbone
 from longmem_fairseq.data.manifest import dictionary_fingerprint
-from longmem_fairseq.files import write_text, write_whole
-from longmem_fairseq.safe_load import load_safely
+from longmem_fairseq.files import read_json, write_text, write_whole
+from longmem_fairseq.safe_load import load_safely, refuse_adapter
+from longmem_fairseq.tensor_files import read_tensors, write_tensors
 from preprocess.checkpoint_file import write_checkpoint
 from preprocess.dictionary import EOS, SPECIALS, filler_symbols, read_dictionary
 from preprocess.errors import InputError
@@ -65,10 +64,14 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
         InputError: The model is not supported, or a file cannot be read or does not fit the others.
     """
     source, destination = Path(source), Path(destination)
+    try:
+        refuse_adapter(str(source))
+    except ValueError as error:
+        raise InputError(str(error)) from None
     config = _read_json(source / "config.json")
     check_config(config)
     tokenizer = _read_tokenizer(source)
-    vocabulary = config.get("vocab_size", 50257)
+    vocabulary = config.get("vocab_size") or 50257
     if config["model_type"] == "opt":
         if dictionary is not None:
             raise InputError(f"--dict {dictionary} cannot be used with an OPT, whose order is fixed: leave --dict out")
@@ -150,7 +153,7 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
         write_whole(destination / "vocab.json", lambda path: shutil.copyfile(checkpoint.parent / ENCODER, path))
         write_whole(destination / "merges.txt", lambda path: shutil.copyfile(checkpoint.parent / MERGES, path))
     write_text(destination / "config.json", json.dumps({**config, **special}, indent=2))
-    write_whole(destination / "model.safetensors", lambda path: save_file(exported, path, metadata={"format": "pt"}))
+    write_tensors(destination / "model.safetensors", exported, {"format": "pt"})
     logger.info("wrote %s", destination / "model.safetensors")
 
 
@@ -209,9 +212,9 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read the weights in a safetensors file."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        return read_tensors(path)[1]
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -247,7 +250,7 @@ def _read_tokenizer(
 def _read_json(path: Path) -> dict:
     """Read a JSON object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):

@@ -18,7 +18,7 @@ from typing import Dict, List, NamedTuple, Sequence
 import torch
 
 from examples.quickstart.standard_library import standard_library
-from longmem_fairseq.files import write_json
+from longmem_fairseq.files import printable, require_writable, write_json
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.text import read_text
 
@@ -165,6 +165,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.top_p is not None:
         generation.update(sampling=True, top_p=options.top_p)
     try:
+        if options.json:
+            require_writable(options.json)
         book = open_book(options)
         model = LongMem.from_pretrained(options.path, options.data, memory_size=options.memory_size, **settings)
         rows = [
@@ -172,7 +174,7 @@ def main(arguments: Sequence[str]) -> None:
             continue_page(model, "the pages before", book.before, book, generation),
             continue_page(model, "the whole book", book.text, book, generation),
         ]
-        print(report(rows, book))
+        print(printable(report(rows, book)))
         if options.json:
             write_json(options.json, {"book": book.name, "rows": rows})
     except (ValueError, OSError) as error:

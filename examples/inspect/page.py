@@ -22,7 +22,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from longmem_fairseq.files import write_text
+from longmem_fairseq.files import printable, require_writable, write_text
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.models.trace import Trace
 from longmem_fairseq.text import read_text
@@ -237,6 +237,7 @@ def main(arguments: Sequence[str]) -> None:
     names = ("memory_size", "pretrained_model_path")
     settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     try:
+        require_writable(options.output)
         model = LongMem.from_pretrained(options.path, options.data, device="cpu" if options.cpu else None, **settings)
         text = read_text(options.text)
         length = len(model.encode(text)) - options.begin
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str]) -> None:
         write_text(options.output, content)
     except (ValueError, OSError) as error:
         sys.exit(f"page.py: {error}")
-    print(f"{options.output}: {len(content.encode()) / 2**20:.1f} MiB")
+    print(f"{printable(options.output)}: {os.path.getsize(options.output) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

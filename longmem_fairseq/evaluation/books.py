@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files import printable
 from .base import Evaluation
 from .command_line import add_memory_sizes, memory_sizes, name_of
 from .reporting.statistic import PERPLEXITY
@@ -95,7 +96,7 @@ class Books(Evaluation):
         texts = list(self.read_texts(args.data))
         if len({name for name, _ in texts}) < len(texts):
             raise ValueError(f"--data has two documents of the name {_repeated_name(texts)}: rename one")
-        self.digest = hashlib.sha256("".join(name + text for name, text in texts).encode()).hexdigest()
+        self.digest = hashlib.sha256("".join(printable(name) + text for name, text in texts).encode()).hexdigest()
         reference = None if args.reference is None else count_words(text for _, text in self._reference())
         counts = {name: count_words([text]) for name, text in texts} if reference is None else {}
         total = sum(counts.values(), count_words([]))

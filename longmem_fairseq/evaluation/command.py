@@ -10,6 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 import torch
 from tqdm import tqdm
 
+from ..files import printable
 from ..memory.cache import CacheSettings
 from .base import Evaluation
 from .command_line import check, model_overrides, parser_of
@@ -65,7 +66,7 @@ def main(evaluation: Evaluation, argv: Optional[Sequence[str]] = None) -> str:
         sys.exit(interrupted(parser.prog, args.results_path))
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {sentence(error)}")
-    return outcome.report["markdown"]
+    return printable(outcome.report["markdown"])
 
 
 def run(evaluation: Evaluation, args: argparse.Namespace) -> Outcome:

@@ -1,15 +1,16 @@
 """All evaluations for several checkpoints, in one report with paired differences between them."""
 
 import argparse
-import json
 import logging
 import os
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ..files import printable, read_json
 from .base import Evaluation
 from .command import BRACKETS, Outcome, bullets, configure_logging, interrupted, run, sentence
 from .command_line import parser_of
+from .records import text_of, texts_of
 from .reporting.markdown import as_markdown, markdown_table
 from .reporting.report_files import as_json, write_report
 from .reporting.system_scores import SystemScores
@@ -54,14 +55,13 @@ def read_plan(
         ValueError: The file is not a plan, or lacks a name of ``only``.
         FileNotFoundError: The data of an evaluation do not exist.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            plan = [
-                PlannedEvaluation(name, row["evaluation"], list(row["arguments"]))
-                for name, row in json.load(file).items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"--plan {path} is not a plan: it must name evaluations with their arguments") from error
+    try:
+        plan = [
+            PlannedEvaluation(name, text_of(row["evaluation"]), texts_of(row["arguments"]))
+            for name, row in read_json(path).items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--plan {path} is not a plan: it must name evaluations with their arguments") from error
     names = [planned.name for planned in plan]
     for name in only or []:
         if name not in names:
@@ -146,7 +146,7 @@ def main(evaluations: Evaluations, default_plan: str, argv: Optional[Sequence[st
     command_line = parser(default_plan)
     args = command_line.parse_args(argv)
     try:
-        return compare(evaluations, args)
+        return printable(compare(evaluations, args))
     except KeyboardInterrupt:
         sys.exit(interrupted(command_line.prog, args.results_path))
     except (ValueError, OSError) as error:

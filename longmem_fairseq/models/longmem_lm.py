@@ -16,6 +16,7 @@ from ..backbones.base import Backbone, BackboneError
 from ..backbones.checkpoint_formats import CheckpointFormat, checkpoint_formats
 from ..backbones.loading import HOW_TO_NAME, build_backbone, load_backbone
 from ..data.segments import Segments
+from ..files import parse_json
 from ..memory.factory import MemoryFactory
 from ..memory.settings import MemorySettings
 from .longmem_config import (
@@ -241,7 +242,7 @@ def _check_fingerprint(saved: Optional[str], backbone: Backbone, path: Optional[
 def _find_backbone(cfg, dictionary) -> Backbone:
     """Return the backbone that a self-contained checkpoint describes, else that of --pretrained-model-path."""
     if cfg.save_backbone and cfg.backbone_config:
-        return build_backbone(json.loads(cfg.backbone_config), dictionary)
+        return build_backbone(parse_json(cfg.backbone_config), dictionary)
     return _load_named(cfg, dictionary)
 
 

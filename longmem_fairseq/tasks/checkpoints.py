@@ -18,19 +18,18 @@ from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 
 from ..data.manifest import dictionary_fingerprint
-from ..files import write_whole
+from ..files import printable, remove_tree, write_whole
 from ..safe_load import load_safely, namespaces_allowed, settings, why_unreadable
 
 logger = logging.getLogger(__name__)
 
 LAST = "checkpoint_last.pt"  # fairseq's default of --restore-file; it may be missing
 
-# Names of files that a killed process leaves: fairseq's checkpoints, and files of write_whole.
+# Names of what a killed process leaves: fairseq's files of checkpoints, and the directories of write_whole.
 _UNFINISHED = (
     "checkpoint*.pt.tmp",
-    "checkpoint*.part.*.pt",
-    "memory_epoch*.safetensors.tmp*",
-    "memory_epoch*.part.*.safetensors",
+    "checkpoint*.pt.part",
+    "memory_epoch*.safetensors.part",
 )
 
 
@@ -210,11 +209,8 @@ def _remove_unfinished(save_dir: str) -> None:
     """Remove the files of runs that ended while they wrote a checkpoint or a snapshot of the memory."""
     for pattern in _UNFINISHED:
         for path in glob.glob(os.path.join(glob.escape(save_dir), pattern)):
-            logger.info(f"{path} was never finished, and is removed")
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            else:
-                os.remove(path)
+            logger.info(f"{printable(path)} was never finished, and is removed")
+            remove_tree(path)
 
 
 def _repair(last: str) -> None:
@@ -233,7 +229,7 @@ def _repair(last: str) -> None:
         if state["optimizer_history"][-1]["num_updates"] > updates:
             newest, updates = path, state["optimizer_history"][-1]["num_updates"]
     if newest is not None:
-        logger.warning(f"{damage}; it is made again from {newest} of update {updates}")
+        logger.warning(printable(f"{damage}; it is made again from {newest} of update {updates}"))
         write_whole(last, lambda temporary: shutil.copyfile(newest, temporary))
 
 

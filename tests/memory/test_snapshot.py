@@ -154,7 +154,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         open(name, "wb").write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("longmem_fairseq.memory.container.save_file", fail)
+    monkeypatch.setattr("longmem_fairseq.tensor_files.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         save(tmp_path / "memory", make_memory(5))
     assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["memory"]

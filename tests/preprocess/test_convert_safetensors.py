@@ -74,7 +74,7 @@ def test_refusals(tmp_path):
     assert not (tmp_path / "created").exists()
     torch.save({"weight": torch.ones(1)}, file)
     assert "is not a fairseq checkpoint: it lacks the weights" in refusal(file, f"{out}.safetensors")
-    assert "is not a safetensors file" in refusal(file, f"{out}.pt")
+    assert "or not a safetensors file" in refusal(file, f"{out}.pt")
     assert "none.pt" in refusal(tmp_path / "none.pt", f"{out}.safetensors")
     assert "none.pt" in refusal(tmp_path / "none.pt", out)
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left half-written"
