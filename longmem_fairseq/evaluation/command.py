@@ -66,7 +66,7 @@ def main(evaluation: Evaluation, argv: Optional[Sequence[str]] = None) -> str:
         sys.exit(interrupted(parser.prog, args.results_path))
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {sentence(error)}")
-    return printable(outcome.report["markdown"])
+    return outcome.report["markdown"]
 
 
 def run(evaluation: Evaluation, args: argparse.Namespace) -> Outcome:
@@ -118,7 +118,7 @@ def run(evaluation: Evaluation, args: argparse.Namespace) -> Outcome:
 def _report(evaluation: Evaluation, scorer: Scorer, description, tuning, results, directory: str) -> Outcome:
     tables = evaluation.tables(results)
     notes = [*evaluation.notes(), *_cache_notes(tuning, scorer)]
-    text = "\n\n".join([f"# {evaluation.title}", bullets(notes), *map(as_markdown, tables), BRACKETS])
+    text = printable("\n\n".join([f"# {evaluation.title}", bullets(notes), *map(as_markdown, tables), BRACKETS]))
     report = {
         "evaluation": evaluation.name,
         "title": evaluation.title,

@@ -146,7 +146,7 @@ def main(evaluations: Evaluations, default_plan: str, argv: Optional[Sequence[st
     command_line = parser(default_plan)
     args = command_line.parse_args(argv)
     try:
-        return printable(compare(evaluations, args))
+        return compare(evaluations, args)
     except KeyboardInterrupt:
         sys.exit(interrupted(command_line.prog, args.results_path))
     except (ValueError, OSError) as error:
@@ -214,7 +214,7 @@ def _report(directory: str, outcomes: Dict[str, Dict[str, Outcome]]) -> str:
             "seconds": {checkpoint: outcome.report["seconds"] for checkpoint, outcome in runs.items()},
             "devices": {checkpoint: outcome.report["device"] for checkpoint, outcome in runs.items()},
         }
-    text = "\n\n".join([*parts, BRACKETS])
+    text = printable("\n\n".join([*parts, BRACKETS]))
     write_report(directory, {"models": models, "evaluations": evaluations, "markdown": text}, text, plots)
     return text
 
@@ -263,14 +263,17 @@ def merge(outcomes: Dict[str, Outcome]) -> List[Table]:
         return f"{name}: {row}"
 
     merged = []
-    for i, main_table in enumerate(next(iter(outcomes.values())).tables):
-        if i and not main_table.plot:
+    main_tables = {table.title: table for outcome in outcomes.values() for table in outcome.tables}
+    for i, (title, main_table) in enumerate(main_tables.items()):
+        if i and not (main_table.plot or main_table.compared):
             continue
         columns: Dict[str, Dict[str, SystemScores]] = {}
         pairs: Dict[Tuple[str, str], None] = {}  # in order, each once
         before: Dict[str, List[str]] = {}  # rows of a system in the checkpoints before
         for name, outcome in outcomes.items():
-            table = outcome.tables[i]
+            table = next((table for table in outcome.tables if table.title == title), None)
+            if table is None:  # the text of this checkpoint's tokens is not known
+                continue
             for column, rows in table.columns.items():
                 for row, scores in rows.items():
                     columns.setdefault(column, {}).setdefault(label(name, row), scores)
@@ -280,5 +283,5 @@ def merge(outcomes: Dict[str, Outcome]) -> List[Table]:
                 labeled = label(name, row)
                 pairs.update({(labeled, other): None for other in before.get(row, []) if other != labeled})
                 before.setdefault(row, []).append(labeled)
-        merged.append(Table(main_table.title, columns, main_table.plot, list(pairs)))
+        merged.append(Table(title, columns, main_table.plot, list(pairs)))
     return merged

@@ -15,7 +15,7 @@ from .records import read_file, text_of, texts_of
 from .reporting.finished_items import digest
 from .reporting.statistic import ACCURACY, PERPLEXITY
 from .reporting.system_scores import SystemScores
-from .reporting.table import Table
+from .reporting.table import Table, TextLoss, text_tables
 from .scoring.generate import generate
 from .scoring.text_state import TextState
 
@@ -212,7 +212,8 @@ class QuestionAnswering(Evaluation):
             for row, question, prompt in zip(rows, questions, prompts):
                 truth = self.scorer.tokenizer.encode_continuation(f" {question.answers[0]}\n")[: self.scorer.size // 2]
                 (scores,) = self.scorer.window(state, prompt, len(truth)).score([truth])
-                row["tokens"] = len(truth)
+                size = self.scorer.tokenizer.measure([truth], continues=True)
+                row.update(tokens=len(truth), size=size and size[0])
                 row["loss"][place] = {system: round(-float(x.double().sum()), 4) for system, x in scores.items()}
         return {"questions": rows}
 
@@ -244,7 +245,12 @@ class QuestionAnswering(Evaluation):
                 for system, loss in row["loss"][place].items():
                     scores = losses[place].setdefault(system, SystemScores({}, PERPLEXITY))
                     scores.items[row["name"]] = (loss, row["tokens"])
-        return [Table("Answers", answers, "bars"), Table("Perplexity of the right answer", losses, "bars")]
+        tables = [Table("Answers", answers, "bars"), Table("Perplexity of the right answer", losses, "bars")]
+        for place in (MEMORY, WINDOW):
+            rows = [row for result in results.values() for row in result["questions"]]
+            text_losses = [TextLoss(row["name"], row["loss"][place], row.get("size")) for row in rows]
+            tables += text_tables(f"Right answer, {place}", text_losses)
+        return tables
 
     def notes(self) -> List[str]:
         questions = sum(map(len, self.groups.values()))

@@ -12,6 +12,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from ..data.document_dataset import DocumentDataset
 from ..data.manifest import dictionary_fingerprint
+from ..data.text_meter import find_meter
 from ..modules.mixed_precision import compute_products_in
 from ..safe_load import allow_namespaces
 from ..text import encode_text, one_line
@@ -253,4 +254,5 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             run=describe_run(args, self._model_cfg, lanes, memory),
             bar=args.log_format == "tqdm" or (args.log_format is None and not args.no_progress_bar),
             log_interval=args.log_interval,
+            find_meter=functools.partial(find_meter, utils.split_paths(args.data), self.dictionary),
         )

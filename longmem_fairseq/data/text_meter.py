@@ -1,0 +1,84 @@
+"""UTF-8 bytes and words of the text that tokens stand for: units that do not depend on a tokenizer."""
+
+import codecs
+from typing import Iterable, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+from fairseq.data import Dictionary
+
+from ..text import find_bpe, text_codec
+
+
+class TextSize(NamedTuple):
+    """Size of a text.
+
+    Attributes:
+        words: Number of words, which whitespace separates.
+        bytes: Number of bytes in UTF-8.
+    """
+
+    words: int
+    bytes: int
+
+
+class TextMeter:
+    """Measure the text of tokens.
+
+    Args:
+        dictionary: Dictionary of the tokens.
+        bpe: fairseq's BPE.
+
+    Raises:
+        ValueError: The BPE does not define the bytes of single tokens, as in a dictionary of words.
+    """
+
+    def __init__(self, dictionary: Dictionary, bpe):
+        codec = text_codec(bpe)
+        symbol_bytes = codec.symbol_bytes
+        self._bytes = [symbol_bytes.get(symbol) for symbol in dictionary.symbols]  # None: not text
+        self._bytes[dictionary.eos()] = b""
+        self._adds_space = codec.adds_space
+
+    def measure(self, pieces: Iterable[Sequence[int]], continues: bool = False) -> Optional[List[TextSize]]:
+        """Measure the pieces of a text.
+
+        Args:
+            pieces: Token ids of the consecutive pieces; an end-of-sentence has no text.
+            continues: If true, the text continues another one, so that a space that the BPE puts before every text is a
+                part of it.
+
+        Returns:
+            Size of each piece, of which the sums are those of the whole text: a word counts where it starts. None if a
+            token stands for unknown text, such as ``<unk>``.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        added_space, in_word, sizes = self._adds_space and not continues, False, []
+        for piece in pieces:
+            parts = [self._bytes[token] for token in np.asarray(piece).tolist()]
+            if None in parts:
+                return None
+            data = b"".join(parts)
+            if data and added_space:
+                data, added_space = data[data.startswith(b" ") :], False
+            text = decoder.decode(data)
+            words = len(text.split()) - (in_word and bool(text) and not text[0].isspace())
+            in_word = not text[-1].isspace() if text else in_word
+            sizes.append(TextSize(words, len(data)))
+        return sizes
+
+
+def find_meter(directories: Sequence[str], dictionary: Dictionary) -> TextMeter:
+    """Build the meter of the tokenizer in data directories.
+
+    Args:
+        directories: Paths of data directories that share a tokenizer.
+        dictionary: Dictionary of the data.
+
+    Raises:
+        ValueError: No directory has a tokenizer, or it does not define the bytes of single tokens.
+    """
+    for directory in directories:
+        bpe = find_bpe(directory)
+        if bpe is not None:
+            return TextMeter(dictionary, bpe)
+    raise ValueError("the data directory has no tokenizer (sentencepiece.model, or encoder.json and vocab.bpe)")
