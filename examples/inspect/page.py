@@ -22,6 +22,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from longmem_fairseq.data.text_meter import figures_by_text, measure_text
 from longmem_fairseq.files import printable, require_writable, write_text
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.models.trace import Trace
@@ -162,7 +163,9 @@ def summary(trace: Trace, model: LongMem) -> Dict[str, object]:
     places = trace.position + trace.begin + 1 + torch.arange(len(trace.tokens))[:, None]
     weights = trace.masses * trace.gates[trace.heads.clamp(min=0)] * read
     distance = float(((places - trace.chunks) * weights).sum() / weights.sum()) if read.any() else 0.0
+    size = measure_text(trace.tokens, model.task.dictionary, model.bpe, continues=trace.begin > 0)
     return {
+        **figures_by_text(-float(trace.log_probabilities.double().sum()), size),
         "perplexity": round(math.exp(-float(trace.log_probabilities.mean())), 3),
         "without": round(math.exp(-float(trace.without_memory.mean())), 3),
         "distance": round(distance),

@@ -1,7 +1,8 @@
 """UTF-8 bytes and words of the text that tokens stand for: units that do not depend on a tokenizer."""
 
 import codecs
-from typing import Iterable, List, NamedTuple, Optional, Sequence
+import math
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 from fairseq.data import Dictionary
@@ -19,6 +20,23 @@ class TextSize(NamedTuple):
 
     words: int
     bytes: int
+
+
+def figures_by_text(loss: float, size: Optional[TextSize]) -> Dict[str, Optional[float]]:
+    """Return the figures of a text that do not depend on the tokenizer.
+
+    Args:
+        loss: Negative log-likelihood of all tokens of the text, nats.
+        size: Size of the text, None where it is not known.
+
+    Returns:
+        ``perplexity_per_word`` and ``bits_per_byte``, None where the text has no words or bytes, or is not known.
+    """
+    words, size_in_bytes = (0, 0) if size is None else size
+    return {
+        "perplexity_per_word": math.exp(min(loss / words, 700.0)) if words else None,  # above it, infinite
+        "bits_per_byte": loss / math.log(2) / size_in_bytes if size_in_bytes else None,
+    }
 
 
 class TextMeter:
@@ -65,6 +83,25 @@ class TextMeter:
             in_word = not text[-1].isspace() if text else in_word
             sizes.append(TextSize(words, len(data)))
         return sizes
+
+
+def measure_text(tokens: Sequence[int], dictionary: Dictionary, bpe, continues: bool = False) -> Optional[TextSize]:
+    """Measure the text of tokens.
+
+    Args:
+        tokens: Token ids of the text.
+        dictionary: Dictionary of the tokens.
+        bpe: fairseq's BPE, or None.
+        continues: If true, the text continues another one.
+
+    Returns:
+        Size of the text; None where the tokens do not tell it.
+    """
+    try:
+        sizes = TextMeter(dictionary, bpe).measure([tokens], continues)
+    except ValueError:
+        return None
+    return None if sizes is None else sizes[0]
 
 
 def find_meter(directories: Sequence[str], dictionary: Dictionary) -> TextMeter:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.text_meter import TextSize
+from ..data.text_meter import TextSize, figures_by_text
 from ..files import write_text
 
 FILES = ("documents.jsonl", "documents.csv")
@@ -123,7 +123,7 @@ class DocumentScores:
         """
         scored = [sizes[document] for document in np.flatnonzero(self.sums[0])]
         total = None if None in scored else TextSize(*map(sum, zip(*scored)))
-        return _by_text(self.sums[1].sum(), total)
+        return figures_by_text(self.sums[1].sum(), total)
 
     def rows(self, names: Sequence[str], sizes: Sequence[Optional[TextSize]]) -> List[Dict[str, Any]]:
         """Make one row of results for each document that was scored.
@@ -148,7 +148,7 @@ class DocumentScores:
             }
             for loss, suffix in zip(losses, ("", "_without_memory")):
                 row[f"perplexity{suffix}"] = _perplexity(loss, tokens)
-                row.update({f"{name}{suffix}": value for name, value in _by_text(loss, size).items()})
+                row.update({f"{name}{suffix}": value for name, value in figures_by_text(loss, size).items()})
             rows.append(row)
         return rows
 
@@ -180,12 +180,3 @@ def _losses(logits: torch.Tensor, target: torch.Tensor) -> np.ndarray:
 
 def _perplexity(loss: float, units: float) -> float:
     return math.exp(min(loss / units, 700.0))  # above it, a float would be infinite
-
-
-def _by_text(loss: float, size: Optional[TextSize]) -> Dict[str, Optional[float]]:
-    """Return the perplexity per word and the bits per byte of a text, None where it has none or is not known."""
-    words, size_in_bytes = (0, 0) if size is None else size
-    return {
-        "perplexity_per_word": _perplexity(loss, words) if words else None,
-        "bits_per_byte": loss / math.log(2) / size_in_bytes if size_in_bytes else None,
-    }

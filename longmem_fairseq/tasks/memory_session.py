@@ -71,7 +71,10 @@ class MemorySession:
         if (cfg.memory_load or cfg.memory_save) and len(generator.document_memories) > 1:
             raise ValueError("--memory-load and --memory-save support one model: name one in --path")
         if cfg.memory_save:
-            require_writable(cfg.memory_save)
+            try:
+                require_writable(cfg.memory_save)
+            except OSError as error:
+                raise OSError(f"--memory-save {error}") from error
 
     def start(self) -> None:
         """Load the memory and memorize the documents that the options name, and save the memory with --memory-save.

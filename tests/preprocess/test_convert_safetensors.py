@@ -1,6 +1,7 @@
 """Models converted to safetensors files are the same models: language models and back, LongMem models."""
 
 import os
+import resource
 
 import pytest
 import torch
@@ -55,6 +56,24 @@ def test_a_model_directory_is_the_checkpoint(longmem, tmp_path, half):
     save_file(weights, backbone, {"format": "pt"})
     with pytest.raises(ValueError, match=r"backbone.safetensors is not the backbone .* it has fingerprint \w{12}, and"):
         LongMem.from_pretrained(str(tmp_path / "directory"), device="cpu")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    model, soft_and_hard = sentencepiece_model(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    main([str(model / "backbone.pt"), str(tmp_path / "whole.safetensors")])
+    before = sorted(os.listdir(tmp_path))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, soft_and_hard[1]))
+    try:
+        for source, name in (("backbone.pt", "a.safetensors"), ("whole.safetensors", "a.pt"), ("model.pt", "model")):
+            with pytest.raises(SystemExit, match="cannot be written: .*File too large"):
+                main([str(tmp_path / source), str(tmp_path / name)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "model"])
+    assert os.listdir(tmp_path / "model") == ["side_network.safetensors"], "without config.json it is not read"
+    for name in ("none/a.safetensors", "none/a.pt"):
+        with pytest.raises(SystemExit, match="the directory .*none does not exist"):
+            main([str(tmp_path / "backbone.pt"), str(tmp_path / name)])
 
 
 def test_refusals(tmp_path):
