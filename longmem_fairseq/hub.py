@@ -341,7 +341,7 @@ def _load_directory(directory: str, data: str, settings: dict):
     if trained_on not in (None, fingerprint):
         raise ValueError(
             f"{os.path.join(directory, BACKBONE)} is not the backbone that the model was trained on: it has "
-            f"fingerprint {fingerprint[:12]}, and {CONFIG} names {trained_on[:12]}"
+            f"fingerprint {fingerprint[:12]}, and {CONFIG} names {str(trained_on)[:12]}"
         )
     return model, task
 
