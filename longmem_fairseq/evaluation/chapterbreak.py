@@ -54,7 +54,7 @@ def read_boundaries(path: str, books: Optional[Sequence[str]] = None) -> List[Ch
     text = read_file(path)
     try:
         if path.endswith(".jsonl"):
-            return _from_books(list(map(parse_json, text.splitlines())), path, books)
+            return _from_books(list(map(parse_json, filter(None, text.split("\n")))), path, books)
         boundaries = []
         for split, works in parse_json(text).items():
             for work, rows in works.items():

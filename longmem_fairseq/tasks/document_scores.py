@@ -53,7 +53,9 @@ class DocumentScores:
         self.sums = np.zeros((3, documents))
 
     @torch.no_grad()
-    def add(self, sample: Dict[str, Any], logits: torch.Tensor, without_memory: torch.Tensor) -> None:
+    def add(
+        self, sample: Dict[str, Any], logits: torch.Tensor, without_memory: torch.Tensor, normalized: bool = False
+    ) -> None:
         """Add a batch.
 
         Args:
@@ -61,11 +63,12 @@ class DocumentScores:
             logits: Logits of the model, shape (B, T, V).
             without_memory: Logits of the model that reads no memory, shape (B, T, V); the same tensor if they are the
                 same.
+            normalized: If true, these are log-probabilities, of which only those of the targets need be right.
         """
         for row, pieces in enumerate(sample["pieces"]):
             target = sample["target"][row, : sum(map(len, pieces))]
-            losses = [_losses(logits[row], target)]
-            losses.append(losses[0] if without_memory is logits else _losses(without_memory[row], target))
+            losses = [_losses(logits[row], target, normalized)]
+            losses.append(losses[0] if without_memory is logits else _losses(without_memory[row], target, normalized))
             at = 0
             for piece in pieces:
                 n = len(piece)
@@ -173,9 +176,10 @@ class DocumentScores:
             write_result(os.path.join(directory, file), text)
 
 
-def _losses(logits: torch.Tensor, target: torch.Tensor) -> np.ndarray:
+def _losses(logits: torch.Tensor, target: torch.Tensor, normalized: bool) -> np.ndarray:
     """Compute the loss of each token, shape (n,), float64, from logits (T, V) with T >= n and target (n,)."""
-    return F.cross_entropy(logits[: len(target)].float(), target, reduction="none").double().cpu().numpy()
+    loss = F.nll_loss if normalized else F.cross_entropy
+    return loss(logits[: len(target)].float(), target, reduction="none").double().cpu().numpy()
 
 
 def _perplexity(loss: float, units: float) -> float:

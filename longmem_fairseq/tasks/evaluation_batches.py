@@ -110,6 +110,8 @@ class EvaluationBatches:
         target = self._batch["target"].to(logits.device)
         if self._adaptive:
             logits = model.get_normalized_probs(output, log_probs=True, sample={"target": target})
+            self.scores.add({**self._batch, "target": target}, logits, logits, normalized=True)
+            return
         without = extra.get("logits_without_memory") if self._without_memory else None
         self.scores.add({**self._batch, "target": target}, logits, logits if without is None else without)
 

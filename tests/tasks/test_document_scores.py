@@ -36,6 +36,11 @@ def test_each_document_gets_its_own_tokens():
     expected = [nll[0, :3].sum(), nll[1, :4].sum(), nll[0, 3:5].sum(), 0.0]
     np.testing.assert_allclose(scores.sums[1], [float(x) for x in expected], rtol=1e-6)
     assert scores.tokens == 9
+    log_probabilities, normalized = torch.log_softmax(logits, -1), DocumentScores(4)
+    others = torch.ones_like(log_probabilities, dtype=torch.bool).scatter(-1, sample["target"].unsqueeze(-1), False)
+    log_probabilities[others] = 5.0  # as an adaptive softmax leaves them
+    normalized.add(sample, log_probabilities, log_probabilities, normalized=True)
+    np.testing.assert_allclose(normalized.sums[1], scores.sums[1], rtol=1e-6)
     assert scores.loss() == pytest.approx(float(sum(expected)) / 9 / math.log(2))
     assert scores.loss(without_memory=True) != pytest.approx(scores.loss())
     assert [row["name"] for row in scores.rows(list("abcd"), [None] * 4)] == ["a", "b", "c"]
