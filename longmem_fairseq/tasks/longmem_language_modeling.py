@@ -25,7 +25,7 @@ from .explicit_options import ExplicitOptions
 from .generation_options import check_generation
 from .generator import LongMemGenerator
 from .lane_batches import LaneBatches
-from .memory_session import MemorySession, memory_of_evaluation, refuse_memory_options
+from .memory_session import MemorySession, memory_of_evaluation, memory_options, refuse_memory_options
 from .option_table import TABLE as OPTIONS
 from .options import LongMemLanguageModelingConfig, check_options
 from .prompt_dataset import PromptDataset, document_prompts
@@ -241,10 +241,11 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             )
         options.pop("max_positions", None)
         iterator = self.get_batch_iterator(dataset, max_tokens, batch_size, **options)
-        args, lanes = self.args, iterator.dataset
-        self.build_tokenizer(args.tokenizer_settings)
-        self.build_bpe(args.bpe_settings)
-        memory = memory_of_evaluation(self._model, args, self.dictionary, self._encode_text, lanes.n_ranks)
+        args, lanes, memory = self.args, iterator.dataset, None
+        if memory_options(args):
+            self.build_tokenizer(args.tokenizer_settings)
+            self.build_bpe(args.bpe_settings)
+            memory = memory_of_evaluation(self._model, args, self.dictionary, self._encode_text, lanes.n_ranks)
         return EvaluationBatches(
             iterator.next_epoch_itr(shuffle=False),
             lanes,

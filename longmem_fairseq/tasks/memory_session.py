@@ -6,7 +6,7 @@ Options: ``--memory-text``, ``--memory-load``, ``--memory-save`` and ``--memoriz
 import logging
 import os
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 from torch import Tensor
@@ -164,9 +164,7 @@ class MemorySession:
         return backbone_identity(self.generator.model.single_model.decoder)
 
 
-def memory_of_evaluation(
-    model, cfg, dictionary, encode: Callable[[str], Tensor], ranks: int
-) -> Optional[DocumentMemory]:
+def memory_of_evaluation(model, cfg, dictionary, encode: Callable[[str], Tensor], ranks: int) -> DocumentMemory:
     """Make the memory that each document of a split starts with in ``fairseq-eval-lm``.
 
     Args:
@@ -177,13 +175,11 @@ def memory_of_evaluation(
         ranks: Number of ranks or shards of the evaluation.
 
     Returns:
-        The memory, which the model's streams of evaluation now start with; None if the options ask for none.
+        The memory, which the model's streams of evaluation now start with.
 
     Raises:
         ValueError: An option is not supported by the model or the evaluation.
     """
-    if not memory_options(cfg):
-        return None
     if not hasattr(model, "memorize"):
         refuse_memory_options(cfg)
     if memory_policy(cfg.memory_scope).shares_memory:
