@@ -8,20 +8,22 @@ class InputError(ValueError):
     """An input or option that cannot be used; the message is one sentence with the value, the limit and the option."""
 
 
-def require_package(package: str, purpose: str) -> ModuleType:
+def require_package(module: str, purpose: str, package: str = "") -> ModuleType:
     """Import a package that only some inputs need.
 
     Args:
-        package: Name of the package.
+        module: Name of the package, or of a module in it.
         purpose: Input or option that needs the package, for the message.
+        package: Name by which pip installs the package, if it is not that of the module.
 
     Returns:
-        The package.
+        The module.
 
     Raises:
         InputError: The package is not installed.
     """
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ImportError:
+        package = package or module
         raise InputError(f"{purpose} needs the Python package {package}: pip install {package}") from None
