@@ -13,7 +13,7 @@ from typing import Any
 from preprocess.document_source import DocumentSource, open_source
 from preprocess.errors import InputError
 from preprocess.file_contents import JSON_LINES, PARQUET, TEXT
-from preprocess.record_readers import has_records, read_records
+from preprocess.record_readers import has_records, record_reader
 from preprocess.text_document import TextDocument, parse_json_line, parse_record, parse_text, parse_text_part
 
 BLOCK_BYTES = 1 << 20
@@ -194,13 +194,14 @@ def _read_records(
     """Cut one file of several documents into blocks; ``before`` is the size of the files ahead of it, in bytes."""
     number, offset = start.line, start.offset
     records, size = [], 0
-    for number, offset, consumed, record, length in read_records(source, start.line, start.offset):
+    reader = record_reader(source)
+    for number, offset, record, length in reader.read(start.line, start.offset):
         if record is None or (number - 1) % stripe[1] != stripe[0]:
             continue
         records.append((number, record))
         size += length
         if size >= block_bytes:
-            position = replace(start, line=number, offset=offset, consumed=before + consumed)
+            position = replace(start, line=number, offset=offset, consumed=before + reader.consumed())
             yield RecordsBlock(source, tuple(records)), position
             records, size = [], 0
     if records:

@@ -20,10 +20,12 @@ def require_package(module: str, purpose: str, package: str = "") -> ModuleType:
         The module.
 
     Raises:
-        InputError: The package is not installed.
+        InputError: The package is not installed, or does not fit the others.
     """
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except ModuleNotFoundError:
         package = package or module
         raise InputError(f"{purpose} needs the Python package {package}: pip install {package}") from None
+    except ImportError as error:
+        raise InputError(f"{purpose} needs {module}, which cannot be imported: {error}") from None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from preprocess.document_source import DocumentSource, open_source
 from preprocess.errors import InputError, require_package
@@ -15,22 +16,36 @@ _ROWS = 256  # of a Parquet file that are decoded at once
 _NAMES = ("name", "meta")  # columns of a Parquet file beside the text, as the keys of JSON lines
 
 
-class Record(NamedTuple):
-    """One document of a file, not yet parsed.
+class RecordReader(ABC):
+    """The documents of one file, not yet parsed.
 
     Args:
-        number: Number of the document in the file, from 1.
-        offset: Bytes read of the file after decompression, up to its end; rows of a Parquet file.
-        consumed: Bytes read of the file as it is on disk, for progress bars.
-        content: Content of the document; None for one that is blank and left out.
-        size: Size of the content in bytes, about.
+        source: The file.
     """
 
-    number: int
-    offset: int
-    consumed: int
-    content: Any
-    size: int
+    def __init__(self, source: DocumentSource):
+        self.source = source
+        self._tell: Callable[[], int] = lambda: 0
+
+    @abstractmethod
+    def read(self, number: int, offset: int) -> Iterator[tuple[int, int, Any, int]]:
+        """Read the documents one after the other.
+
+        Args:
+            number: Number of documents that were read before.
+            offset: Offset after them, as it came with the last of them.
+
+        Yields:
+            Number of the document, from 1; offset after it; its content, None if it is blank and left out; size of the
+            content in bytes, about.
+
+        Raises:
+            InputError: The file cannot be read to its end.
+        """
+
+    def consumed(self) -> int:
+        """Return how many bytes of the file as it is on disk were read, for progress bars."""
+        return self._tell()
 
 
 def has_records(source: DocumentSource) -> bool:
@@ -42,82 +57,88 @@ def has_records(source: DocumentSource) -> bool:
     return source.content != TEXT or bool(source.format.separator and not source.unsupported)
 
 
-def read_records(source: DocumentSource, number: int = 0, offset: int = 0) -> Iterator[Record]:
-    """Read the documents of a file one after the other.
+def record_reader(source: DocumentSource) -> RecordReader:
+    """Make the reader of a file of several documents.
 
     Args:
         source: The file.
-        number: Number of documents that were read before.
-        offset: Offset after them.
-
-    Yields:
-        The documents after these.
-
-    Raises:
-        InputError: The file cannot be read to its end.
     """
-    return _READERS[source.content](source, number, offset)
+    return _READERS[source.content](source)
 
 
-def _read_lines(source: DocumentSource, number: int, offset: int) -> Iterator[Record]:
-    """Read lines; blank ones are not documents."""
-    with open_source(source) as (stream, tell):
-        _skip_to(stream, source, offset)
-        for line in stream:
-            number += 1
-            offset += len(line)
-            yield Record(number, offset, tell(), line if line.strip() else None, len(line))
+class LinesReader(RecordReader):
+    """Lines; blank ones are not documents."""
 
-
-def _read_parts(source: DocumentSource, number: int, offset: int) -> Iterator[Record]:
-    """Read the parts of a text between separators; those of whitespace only are not documents."""
-    separator = source.format.separator.encode()
-    with open_source(source) as (stream, tell):
-        _skip_to(stream, source, offset)
-        rest, searched, data = b"", 0, stream.read(_READ_BYTES)
-        while data:
-            rest += data
-            while (end := rest.find(separator, searched)) >= 0:
-                part, rest, searched = rest[:end], rest[end + len(separator) :], 0
+    def read(self, number: int, offset: int) -> Iterator[tuple[int, int, bytes | None, int]]:
+        with open_source(self.source) as (stream, self._tell):
+            _skip_to(stream, self.source, offset)
+            for line in stream:
                 number += 1
-                offset += end + len(separator)
-                yield Record(number, offset, tell(), part if part.strip() else None, len(part))
-            searched = max(0, len(rest) - len(separator) + 1)
-            data = stream.read(_READ_BYTES)
-        if rest.strip():
-            yield Record(number + 1, offset + len(rest), tell(), rest, len(rest))
+                size = len(line)
+                offset += size
+                yield number, offset, None if line.isspace() else line, size
 
 
-def _read_rows(source: DocumentSource, number: int, offset: int) -> Iterator[Record]:
-    """Read the rows of a Parquet file."""
-    if source.compression:
-        raise InputError(f"{source.path} is a compressed Parquet file, which cannot be read in parts: decompress it")
-    parquet = require_package("pyarrow.parquet", f"the Parquet file {source.path}", "pyarrow")
-    pyarrow = require_package("pyarrow", f"the Parquet file {source.path}")
-    key = source.format.text_key
-    try:
-        with parquet.ParquetFile(source.path) as file:
-            names = file.schema_arrow.names
-            if key not in names:
-                raise InputError(
-                    f"{source.path} has no column {key} (its columns are {', '.join(names)}): name that of the text "
-                    "with --text-key"
-                )
-            groups = list(range(file.num_row_groups))
-            while groups and offset >= file.metadata.row_group(groups[0]).num_rows:
-                offset -= file.metadata.row_group(groups.pop(0)).num_rows
-            columns = [key, *(name for name in _NAMES if name in names and name != key)]
-            for batch in file.iter_batches(_ROWS, groups, columns):
-                skipped, offset = min(offset, batch.num_rows), max(0, offset - batch.num_rows)
-                for row in batch.slice(skipped).to_pylist():
+class PartsReader(RecordReader):
+    """Parts of a text between separators; those of whitespace only are not documents."""
+
+    def read(self, number: int, offset: int) -> Iterator[tuple[int, int, bytes | None, int]]:
+        separator = self.source.format.separator.encode()
+        with open_source(self.source) as (stream, self._tell):
+            _skip_to(stream, self.source, offset)
+            rest, begin, searched = b"", 0, 0  # what is left starts at begin, and has no separator before searched
+            while data := stream.read(_READ_BYTES):
+                rest, searched, begin = rest[begin:] + data, searched - begin, 0
+                while (end := rest.find(separator, searched)) >= 0:
                     number += 1
-                    consumed = source.size * number // file.metadata.num_rows
-                    yield Record(number, number, consumed, row, len(str(row.get(key))))
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{source.path} cannot be read to its end: {error}") from None
+                    offset += end - begin + len(separator)
+                    part = rest[begin:end]
+                    yield number, offset, part if part.strip() else None, len(part)
+                    begin = searched = end + len(separator)
+                searched = max(begin, len(rest) - len(separator) + 1)
+            part = rest[begin:]
+            if part.strip():
+                yield number + 1, offset + len(part), part, len(part)
 
 
-_READERS = {JSON_LINES: _read_lines, PARQUET: _read_rows, TEXT: _read_parts}
+class RowsReader(RecordReader):
+    """Rows of a Parquet file."""
+
+    def read(self, number: int, offset: int) -> Iterator[tuple[int, int, dict, int]]:
+        path = self.source.path
+        if self.source.compression:
+            raise InputError(f"{path} is a compressed Parquet file, which cannot be read in parts: decompress it")
+        pyarrow = require_package("pyarrow", f"the Parquet file {path}")
+        parquet = require_package("pyarrow.parquet", f"the Parquet file {path}", "pyarrow")
+        try:
+            with parquet.ParquetFile(path) as file:
+                rows = file.metadata.num_rows
+                groups = list(range(file.num_row_groups))
+                skipped = offset
+                while groups and skipped >= file.metadata.row_group(groups[0]).num_rows:
+                    skipped -= file.metadata.row_group(groups.pop(0)).num_rows
+                for batch in file.iter_batches(_ROWS, groups, self._columns(file.schema_arrow.names)):
+                    left_out = min(skipped, batch.num_rows)
+                    skipped -= left_out
+                    for row in batch.slice(left_out).to_pylist():
+                        offset += 1
+                        self._tell = lambda done=offset: self.source.size * done // rows
+                        yield offset, offset, row, len(str(row[self.source.format.text_key]))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise InputError(f"{path} cannot be read to its end: {error}") from None
+
+    def _columns(self, names: list[str]) -> list[str]:
+        """Choose the columns to read."""
+        key = self.source.format.text_key
+        if key not in names:
+            raise InputError(
+                f"{self.source.path} has no column {key} (its columns are {', '.join(names)}): name that of the text "
+                "with --text-key"
+            )
+        return [key, *(name for name in _NAMES if name in names and name != key)]
+
+
+_READERS = {JSON_LINES: LinesReader, PARQUET: RowsReader, TEXT: PartsReader}
 
 
 def _skip_to(stream: io.BufferedIOBase, source: DocumentSource, offset: int) -> None:
