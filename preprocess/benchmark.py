@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from preprocess.destination import check_output
 from preprocess.documents import iter_documents
 from preprocess.errors import InputError
 from preprocess.package_modules import files
@@ -245,6 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.documents:
         args.documents = [str(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     try:
+        if args.output:
+            check_output(args.output, "--output")
         with tempfile.TemporaryDirectory() as directory:
             measured = benchmark(args, Path(directory))
         print_report(measured)

@@ -41,6 +41,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from preprocess.blocks import START, Position
+from preprocess.destination import check_output
 from preprocess.dictionary import SPECIALS, dictionary_lines
 from preprocess.document_source import DocumentSource, list_sources
 from preprocess.documents import iter_documents
@@ -207,6 +208,8 @@ def _check_arguments(args: argparse.Namespace, inputs: dict[str, list[DocumentSo
         raise InputError(f"--token-budget {args.token_budget} is smaller than 1")
     if (args.subset_weights or args.token_budget or args.num_shards > 1) and "train" not in inputs:
         raise InputError("--subset-weights, --token-budget and --num-shards are for --train, which is missing")
+    if args.survey is not None and not args.survey.exists():
+        check_output(args.survey, "--survey")
     if args.tokenizer != "sentencepiece":
         if args.vocab_size is not None:
             raise InputError(f"--vocab-size is for training; --tokenizer {args.tokenizer} already has a vocabulary")

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from preprocess.destination import check_output
 from preprocess.dictionary import SPECIALS
 from preprocess.document_source import list_sources
 from preprocess.documents import iter_documents
@@ -232,6 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(asctime)s | %(levelname)s | %(message)s", stream=sys.stderr)
     logging.getLogger("preprocess").setLevel(logging.INFO)
     try:
+        check_output(args.output, "--output")
         check_sources(list_sources(args.train, form := document_format(args)), args)
         texts = (document.text for document in iter_documents(args.train, args.bad_documents, True, form))
         model = train(texts, args.vocab_size, args.sample_bytes, args.seed)
