@@ -31,6 +31,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(FAISS)
 TORCH := $(shell sed -n 's/^TORCH = "\(.*\)"/\1/p' setup.py)
+NUMPY := $(shell sed -n 's/^NUMPY = "\(.*\)"/\1/p' setup.py)
 FAIRSEQ := $(shell sed -n 's/^FAIRSEQ = "\(.*\)"/\1/p' setup.py)
 
 .PHONY: env demo test lint clean distclean help
@@ -52,10 +53,13 @@ lint: env
 	ruff check .
 	ruff format --check .
 
+# fairseq requires torchaudio, for a metric of its speech tasks. None is made for this torch: the newest (2.11) needs CUDA's
+# libraries, fails to load beside torch's CPU build, and takes transformers' models along, which import it if it is there.
+#
 # fairseq is compiled against the torch and numpy of the environment. With pip's build isolation it would first download
 # a second torch of several GB, and with CUDA_HOME set it would compile CUDA extensions that are not used. pip caches the
 # wheel, so that the next environment needs seconds.
-$(STAMP): setup.py Makefile
+$(STAMP): setup.py Makefile $(wildcard longmem_fairseq/memory/search/native_search*)
 	@if [ ! -x "$(BIN)/pip" ]; then \
 	  version=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || { \
 	    echo "PYTHON=$(PYTHON) does not run: set it to Python 3.11 or 3.12, make PYTHON=/path/to/python3.12" >&2; exit 1; }; \
@@ -73,14 +77,15 @@ $(STAMP): setup.py Makefile
 	  echo "CXX=$(CXX) does not find this Python's Python.h, and fairseq is compiled: install it (Debian, Ubuntu: python3-dev)" >&2; \
 	  exit 1; }
 	@rm -f $(VENV)/.installed-*
-	@echo "[2/4] $(TORCH) and numpy (a download of 0.2 to 3 GB, once)"
-	@$(PIP) install --quiet "$(TORCH)" numpy cython setuptools wheel
+	@echo "[2/4] $(TORCH) and $(NUMPY) (a download of 0.2 to 3 GB, once)"
+	@$(PIP) install --quiet "$(TORCH)" "$(NUMPY)" cython setuptools wheel
 	@echo "[3/4] $(FAIRSEQ) (compiled, once: about 3 minutes)"
 	@env -u CUDA_HOME $(PIP) install --quiet --no-build-isolation "$(FAIRSEQ)"
 	@echo "[4/4] longmem_fairseq with faiss-$(FAISS)"
 	@$(PIP) -qq uninstall --yes $(if $(filter gpu,$(FAISS)),faiss-cpu,faiss-gpu)
 	@$(PIP) install --quiet --no-build-isolation --editable ".[$(FAISS),dev]"
-	@errors=$$($(BIN)/python -c "import faiss, torch, fairseq.data.data_utils_fast" 2>&1) || { echo "$$errors" >&2; exit 1; }
+	@$(PIP) -qq uninstall --yes torchaudio
+	@errors=$$($(BIN)/python -c "import faiss, torch, fairseq.data.data_utils_fast; from transformers import GPT2LMHeadModel" 2>&1) || { echo "$$errors" >&2; exit 1; }
 	@touch $@
 	@echo "ready: source $(VENV)/bin/activate"
 

@@ -5,14 +5,19 @@ as they are: fairseq and faiss are not required here, and the other requirements
 environment meets. The extras `cpu` and `gpu` are the complete environments that this version was tested with, pinned.
 """
 
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
-# The Makefile reads the two pins below from this file.
+# The Makefile reads the pins TORCH, NUMPY and FAIRSEQ from this file.
 
 # Pinned, because fairseq is compiled against the installed torch; `torch` alone would install the newest CUDA build.
 TORCH = "torch==2.13.0"
+# The last release before numpy 2, which dropped names that fairseq calls: with numpy 2 stock fairseq-generate,
+# fairseq-interactive and --sample-break-mode eos fail, on the very models that are trained as backbones.
+NUMPY = "numpy==1.26.4"
 # fairseq's own release 0.12.2 needs Python <= 3.10, pip < 24.1 and numpy < 1.24. This is a maintained build of the same
 # code (module `fairseq`) for Python 3.11 and 3.12. Pinned, because the plugin overrides some of its internals.
 FAIRSEQ = "fairseq-fixed==0.12.3.1"
@@ -28,6 +33,28 @@ EXAMPLES = PREPROCESS + ["matplotlib>=3.5"]
 # Additional requirements of longmem_fairseq.evaluation: plots, and BLEU for dialogue.
 EVALUATION = ["matplotlib>=3.5", "sacrebleu>=2.3"]
 
+# The kernel of --memory-search native: a C library, not a Python module, so that its compilation needs no headers.
+SEARCH = "longmem_fairseq/memory/search"
+KERNEL = Extension(
+    "longmem_fairseq.memory.search.native_kernel",
+    sources=[f"{SEARCH}/native_search.cpp", f"{SEARCH}/native_search_avx2.cpp", f"{SEARCH}/native_search_avx512.cpp"],
+    depends=[f"{SEARCH}/native_search.h"],
+    extra_compile_args=["-O3", "-g0", "-std=c++17"],
+    language="c++",
+    optional=True,
+)
+
+
+class BuildKernel(build_ext):
+    """Build the kernel where that is possible: without it memories are searched by faiss, and the log says so."""
+
+    def run(self):
+        try:
+            super().run()
+        except Exception as error:  # such as a $CXX with an open quotation mark, which `optional` does not cover
+            self.warn(f"the kernel of --memory-search native is not built: {error}")
+
+
 setup(
     name="longmem_fairseq",
     version="0.1.0",
@@ -37,7 +64,9 @@ setup(
     author="The longmem_fairseq authors",
     license="MIT",
     packages=find_packages(include=["longmem_fairseq", "longmem_fairseq.*"]),
-    package_data={"longmem_fairseq.memory.search": ["*.cpp"]},
+    package_data={"longmem_fairseq.memory.search": ["*.cpp", "*.h"]},
+    ext_modules=[KERNEL] if platform.machine() in ("x86_64", "AMD64") else [],
+    cmdclass={"build_ext": BuildKernel},
     python_requires=">=3.9",
     install_requires=[
         "numpy>=1.21",
@@ -48,8 +77,8 @@ setup(
         "tqdm>=4.60",
     ],
     extras_require={
-        "cpu": [TORCH, FAIRSEQ, FAISS_CPU] + PREPROCESS,
-        "gpu": [TORCH, FAIRSEQ, FAISS_GPU] + PREPROCESS,
+        "cpu": [TORCH, NUMPY, FAIRSEQ, FAISS_CPU] + PREPROCESS,
+        "gpu": [TORCH, NUMPY, FAIRSEQ, FAISS_GPU] + PREPROCESS,
         "preprocess": PREPROCESS,
         "parquet": PARQUET,
         "examples": EXAMPLES,

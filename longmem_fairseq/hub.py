@@ -24,7 +24,7 @@ from .memory.document_memory import DocumentMemory
 from .memory.memory_file import load_memory, save_memory
 from .models.longmem_config import LongMemConfig
 from .models.longmem_lm import LongMemModel
-from .models.model_directory import is_model_directory, read_directory
+from .models.model_directory import BACKBONE, CONFIG, is_model_directory, read_directory
 from .models.reading import DocumentReader
 from .models.trace import Trace, trace_reads
 from .safe_load import allow_namespaces
@@ -32,6 +32,7 @@ from .tasks.checkpoints import read_checkpoint
 from .tasks.generator import LongMemGenerator, backbone_identity
 from .tasks.longmem_language_modeling import LongMemLanguageModelingTask
 from .tasks.options import LongMemLanguageModelingConfig
+from .tasks.saved_settings import suggestion
 from .text import decode_text, encode_text, find_bpe, token_texts
 
 TASK = "longmem_language_modeling"
@@ -297,9 +298,7 @@ def _load_checkpoint(checkpoint: str, data: Optional[str], settings: dict):
         # The task may be another one, as in a released checkpoint, or lack an option that was added later.
         cfg["task"] = _task_settings(cfg["task"])
         cfg["task"]["fp16"] = False  # an option of the training, not of this call
-    unknown = [key for key in settings if key not in cfg["model"] and key not in cfg["task"]]
-    if unknown:
-        raise ValueError(f"{checkpoint} does not have the setting {unknown[0]}: leave it out")
+    _check_settings(checkpoint, settings, {*cfg["model"], *cfg["task"]})
     data = find_data(data, checkpoint, cfg["task"].get("data"))
     with open_dict(cfg):
         # Each setting goes wherever the configuration has it, as with --model-overrides.
@@ -314,15 +313,14 @@ def _load_directory(directory: str, data: str, settings: dict):
     """Return the model of a model directory and its task."""
     saved, backbone, weights = read_directory(directory)
     task_settings = OmegaConf.structured(LongMemLanguageModelingConfig())
-    unknown = [key for key in settings if key not in LongMemConfig.__dataclass_fields__ and key not in task_settings]
-    if unknown:
-        raise ValueError(f"{directory} does not have the setting {unknown[0]}: leave it out")
+    _check_settings(directory, settings, {*LongMemConfig.__dataclass_fields__, *task_settings})
     values = {
         **_task_settings({}),
         **{key: value for key, value in {**saved, **settings}.items() if key in task_settings},
     }
     task_args = OmegaConf.create({**values, "data": data, "path": directory, "fp16": False})
     task = LongMemLanguageModelingTask(task_args, Dictionary.load(os.path.join(data, "dict.txt")))
+    trained_on = saved.pop("backbone_fingerprint", None)
     cfg = argparse.Namespace(
         _name="longmem_lm",
         **{**saved, **settings},
@@ -333,8 +331,19 @@ def _load_directory(directory: str, data: str, settings: dict):
     )
     model = task.build_model(cfg, from_checkpoint=True)
     model.load_state_dict(weights)
-    model.decoder.take_fingerprint()
+    fingerprint = model.decoder.backbone.fingerprint
+    if trained_on not in (None, fingerprint):
+        raise ValueError(
+            f"{os.path.join(directory, BACKBONE)} is not the backbone that the model was trained on: it has "
+            f"fingerprint {fingerprint[:12]}, and {CONFIG} names {trained_on[:12]}"
+        )
     return model, task
+
+
+def _check_settings(path: str, settings: dict, known: set) -> None:
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{path} does not have the setting {name}: {suggestion(name, known)}")
 
 
 def _task_settings(settings) -> dict:

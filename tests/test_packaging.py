@@ -3,9 +3,11 @@
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -29,21 +31,63 @@ print(json.dumps({"place": place, **{name: sorted(registry) for name, registry i
 """
 
 
+WITHOUT_KERNEL = """
+import logging, torch
+logging.basicConfig(level=logging.INFO)
+from longmem_fairseq.memory.search.base import choose_search
+import longmem_fairseq.memory.search
+assert choose_search("auto", torch.device("cpu")).name == "faiss"
+"""
+
+
+def install(directory: Path, **environment: str) -> Path:
+    """Install the package as `pip install .` does, without its dependencies, into a directory and return it."""
+    source, site = copy_repository(directory / "source"), directory / "site"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index"]
+    pip += ["--no-deps", "--no-build-isolation", "--target", site, source]
+    subprocess.run(pip, check=True, cwd=source, env={**os.environ, **environment})
+    return site
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """Install the package as `pip install .` does, without its dependencies, into a directory and return it."""
-    source = copy_repository(tmp_path_factory.mktemp("source"))
-    site = tmp_path_factory.mktemp("site")
-    install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index"]
-    subprocess.run([*install, "--no-deps", "--no-build-isolation", "--target", site, source], check=True, cwd=source)
-    return site
+    return install(tmp_path_factory.mktemp("install"))
 
 
 def test_installs_the_package_and_nothing_else(site):
     assert [p.name for p in site.iterdir() if p.suffix != ".dist-info"] == ["longmem_fairseq"]
     installed = {str(path.relative_to(site)) for path in (site / "longmem_fairseq").rglob("*.*")}
     installed = {path for path in installed if "__pycache__" not in path}
-    assert installed == {str(path) for path in repository_files() if path.parts[0] == "longmem_fairseq"}
+    kernels = {path for path in installed if "native_kernel" in path}
+    assert len(kernels) == (platform.machine() == "x86_64")
+    assert installed - kernels == {str(path) for path in repository_files() if path.parts[0] == "longmem_fairseq"}
+
+
+def test_source_distribution_contains_the_kernel(tmp_path):
+    source = copy_repository(tmp_path / "source")
+    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist"], check=True, cwd=source)
+    (archive,) = (source / "dist").iterdir()
+    with tarfile.open(archive) as files:
+        names = {Path(name).name for name in files.getnames()}
+    assert {"native_search.h", *(f"native_search{part}.cpp" for part in ("", "_avx2", "_avx512"))} <= names
+
+
+def test_without_a_compiler_memories_are_searched_by_faiss(tmp_path):
+    site = install(tmp_path, CC="no-such-compiler", CXX="no-such-compiler")
+    assert not list(site.rglob("*.so"))
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_KERNEL], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "search by faiss, as native is not available: it was not compiled when longmem_fairseq was" in done.stderr
+
+
+def test_a_malformed_compiler_does_not_fail_the_installation(tmp_path):
+    source = copy_repository(tmp_path)
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(build, cwd=source, env={**os.environ, "CXX": 'g++ "'}, capture_output=True, text=True)
+    assert done.returncode == 0 and "the kernel of --memory-search native is not built: " in done.stderr
 
 
 def test_installed_package_registers_itself(site):
@@ -73,6 +117,7 @@ def test_leaves_an_existing_fairseq_environment_alone(site):
     for extra, other in (("cpu", "gpu"), ("gpu", "cpu")):
         assert any(f"faiss-{extra}==" in line for line in extras[extra])
         assert not any(f"faiss-{other}" in line for line in extras[extra]), "both install the module faiss"
+        assert any(line.startswith("numpy==1.") for line in extras[extra]), "stock fairseq fails with numpy 2"
 
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu", "preprocess", "examples", "dev"])

@@ -4,9 +4,8 @@
 
 There are two tables. The first continues one prompt with memories of several sizes, each full of text, and with the
 stock generator on the backbone alone, with the same prompt, beam and number of new tokens. It times the task's
-``inference_step``, as fairseq-interactive does (its lines W-0), but in one process, so that all variants take turns;
-with numpy 2, stock fairseq-interactive stops before that step. The time of the prompt ends when the model computes the
-first new token, and the rest is the time of the new tokens.
+``inference_step``, as fairseq-interactive does (its lines W-0), but in one process, so that all variants take turns.
+The time of the prompt ends when the model computes the first new token, and the rest is the time of the new tokens.
 
 The second compares two commands, in turns, by the seconds that they report: fairseq-interactive on a prompt of
 ``--long-prompt`` tokens, and fairseq-eval-lm on the same tokens.

@@ -5,12 +5,13 @@
     python -m examples.benchmark.search_speed --device cuda --json search.json      # on a GPU
 
 The bank has one full lane, of the published sizes: 16 heads, 1,024 queries, chunks of 4 tokens, width 64, the 16 best
-chunks. Without --keys (made by real_keys.py) keys are noise. The time of exact search does not depend on the keys, but
-the recall of an index does: measure it with real keys. Times are medians. The result of each exact search is compared
-with that of plain ``topk``, by scores; the table has the worst difference, and the program fails at its end if one is
-above 0.001 (scores are about 30). Each index is compared by its recall: the share of the results of exact search that
-it finds. The table also has the seconds to build an index, and the milliseconds to add a segment of as many tokens as
-there are queries.
+chunks. The native search is measured with each set of instructions that the processor has. Without --keys (made by
+real_keys.py) keys are noise. The time of exact search by a product does not depend on the keys, but that of the native
+search and the recall of an index do: measure them with real keys. Times are medians. The result of each exact search is
+compared with that of plain ``topk``, by scores; the table has the worst difference, and the program fails at its end if
+one is above 0.001 (scores are about 30). Each index is compared by its recall: the share of the results of exact search
+that it finds. The table also has the seconds to build an index, and the milliseconds to add a segment of as many tokens
+as there are queries.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from longmem_fairseq.memory.search.base import SearchBackend
 from longmem_fairseq.memory.search.faiss import FaissSearch, has_faiss_gpu
 from longmem_fairseq.memory.search.index import IndexSearch, chunk_scores, count_hits
 from longmem_fairseq.memory.search.index_spec import IndexSpec, index_spec, split_index
+from longmem_fairseq.memory.search.kernel import available_instructions
 from longmem_fairseq.memory.search.lane_index import LaneIndex
 from longmem_fairseq.memory.search.native import NativeSearch
 from longmem_fairseq.memory.search.torch import TorchSearch
@@ -93,12 +95,13 @@ class FlatIndices:
         return torch.stack([index.search(q, n)[1] for index, q in zip(self.indices, queries[0])])[None]
 
 
-def has_native() -> bool:
-    """Return whether the native kernel can run here; print the reason if it cannot."""
+def native_searches() -> Dict[str, NativeSearch]:
+    """Return the native search with each set of instructions of this processor; print why there is none."""
     reason = NativeSearch.unavailable(torch.device("cpu"))
     if reason is not None:
         print(f"without the native kernel: {reason}", file=sys.stderr)
-    return reason is None
+        return {}
+    return {f"native, {name}": NativeSearch(name) for name in available_instructions()}
 
 
 def backends(bank: MemoryBank, options: argparse.Namespace) -> Dict[str, Callable]:
@@ -106,8 +109,7 @@ def backends(bank: MemoryBank, options: argparse.Namespace) -> Dict[str, Callabl
     searches = {"torch product alone": product_only, "torch topk": plain_topk, "torch two-level": TorchSearch()}
     if options.device.type == "cpu":
         searches["faiss knn"] = FaissSearch()
-        if has_native():
-            searches["native"] = NativeSearch()
+        searches.update(native_searches())
     elif has_faiss_gpu():
         searches["faiss knn_gpu"] = FaissSearch()
         searches["faiss GpuIndexFlatIP"] = FlatIndices(bank, options.device)
@@ -169,8 +171,8 @@ def measure_index(option: str, bank: MemoryBank, queries: Tensor, options: argpa
     index.follow(bank, 0)
     seconds = time.perf_counter() - start
     searches: Dict[str, SearchBackend] = {str(spec): TorchSearch()}
-    if index.list_search(NativeSearch(), queries.size(2)) is not None and has_native():
-        searches[f"{spec}, native"] = NativeSearch()
+    if index.list_search(NativeSearch(), queries.size(2)) is not None:
+        searches.update({f"{spec}, {name}": search for name, search in native_searches().items()})
     for name, exact in searches.items():
         search = IndexSearch(spec, exact, every=0)
         yield {"backend": name, "made_s": seconds, **measure_lists(search, bank, queries, options)}

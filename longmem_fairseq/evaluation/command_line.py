@@ -1,10 +1,10 @@
 """The options that all evaluations share, with their checks."""
 
 import argparse
-import ast
 import os
 from typing import Any, Dict, List
 
+from ..tasks.saved_settings import parse_overrides
 from .base import Evaluation
 from .scoring.scorer import Scorer
 
@@ -78,12 +78,7 @@ def model_overrides(args: argparse.Namespace) -> Dict[str, Any]:
     Raises:
         ValueError: It is not a dictionary, or has a setting with an option of its own.
     """
-    try:
-        overrides = ast.literal_eval(args.model_overrides)
-        if not isinstance(overrides, dict):
-            raise ValueError(overrides)
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(f"--model-overrides {args.model_overrides} is not a Python dictionary") from error
+    overrides = parse_overrides(args.model_overrides)
     twice = {"memory_size", "k", "chunk_size", "tokens_per_sample"} & set(overrides)
     if twice:
         name = min(twice)

@@ -106,6 +106,21 @@ class MemoryBank:
         self.position[lane] = position
         self.resets[lane] += 1
 
+    def load(self, lane: int, other: "MemoryBank") -> None:
+        """Replace the content of a lane by that of a bank of one lane.
+
+        Args:
+            lane: Number of the lane.
+            other: Bank of the same sizes and precision.
+        """
+        for name in ("keys", "values", "means"):
+            for begin, end in other.spans(0):
+                getattr(self, name)[lane, :, begin:end] = getattr(other, name)[0, :, begin:end]
+        self._tail[:, lane] = other._tail[:, 0]  # noqa: SLF001  (of the same class)
+        for name in ("first", "written", "position"):
+            getattr(self, name)[lane] = getattr(other, name)[0]
+        self.resets[lane] += 1
+
     def evict(self, lane: int, chunks: int) -> None:
         """Evict the oldest chunks of a lane before the bank is full; all of them where it holds fewer.
 

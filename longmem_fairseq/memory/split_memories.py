@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.segments import Segments
+from .bank import MemoryBank
 from .factory import MemoryFactory
 from .stream_memory import StreamMemory
 
@@ -18,10 +19,14 @@ class SplitMemories:
 
     Args:
         factory: Factory that makes them.
+
+    Attributes:
+        base: Bank of one lane whose content every stream of evaluation starts with; None for empty memories.
     """
 
     def __init__(self, factory: MemoryFactory):
         self.factory = factory
+        self.base: Optional[MemoryBank] = None
         self._memories: Dict[bool, StreamMemory] = {}
 
     def __iter__(self) -> Iterator[StreamMemory]:
@@ -47,6 +52,7 @@ class SplitMemories:
                 return memory
             logger.warning("the memory is allocated again for %d lanes on %s", lanes, like.device)
         memory = self._memories[training] = self.factory.memory(lanes, like, keep_reads)
+        memory.base = None if training else self.base
         logger.info(
             "memory for %s: %d lanes x %d tokens (%s) on %s, %.1f MiB, search by %s",
             "training" if training else "evaluation",

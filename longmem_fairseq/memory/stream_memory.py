@@ -56,6 +56,7 @@ class StreamMemory:
     Attributes:
         streams: Stream that each lane is in, shape (lanes,), int64; -1 before the first.
         stream_ends: Number of tokens of that stream in the bank, shape (lanes,), int64.
+        base: Bank of one lane whose content every stream starts with; None for an empty memory.
     """
 
     writes_batches_whole = False  # whether a batch of which any row comes again is held back with all its rows
@@ -64,6 +65,7 @@ class StreamMemory:
         self.bank, self.chunk_reader, self.keep_reads = bank, chunk_reader, keep_reads
         self.streams = np.full(bank.lanes, -1, dtype=np.int64)
         self.stream_ends = np.zeros(bank.lanes, dtype=np.int64)
+        self.base: Optional[MemoryBank] = None
         self._pending: Optional[PendingWrite] = None
 
     # What a policy may override ----------------------------------------------------------------------------------
@@ -121,6 +123,8 @@ class StreamMemory:
         self._settle(segments)
         for row in np.flatnonzero(segments.starts == 0):
             self.start_stream(int(segments.lanes[row]), int(segments.streams[row]), 0)
+            if self.base is not None:
+                self.bank.load(int(segments.lanes[row]), self.base)
         return self.reader(segments)
 
     def needs_replay(self, segments: Segments) -> np.ndarray:
@@ -238,6 +242,7 @@ class StreamReader(MemoryReader):
         self.bank, self.chunk_reader, self.segments, self.keep_reads = bank, chunk_reader, segments, keep_reads
         self.slots: Optional[Tensor] = None  # (B, H, T, n)
         self._held, self._written = bank.held[segments.lanes], bank.written[segments.lanes]
+        self._positions = bank.position[segments.lanes]
 
     def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
         if not self._held.any():
@@ -267,9 +272,7 @@ class StreamReader(MemoryReader):
         if self.slots is None:
             return super().distance()
         slots, C = self.slots, self.bank.chunk_size
-        starts, lengths = (
-            _to(slots.device, x).view(-1, 1, 1, 1) for x in (self.segments.starts, self.segments.lengths)
-        )
+        starts, lengths = (_to(slots.device, x).view(-1, 1, 1, 1) for x in (self._positions, self.segments.lengths))
         t = torch.arange(slots.size(2), device=slots.device).view(1, 1, -1, 1)
         middle = self.bank.chunk_numbers(self.segments.lanes, slots) * C + (C - 1) / 2
         read = (slots >= 0) & (t < lengths)

@@ -58,7 +58,7 @@ class LongMemConfig(FairseqDataclass):
         default="auto",
         metadata={
             "help": "search backend: faiss (on the GPU if the memory is there), torch, or native (a kernel for "
-            "processors with AVX-512 VNNI); auto: native where it runs, faiss otherwise"
+            "processors with AVX-512 VNNI or AVX2); auto: native where it runs, faiss otherwise"
         },
     )
     memory_dtype: ChoiceEnum(["auto", *MEMORY_DTYPES]) = field(
@@ -101,8 +101,10 @@ class LongMemConfig(FairseqDataclass):
     side_activation_fn: Optional[str] = field(default=None, metadata={"help": _HIDDEN})
     side_layer_norm_eps: Optional[float] = field(default=None, metadata={"help": _HIDDEN})
     normalize_last_hidden: bool = field(default=False, metadata={"help": _HIDDEN})
-    # Written into checkpoints: what rebuilds the backbone.
+    # Written into checkpoints: what rebuilds the backbone, and recognizes it (text, since averaging and moving averages
+    # of weights compute with every tensor of a checkpoint).
     backbone_config: Optional[str] = field(default=None, metadata={"help": _HIDDEN})
+    backbone_fingerprint: Optional[str] = field(default=None, metadata={"help": _HIDDEN})
     # Accepted because the released scripts pass them; the backbone and the data decide.
     gpt_encoder_path: Optional[str] = field(default=None, metadata={"help": _HIDDEN})
     no_token_positional_embeddings: bool = field(default=False, metadata={"help": _HIDDEN})

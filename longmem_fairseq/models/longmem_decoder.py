@@ -49,8 +49,6 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             backbone.side_layer(j == self.reading_layer, options) for j in range(backbone.num_layers // self.reduction)
         )
         self.layer_norm = backbone.side_norm(options)
-        digest = bytearray.fromhex(backbone.fingerprint or "00" * 32)
-        self.register_buffer("backbone_fingerprint", torch.frombuffer(digest, dtype=torch.uint8).clone())
         self.memories = SplitMemories(memory_factory)
         self.stateful = False
 
@@ -153,7 +151,6 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     def take_fingerprint(self) -> None:
         """Compute the fingerprint of the backbone's present weights."""
         self.backbone.fingerprint = backbone_fingerprint(self.backbone)
-        self.backbone_fingerprint.copy_(torch.tensor(list(bytes.fromhex(self.backbone.fingerprint))))
 
     @property
     def has_memory(self) -> bool:
@@ -163,7 +160,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.backbone_fingerprint.device
+        return self.backbone.device
 
     @property
     def gates(self) -> Tensor:

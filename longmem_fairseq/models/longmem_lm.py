@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from .longmem_decoder import LongMemDecoder
 logger = logging.getLogger(__name__)
 
 _BACKBONE = "decoder.backbone."
-_FINGERPRINT = "decoder.backbone_fingerprint"
+_FINGERPRINT_TENSOR = "decoder.backbone_fingerprint"  # in older checkpoints, where newer ones have a setting
 
 
 @register_model("longmem_lm", dataclass=LongMemConfig)
@@ -80,6 +80,7 @@ class LongMemModel(FairseqLanguageModel):
         check_task(cfg)
         cfg = with_defaults(_longmem_settings(cfg, task))
         backbone = _find_backbone(cfg, task.source_dictionary)
+        _check_fingerprint(cfg.backbone_fingerprint, backbone, cfg.pretrained_model_path)
         check_options(cfg, backbone)
         _select_memory_layer(cfg, backbone)
         settings = MemorySettings.from_config(cfg)
@@ -97,6 +98,7 @@ class LongMemModel(FairseqLanguageModel):
         _save_settings(
             cfg,
             backbone_config=json.dumps(backbone.config, sort_keys=True),
+            backbone_fingerprint=backbone.fingerprint or cfg.backbone_fingerprint,
             retrieval_layer_index=backbone.memory_layer,
         )
         model = cls(cfg, decoder)
@@ -137,7 +139,7 @@ class LongMemModel(FairseqLanguageModel):
         return settings.size + settings.chunk_size if settings.enabled else 0
 
     def state_dict(self, *args, **kwargs):
-        """Return the side network's weights and the backbone's fingerprint; with --save-backbone the backbone too."""
+        """Return the side network's weights; with --save-backbone the backbone's too."""
         state = super().state_dict(*args, **kwargs)
         if not self.cfg.save_backbone:
             for key in [key for key in state if _BACKBONE in key]:
@@ -158,18 +160,29 @@ class LongMemModel(FairseqLanguageModel):
         for checkpoint_format in checkpoint_formats():
             if checkpoint_format.holds_longmem(state_dict):
                 self._rename_foreign(state_dict, checkpoint_format)
-        saved, current = state_dict.get(_FINGERPRINT), self.decoder.backbone_fingerprint.cpu()
-        if saved is not None and current.any() and not torch.equal(saved.cpu(), current):
-            raise BackboneError(
-                f"the checkpoint was trained on a backbone with fingerprint {_hex(saved)}, but "
-                f"{self.cfg.pretrained_model_path} has {_hex(current)}: name the right one {HOW_TO_NAME}"
-            )
+        backbone, saved = self.decoder.backbone, _pop_fingerprint(state_dict)
+        _check_fingerprint(saved, backbone, self.cfg.pretrained_model_path)
         if not any(key.startswith(_BACKBONE) for key in state_dict):
-            backbone = self.decoder.backbone
+            weights = backbone
             if backbone.fingerprint is None:  # built from its description alone, for a file that does not hold it
-                backbone = _load_named(self.cfg, self.decoder.dictionary)
-            state_dict.update({f"{_BACKBONE}{key}": value for key, value in backbone.state_dict().items()})
+                weights = _load_named(self.cfg, self.decoder.dictionary)
+            state_dict.update({f"{_BACKBONE}{key}": value for key, value in weights.state_dict().items()})
+        else:
+            # fairseq's moving averages leave the version out, and without it its decoder drops the final LayerNorm.
+            for key, value in backbone.state_dict(prefix=_BACKBONE).items():
+                if key.endswith(".version"):
+                    state_dict.setdefault(key, value)
+            if backbone.fingerprint is not None:
+                self._check_copy(state_dict)
+        backbone.fingerprint = backbone.fingerprint or self.cfg.backbone_fingerprint or saved
         super().upgrade_state_dict_named(state_dict, name)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """Load weights as fairseq does; a backbone of which no fingerprint was saved gets that of its weights."""
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        if self.decoder.backbone.fingerprint is None:
+            self.decoder.take_fingerprint()
+        return result
 
     def _rename_foreign(self, state_dict, checkpoint_format: CheckpointFormat) -> None:
         """Bring weights of a foreign format under the names of this model."""
@@ -182,18 +195,24 @@ class LongMemModel(FairseqLanguageModel):
         checkpoint_format.rename_longmem(state_dict, _BACKBONE)
         gate = f"decoder.layers.{self.decoder.reading_layer}.self_attn.memory_gate"
         state_dict.setdefault(gate, torch.zeros(self.decoder.backbone.num_heads))  # one trained without a memory
-        state_dict[_FINGERPRINT] = self.decoder.backbone_fingerprint.cpu()
-        if not any(key.startswith(_BACKBONE) for key in state_dict):
-            return
-        if self.decoder.backbone.fingerprint is None:
+        if any(key.startswith(_BACKBONE) for key in state_dict) and self.decoder.backbone.fingerprint is None:
             self.cfg.pretrained_model_path = None  # a path of its authors' machine
-        else:  # the backbone was loaded, and the checkpoint has its own
-            for key, weight in self.decoder.backbone.state_dict(prefix=_BACKBONE).items():
-                if key in state_dict and not torch.equal(weight.cpu(), state_dict[key].to(weight.dtype)):
-                    raise BackboneError(
-                        f"the checkpoint's copy of its backbone differs from {self.cfg.pretrained_model_path}, first "
-                        f"in {key[len(_BACKBONE) :]}: name the backbone that it was trained on, or none"
-                    )
+
+    def _check_copy(self, state_dict) -> None:
+        """Compare the backbone in a checkpoint with the one that was loaded.
+
+        Either may be in half precision, and averaging the same weights rounds them.
+        """
+        for key, weight in self.decoder.backbone.state_dict(prefix=_BACKBONE).items():
+            if key not in state_dict or key.endswith("._float_tensor"):  # never initialized, never read
+                continue
+            saved = state_dict[key]
+            tolerance = 1e-5 if weight.dtype == saved.dtype == torch.float32 else 1e-2
+            if not torch.allclose(weight.cpu().float(), saved.cpu().float(), rtol=tolerance, atol=1e-6):
+                raise BackboneError(
+                    f"the checkpoint's copy of its backbone differs from {self.cfg.pretrained_model_path}, first "
+                    f"in {key[len(_BACKBONE) :]}: name the backbone that it was trained on, or none"
+                )
 
     def set_num_updates(self, num_updates):
         """Take the number of updates, which fairseq passes before every update."""
@@ -205,8 +224,18 @@ class LongMemModel(FairseqLanguageModel):
         return None
 
 
-def _hex(fingerprint: Tensor) -> str:
-    return bytes(fingerprint.cpu().tolist()).hex()[:12]
+def _pop_fingerprint(state_dict) -> Optional[str]:
+    """Remove the fingerprint from the tensors of an older checkpoint; None where there is none."""
+    saved = state_dict.pop(_FINGERPRINT_TENSOR, None)
+    return bytes(saved.tolist()).hex() if saved is not None and saved.any() else None
+
+
+def _check_fingerprint(saved: Optional[str], backbone: Backbone, path: Optional[str]) -> None:
+    if saved is not None and backbone.fingerprint is not None and saved != backbone.fingerprint:
+        raise BackboneError(
+            f"the checkpoint was trained on a backbone with fingerprint {saved[:12]}, but {path} has "
+            f"{backbone.fingerprint[:12]}: name the right one {HOW_TO_NAME}"
+        )
 
 
 def _find_backbone(cfg, dictionary) -> Backbone:
@@ -235,7 +264,9 @@ def _longmem_settings(cfg: Any, task):
     for checkpoint_format in checkpoint_formats():
         settings = checkpoint_format.longmem_settings(cfg, len(task.source_dictionary), scope)
         if settings is not None:
-            return argparse.Namespace(**settings)
+            overrides = getattr(getattr(task, "saved", None), "overrides", {})  # of settings that the format lacks too
+            known = {name: x for name, x in overrides.items() if name in LongMemConfig.__dataclass_fields__}
+            return argparse.Namespace(**{**settings, **known})
     return cfg
 
 

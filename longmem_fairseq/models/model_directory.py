@@ -6,6 +6,7 @@ a language model; with ``dict.txt`` and the tokenizer's files beside them, the d
 ``LongMem.from_pretrained`` needs.
 """
 
+import copy
 import json
 import os
 from typing import Any, Dict, Tuple
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..backbones.fingerprint import backbone_fingerprint
 from ..files import write_json, write_whole
 
 CONFIG, SIDE_NETWORK, BACKBONE = "config.json", "side_network.safetensors", "backbone.safetensors"
@@ -59,7 +61,9 @@ def write_directory(model, directory: str, half: bool = False, tokens_per_sample
         parts[part][name] = tensor.detach().cpu().contiguous().clone()  # safetensors refuses shared storage
     for name, part in parts.items():
         write_whole(os.path.join(directory, name), lambda path, part=part: save_file(part, path, {"format": "pt"}))
+    backbone = copy.deepcopy(model.decoder.backbone).half() if half else model.decoder.backbone
     settings = {name: getattr(model.cfg, name) for name in _SETTINGS}
+    settings["backbone_fingerprint"] = backbone_fingerprint(backbone)
     if tokens_per_sample is not None:
         settings["tokens_per_sample"] = tokens_per_sample
     write_json(
@@ -92,6 +96,7 @@ def read_directory(directory: str) -> Tuple[Dict[str, Any], Dict[str, Any], Dict
     weights: Dict[str, Tensor] = {}
     for name in (SIDE_NETWORK, BACKBONE):
         weights.update(_read_weights(os.path.join(directory, name)))
+    weights.pop("decoder.backbone_fingerprint", None)  # in older directories, as a tensor
     return config["settings"], config["backbone"], weights
 
 

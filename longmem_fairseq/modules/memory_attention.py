@@ -47,7 +47,8 @@ class RowAttention(torch.autograd.Function):
             Weighted sums of values, shape (Q, d); zero where all rows are absent.
         """
         scores = (row_products(q, keys, rows) * scaling).masked_fill(absent, float("-inf"))  # (Q, K)
-        weights = torch.nan_to_num(torch.softmax(scores, dim=-1))  # a query that reads nothing has no weights
+        # A query that reads nothing has no weights. One that is not a number, or whose scores overflow, stays visible.
+        weights = torch.softmax(scores, dim=-1).masked_fill(absent.all(dim=-1, keepdim=True), 0.0)
         ctx.save_for_backward(keys, values, rows, weights)
         ctx.scaling = scaling
         return weighted_row_sums(weights.to(values.dtype), values, rows)
@@ -163,5 +164,5 @@ def naive_memory_attention(
     read_values = values[lanes, heads, slots.clamp(min=0)].float()
     scores = torch.einsum("bhtd,bhtncd->bhtnc", q.float() * scaling, read_keys)
     scores = scores.masked_fill((slots < 0)[..., None], float("-inf")).flatten(3)  # (B, H, T, K)
-    weights = torch.nan_to_num(torch.softmax(scores, dim=-1))
+    weights = torch.softmax(scores, dim=-1).masked_fill((slots < 0).all(dim=-1, keepdim=True), 0.0)
     return torch.einsum("bhtk,bhtkd->bhtd", weights, read_values.flatten(3, 4)).to(q.dtype)

@@ -49,8 +49,8 @@ def _forward(
     column = tl.arange(0, BLOCK_D)
     inside = column < d
     x = tl.load(q + row * d + column, mask=inside, other=0.0).to(tl.float32) * scaling
-    # Finite, so that blocks without a token leave weights of zero and not 0 * inf.
-    best = -1e38
+    # Below all scores, but finite, so that blocks without a token leave weights of zero and not 0 * inf.
+    best = -3.4e38
     total = 0.0
     z = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, n * C, BLOCK_K):
@@ -97,7 +97,7 @@ def _backward(
     inside = column < d
     x = tl.load(q + row * d + column, mask=inside, other=0.0).to(tl.float32) * scaling
     g = tl.load(grad + row * d + column, mask=inside, other=0.0).to(tl.float32)
-    best = -1e38
+    best = -3.4e38
     total = 0.0
     products = 0.0
     origin = 0.0

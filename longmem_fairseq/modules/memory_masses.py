@@ -50,7 +50,8 @@ def chunk_masses(q: Tensor, keys: Tensor, lanes: Tensor, slots: Tensor, scaling:
     rows = _first_rows(keys, lanes, slots)[..., None] * C + tokens  # (B, H, T, n, C)
     products = row_products(q.reshape(-1, d), keys.view(-1, d), rows.flatten(3).flatten(0, 2)).view(rows.shape)
     scores = (products * scaling).masked_fill((slots < 0)[..., None], float("-inf"))
-    return torch.nan_to_num(torch.softmax(scores.flatten(3), dim=-1)).view(rows.shape).sum(dim=-1).to(device)
+    weights = torch.softmax(scores.flatten(3), dim=-1).masked_fill((slots < 0).all(dim=-1, keepdim=True), 0.0)
+    return weights.view(rows.shape).sum(dim=-1).to(device)
 
 
 def _first_rows(table: Tensor, lanes: Tensor, slots: Tensor) -> Tensor:

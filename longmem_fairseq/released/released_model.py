@@ -87,7 +87,6 @@ def load_released(
     except RuntimeError as error:  # lists every tensor, one a line
         first = str(error).splitlines()[1].strip()
         raise ValueError(f"the weights in {side_network_path} do not fit its settings: {first}") from error
-    model.decoder.take_fingerprint()
     model.decoder.stateful = True
     if exact:
         compute_by_steps(model.decoder)

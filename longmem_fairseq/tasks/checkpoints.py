@@ -19,7 +19,7 @@ from fairseq.distributed import utils as distributed_utils
 
 from ..data.manifest import dictionary_fingerprint
 from ..files import write_whole
-from ..safe_load import load_safely, namespaces_allowed, why_unreadable
+from ..safe_load import load_safely, namespaces_allowed, settings, why_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,14 @@ class Restored:
         path: Path of the checkpoint.
         epoch: Number of the epoch that training continues, from 1.
         batches: Number of batches of this epoch that each rank has read; 0 at its start.
+        backbone: Fingerprint of the backbone that the checkpoint was trained on, in hexadecimal; None where its
+            settings do not have it.
     """
 
     path: str
     epoch: int
     batches: int
+    backbone: Optional[str] = None
 
 
 def prepare_restore(
@@ -107,7 +110,9 @@ def prepare_restore(
             f"{error}: continue from another one with --restore-file, or move it away to start from scratch"
         ) from error
     check_dictionary(state.get("task_state") or {}, dictionary, path)
-    return Restored(path, *(_place_of(state) if path in (last, restore_file) else (1, 0)))
+    place = _place_of(state) if path in (last, restore_file) else (1, 0)
+    has_settings = state.get("cfg") or state.get("args")
+    return Restored(path, *place, getattr(settings(state), "backbone_fingerprint", None) if has_settings else None)
 
 
 def place_in(checkpoint: str) -> Optional[Tuple[int, int]]:

@@ -127,4 +127,4 @@ def backbone_identity(decoder) -> tuple:
     Returns:
         Fingerprint of the backbone in hexadecimal, and number of the memory layer.
     """
-    return bytes(decoder.backbone_fingerprint.cpu().tolist()).hex(), decoder.backbone.memory_layer
+    return decoder.backbone.fingerprint, decoder.backbone.memory_layer

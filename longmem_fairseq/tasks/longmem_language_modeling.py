@@ -16,21 +16,23 @@ from ..modules.mixed_precision import compute_products_in
 from ..safe_load import allow_namespaces
 from ..text import encode_text, one_line
 from .batch_memory import BatchMemory
-from .checkpoints import check_dictionary, check_space, read_checkpoint
+from .checkpoints import Restored, check_dictionary, check_space, read_checkpoint
+from .data_tokenizer import bpe_of_data
 from .document_splits import load_documents
 from .evaluation_batches import EvaluationBatches
+from .explicit_options import ExplicitOptions
 from .generation_options import check_generation
 from .generator import LongMemGenerator
 from .lane_batches import LaneBatches
-from .memory_session import MemorySession
+from .memory_session import MemorySession, memory_of_evaluation, refuse_memory_options
+from .option_table import TABLE as OPTIONS
 from .options import LongMemLanguageModelingConfig, check_options
 from .prompt_dataset import PromptDataset, document_prompts
 from .run_description import describe_run
+from .saved_settings import SavedSettings
 from .training_setup import prepare_training
 
 logger = logging.getLogger(__name__)
-
-FROM_CHECKPOINT = ("tokens_per_sample", "memory_scope")  # options whose value evaluation takes from the checkpoint
 
 
 @register_task("longmem_language_modeling", dataclass=LongMemLanguageModelingConfig)
@@ -44,6 +46,8 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         memory: Upkeep of the model's memory before each batch.
         lane_batches: Iterators over documents on lanes.
         session: Memory of a generation command; None before its generator is built.
+        restored: Checkpoint that training continues from; None if there is none.
+        saved: Settings of the checkpoints that are evaluated.
     """
 
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
@@ -51,27 +55,30 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         self.memory = BatchMemory(args)
         self.lane_batches = LaneBatches(args, dictionary.eos(), self.memory.start_epoch)
         self.session: Optional[MemorySession] = None
+        self.restored: Optional[Restored] = None
+        self.saved = SavedSettings({})
         self._model = self._model_cfg = self._last_batch = None
         self._tokenizer = self._bpe = None
 
     @classmethod
     def add_args(cls, parser):
-        """Add the options; ``--memory-text`` may be given several times, which fairseq's parser does not support."""
-        field = LongMemLanguageModelingConfig.__dataclass_fields__["memory_text"]
-        parser.add_argument("--memory-text", action="append", metavar="FILE", help=field.metadata["help"])
-        super().add_args(parser)  # leaves out the options that the parser has
+        """Add the options, so that the task knows which of them the user gave."""
+        super().add_args(ExplicitOptions(parser))
 
     @classmethod
     def setup_task(cls, args, **kwargs):
         """Check the options, the checkpoint and the data before anything is built."""
         allow_namespaces()  # fairseq reads its checkpoints after this
-        check_options(args)
+        from_checkpoint = bool(kwargs.get("from_checkpoint"))
+        check_options(args, from_checkpoint)
+        saved = SavedSettings.of_command(args, from_checkpoint)
         task = super().setup_task(args, **kwargs)
+        task.saved = saved
         if args.path is not None:
-            for path in filter(os.path.isfile, utils.split_paths(args.path)):
-                read_checkpoint(path)
-        elif not kwargs.get("from_checkpoint"):
-            task.memory.snapshots = prepare_training(args, task.dictionary)
+            paths = filter(os.path.isfile, utils.split_paths(args.path))
+            saved.expect([read_checkpoint(path) for path in paths], set(OPTIONS))
+        elif not from_checkpoint:
+            task.restored, task.memory.snapshots = prepare_training(args, task.dictionary)
         return task
 
     @classmethod
@@ -99,17 +106,19 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         super().load_state_dict(state_dict)
 
     def build_model(self, args, from_checkpoint=False):
-        """Build the model; the segment length and memory scope of a checkpoint replace the task's."""
+        """Build the model; the segment length and memory scope of a checkpoint are the task's defaults."""
         if from_checkpoint:
-            for name in FROM_CHECKPOINT:
-                saved = getattr(args, name, None)
-                if saved is not None and str(saved) != str(getattr(self.args, name)):
-                    option = name.replace("_", "-")
-                    logger.info("--%s: %s, from the checkpoint (change it with --model-overrides)", option, saved)
-                    self.args[name] = saved
+            self.saved.apply(args, self.args)
+        elif self.restored is not None and "backbone_fingerprint" in args:
+            args.backbone_fingerprint = self.restored.backbone  # the model compares it with its backbone's
         model = super().build_model(args, from_checkpoint)
         if from_checkpoint and str(self.args.inference_dtype) != "float32":
             compute_products_in(model, getattr(torch, str(self.args.inference_dtype)))
+        if not from_checkpoint and hasattr(model, "memorize") and self.args.max_target_positions is not None:
+            raise ValueError(
+                f"--max-target-positions {self.args.max_target_positions} is not supported by a model with a memory: "
+                "its positions are the backbone's; leave it out"
+            )
         positions = model.max_positions()
         if positions is not None and self.args.tokens_per_sample > positions:
             raise ValueError(
@@ -155,6 +164,8 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, prefix_allowed_tokens_fn=None):
         """Build fairseq's generator; for models with a memory a :class:`LongMemGenerator`."""
         has_memory = any(hasattr(model, "memorize") for model in models)
+        if not has_memory:
+            refuse_memory_options(self.args)
         if not has_memory or seq_gen_cls is not None:
             return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
         check_generation(args, models)
@@ -171,8 +182,8 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         return self._tokenizer
 
     def build_bpe(self, args):
-        """Build the BPE; it is the last thing that fairseq's commands build, so now documents can be memorized."""
-        self._bpe = super().build_bpe(args)
+        """Build the BPE, without ``--bpe`` the data's; generation builds it last, so now documents can be memorized."""
+        self._bpe = bpe_of_data(self.args.data) if args is None else super().build_bpe(args)
         if self.session is not None:
             self.session.start()
         return one_line(self._bpe)
@@ -230,13 +241,16 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         options.pop("max_positions", None)
         iterator = self.get_batch_iterator(dataset, max_tokens, batch_size, **options)
         args, lanes = self.args, iterator.dataset
+        self.build_tokenizer(args.tokenizer_settings)
+        self.build_bpe(args.bpe_settings)
+        memory = memory_of_evaluation(self._model, args, self.dictionary, self._encode_text, lanes.n_ranks)
         return EvaluationBatches(
             iterator.next_epoch_itr(shuffle=False),
             lanes,
             self._model,
             options.get("shard_id", 0),
             args.results_path,
-            run=describe_run(args, self._model_cfg, lanes),
+            run=describe_run(args, self._model_cfg, lanes, memory),
             bar=args.log_format == "tqdm" or (args.log_format is None and not args.no_progress_bar),
             log_interval=args.log_interval,
         )

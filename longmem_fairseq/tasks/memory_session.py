@@ -1,19 +1,45 @@
-"""The memory of a generation command: ``--memory-text``, ``--memory-load``, ``--memory-save``, ``--memorize-turns``."""
+"""The memory of generation and evaluation by command.
+
+Options: ``--memory-text``, ``--memory-load``, ``--memory-save`` and ``--memorize-turns``.
+"""
 
 import logging
 import os
 import time
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from ..memory.document_memory import DocumentMemory
 from ..memory.memory_file import load_memory, save_memory
+from ..memory.policies import memory_policy
 from ..text import read_text
 from .generator import LongMemGenerator, backbone_identity
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_DTYPE = "float16"  # of a file of --memory-save
+_OPTIONS = ("memory_text", "memory_load", "memory_save", "memorize_turns")
+
+
+def memory_options(cfg) -> List[str]:
+    """Return the options of a given memory that a configuration of the task has, as the user writes them."""
+    return ["--" + name.replace("_", "-") for name in _OPTIONS if getattr(cfg, name)]
+
+
+def refuse_memory_options(cfg) -> None:
+    """Refuse the options of a given memory for a model that does not have one.
+
+    Args:
+        cfg: Configuration of the task.
+
+    Raises:
+        ValueError: There is such an option.
+    """
+    given = memory_options(cfg)
+    if given:
+        raise ValueError(f"{given[0]} needs a model with a memory, but that of --path has none: leave it out")
 
 
 class MemorySession:
@@ -35,8 +61,7 @@ class MemorySession:
     def __init__(self, generator: LongMemGenerator, cfg, encode: Callable[[str], Tensor]):
         self.generator, self.cfg, self.encode = generator, cfg, encode
         self.turns = 0
-        needs_memory = cfg.memory_text or cfg.memory_load or cfg.memory_save or cfg.memorize_turns
-        if needs_memory and None in generator.document_memories:
+        if memory_options(cfg) and None in generator.document_memories:
             raise ValueError(
                 "--memory-text, --memory-load, --memory-save and --memorize-turns need a memory, but the model's is "
                 "off (--no-use-external-memory, or --memory-size 0)"
@@ -122,9 +147,49 @@ class MemorySession:
 
     def _save(self) -> None:
         start, memory, path = time.time(), self.generator.document_memories[0], self.cfg.memory_save
-        save_memory(path, memory, *self._identity(), dtype=str(self.cfg.memory_save_dtype))
+        dtype = str(self.cfg.memory_save_dtype or DEFAULT_DTYPE)
+        save_memory(path, memory, *self._identity(), dtype=dtype)
         size = os.path.getsize(path) / 2**20
         logger.info("saved %s tokens in %s (%.1f MiB) in %.1f s", f"{memory.tokens:,}", path, size, time.time() - start)
 
     def _identity(self):
         return backbone_identity(self.generator.model.single_model.decoder)
+
+
+def memory_of_evaluation(
+    model, cfg, dictionary, encode: Callable[[str], Tensor], ranks: int
+) -> Optional[DocumentMemory]:
+    """Make the memory that each document of a split starts with in ``fairseq-eval-lm``.
+
+    Args:
+        model: Model that is evaluated.
+        cfg: Configuration of the task.
+        dictionary: Dictionary of the tokens.
+        encode: Function that encodes a text to token ids, shape (length,), int64.
+        ranks: Number of ranks or shards of the evaluation.
+
+    Returns:
+        The memory, which the model's streams of evaluation now start with; None if the options ask for none.
+
+    Raises:
+        ValueError: An option is not supported by the model or the evaluation.
+    """
+    if not memory_options(cfg):
+        return None
+    if not hasattr(model, "memorize"):
+        refuse_memory_options(cfg)
+    if memory_policy(cfg.memory_scope).shares_memory:
+        raise ValueError(
+            f"--memory-scope {cfg.memory_scope} has one memory for all lanes, in which no document can start with a "
+            "given memory: set --memory-scope document"
+        )
+    if cfg.memory_save and ranks > 1:
+        raise ValueError(
+            f"--memory-save {cfg.memory_save} would be written by each of {ranks} ranks: save the memory in a command "
+            "of one, and read it with --memory-load"
+        )
+    session = MemorySession(LongMemGenerator([model], dictionary, cfg.tokens_per_sample), cfg, encode)
+    session.start()
+    memory = session.generator.document_memories[0]
+    model.decoder.memories.base = memory.bank
+    return memory

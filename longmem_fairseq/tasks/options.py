@@ -1,18 +1,18 @@
 """Options of the task: the stock language modeling ones that have a meaning here, and those of the memory."""
 
-import logging
 import os
+from argparse import SUPPRESS
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import Any, List, Optional
 
+import torch
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import II
 
 from ..memory.memory_file import DTYPES
 from ..memory.policies import memory_policy
-
-logger = logging.getLogger(__name__)
+from .option_table import INTERACTIVE, TRAIN, check_use
 
 
 @dataclass
@@ -21,7 +21,7 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
 
     tokens_per_sample: int = field(
         default=1024,
-        metadata={"help": "tokens of a segment, the span of local attention (evaluation takes the checkpoint's)"},
+        metadata={"help": "tokens of a segment, the span of local attention (default in evaluation: the checkpoint's)"},
     )
     data_no_shuffle: bool = field(
         default=False, metadata={"help": "read documents in the data's order instead of shuffling them every epoch"}
@@ -30,7 +30,8 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
         default="document",
         metadata={
             "help": "what one memory may hold: document, each document by itself; stream, all documents of a lane (as "
-            "in the published training); shared, one memory for the streams of all lanes (as in the released code)"
+            "in the published training); shared, one memory for the streams of all lanes (as in the released code); "
+            "default in evaluation: the checkpoint's"
         },
     )
     memory_snapshot: bool = field(
@@ -50,17 +51,24 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
 
     memory_text: Optional[List[str]] = field(
         default=None,
-        metadata={"help": "generation: memorize a document before the first prompt (repeatable; - is standard input)"},
+        metadata={
+            "help": "generation: memorize a document before the first prompt; fairseq-eval-lm: before each document of "
+            "the split (repeatable; - is standard input)"
+        },
     )
     memory_load: Optional[str] = field(
-        default=None, metadata={"help": "generation: start with a memory written by --memory-save"}
+        default=None,
+        metadata={"help": "generation and fairseq-eval-lm: start with a memory written by --memory-save"},
     )
     memory_save: Optional[str] = field(
         default=None,
-        metadata={"help": "generation: write what was memorized to a file, after each turn with --memorize-turns"},
+        metadata={
+            "help": "generation and fairseq-eval-lm: write what was memorized to a file, after each turn with "
+            "--memorize-turns"
+        },
     )
-    memory_save_dtype: ChoiceEnum(list(DTYPES)) = field(
-        default="float16", metadata={"help": "precision of keys and values in the file of --memory-save"}
+    memory_save_dtype: Optional[ChoiceEnum(list(DTYPES))] = field(
+        default=None, metadata={"help": "precision of keys and values in the file of --memory-save (default: float16)"}
     )
     memorize_turns: bool = field(
         default=False,
@@ -78,6 +86,10 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
         },
     )
 
+    # Set by the parser of a command line, see ExplicitOptions: the command, and which options the user gave.
+    fairseq_command: Optional[str] = field(default=None, metadata={"help": SUPPRESS})
+    explicit_options: Optional[List[str]] = field(default=None, metadata={"help": SUPPRESS})
+
     # Options of other groups that the task needs.
     train_subset: str = II("dataset.train_subset")
     restore_file: str = II("checkpoint.restore_file")
@@ -89,74 +101,72 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
     path: Optional[str] = II("common_eval.path")
     input: str = II("interactive.input")
     results_path: Optional[str] = II("common_eval.results_path")
+    model_overrides: str = II("common_eval.model_overrides")
+    bpe_settings: Any = II("bpe")  # what --bpe and its options select
+    tokenizer_settings: Any = II("tokenizer")
     fp16: bool = II("common.fp16")
+    memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
+    cpu: bool = II("common.cpu")
     log_format: Optional[str] = II("common.log_format")
     log_interval: int = II("common.log_interval")
     no_progress_bar: bool = II("common.no_progress_bar")
 
 
-def check_options(cfg: LongMemLanguageModelingConfig) -> None:
-    """Refuse options that contradict the task or each other; log in one line which others have no effect.
+def check_options(cfg: LongMemLanguageModelingConfig, from_checkpoint: bool = False) -> None:
+    """Refuse options that contradict the task or each other.
 
     Args:
         cfg: Configuration of the task.
+        from_checkpoint: Whether the configuration was made by the training of a checkpoint, so that options that are
+            not supported are not the user's.
 
     Raises:
         ValueError: An option is not supported.
         FileNotFoundError: A file or directory that an option names does not exist.
     """
+    if not from_checkpoint:
+        command = cfg.fairseq_command or (TRAIN if cfg.path is None else None)  # fairseq-hydra-train has no parser
+        check_use(cfg, LongMemLanguageModelingConfig, command)
+        if cfg.use_plasma_view:
+            raise ValueError("--use-plasma-view is not supported: data is memory-mapped; leave it out")
+        _check_precision(cfg)
     memory_policy(cfg.memory_scope)
     if cfg.tokens_per_sample < 1:
         raise ValueError(f"--tokens-per-sample {cfg.tokens_per_sample} is less than one token: raise it")
-    if cfg.output_dictionary_size >= 0:
-        raise ValueError(
-            f"--output-dictionary-size {cfg.output_dictionary_size} is not supported: the frozen backbone's "
-            "output projection covers its whole dictionary; leave it out"
-        )
-    if cfg.self_target or cfg.past_target:
-        raise ValueError("--self-target and --past-target are not supported: the target is always the next token")
-    if cfg.add_bos_token:
-        raise ValueError(
-            "--add-bos-token is not supported: a document's first token is predicted from end-of-sentence, as in the "
-            "backbone's training"
-        )
-    if str(cfg.shorten_method) != "none":
-        raise ValueError(
-            f"--shorten-method {cfg.shorten_method} would drop tokens, but every token of a document is read: "
-            "leave it out"
-        )
     if cfg.dataset_impl is not None and str(cfg.dataset_impl) != "mmap":
         raise ValueError(
             f"--dataset-impl {cfg.dataset_impl} cannot be read by slices: write the data with --dataset-impl mmap"
         )
-    if str(cfg.inference_dtype) != "float32" and cfg.fp16:
+    _check_memory_files(cfg)
+    if cfg.prompt_tokens is not None and cfg.prompt_tokens < 0:
+        raise ValueError(f"--prompt-tokens {cfg.prompt_tokens} is negative: set it to 0 or more")
+
+
+def _check_precision(cfg: LongMemLanguageModelingConfig) -> None:
+    half = str(cfg.inference_dtype) != "float32"
+    if half and cfg.fp16:
         raise ValueError(f"--inference-dtype {cfg.inference_dtype} and --fp16 are two precisions: leave one out")
+    if cfg.fp16 and not cfg.memory_efficient_fp16 and (cfg.cpu or not torch.cuda.is_available()):
+        raise ValueError(
+            "--fp16 needs a GPU: leave it out, and for half precision on a CPU train with --amp, or evaluate and "
+            "generate with --inference-dtype bfloat16"
+        )
+
+
+def _check_memory_files(cfg: LongMemLanguageModelingConfig) -> None:
     for path in [*(cfg.memory_text or []), *filter(None, [cfg.memory_load])]:
         if path != "-" and not os.path.isfile(path):
             option = "--memory-load" if path == cfg.memory_load else "--memory-text"
             raise FileNotFoundError(f"{option} {path} does not exist, or is not a file")
-    # fairseq-generate takes its prompts from the data.
-    if "-" in (cfg.memory_text or []) and cfg.prompt_tokens is None and cfg.input == "-":
+    if "-" in (cfg.memory_text or []) and cfg.fairseq_command == INTERACTIVE and cfg.input == "-":
         raise ValueError(
             "--memory-text - reads the standard input to its end, so no prompt is left in it: name a file of prompts "
             "with --input"
         )
     if cfg.memory_save and not os.path.isdir(os.path.dirname(os.path.abspath(cfg.memory_save))):
         raise FileNotFoundError(f"--memory-save {cfg.memory_save} cannot be written: its directory does not exist")
-    if cfg.prompt_tokens is not None and cfg.prompt_tokens < 0:
-        raise ValueError(f"--prompt-tokens {cfg.prompt_tokens} is negative: set it to 0 or more")
-
-    no_effect = {
-        f"--sample-break-mode {cfg.sample_break_mode}": str(cfg.sample_break_mode) != "none",
-        "--max-target-positions": cfg.max_target_positions is not None,
-        "--pad-to-fixed-length": cfg.pad_to_fixed_length,
-        "--pad-to-fixed-bsz": cfg.pad_to_fixed_bsz,
-        "--use-plasma-view": cfg.use_plasma_view,
-    }
-    given = [option for option, is_set in no_effect.items() if is_set]
-    if given:
-        logger.info(
-            "%s: no effect; segments of --tokens-per-sample tokens are cut from whole documents (or, with "
-            "--memory-scope stream, from all documents of a lane) and padded only at a document's end",
-            ", ".join(given),
+    if cfg.memory_save_dtype is not None and not cfg.memory_save:
+        raise ValueError(
+            f"--memory-save-dtype {cfg.memory_save_dtype} has no file to set the precision of: name one with "
+            "--memory-save"
         )

@@ -2,6 +2,7 @@
 
 import json
 
+from longmem_fairseq.memory.search.kernel import available_instructions
 from tests.examples.commands import run_example
 from tests.memory import kernel
 
@@ -30,10 +31,11 @@ def test_search(tmp_path, keys):
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "s.json").read_text())["rows"]
-    exact = ["torch product alone", "torch topk", "torch two-level", "faiss knn"] + ["native"] * (not kernel.reason)
+    natives = [] if kernel.reason else [f"native, {name}" for name in available_instructions()]
+    exact = ["torch product alone", "torch topk", "torch two-level", "faiss knn", *natives]
     indices = []
     for name in ("IVF16,Flat:nprobe=16", "IVF16,Flat:nprobe=1", "IVF300,Flat:nprobe=18"):
-        indices += [name] if kernel.reason else [name, f"{name}, native"]
+        indices += [name, *(f"{name}, {native}" for native in natives)]
     indices.append("HNSW8:efSearch=99")
     small = [name for name in indices if "IVF300" not in name]  # too few chunks to train it
     assert [row["backend"] for row in rows] == [*exact, *small, *exact, *indices]

@@ -1,6 +1,6 @@
-"""The native search on numbers of every kind against plain top-k, and how its kernel is made."""
+"""The native search on numbers of every kind against plain top-k, with each set of instructions, and its kernel."""
 
-import shutil
+import platform
 from pathlib import Path
 
 import faiss
@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search import native
-from longmem_fairseq.memory.search.native import KernelUnavailable, NativeSearch, load_kernel
-from tests.memory.kernel import needs_kernel
+from longmem_fairseq.memory.search import kernel, native
+from longmem_fairseq.memory.search.kernel import Kernel, KernelUnavailable, available_instructions
+from longmem_fairseq.memory.search.native import NativeSearch
+from tests.memory.kernel import each_instructions, needs_kernel
 
 ONE = np.zeros(1, dtype=np.int64)
-search = NativeSearch()
 
 
 def bank_of(means):
@@ -27,17 +27,17 @@ def bank_of(means):
     return bank
 
 
-def check(means, queries, n):
-    """The slots for queries (H, T, d) have the n largest products, best first, within the rounding of float32."""
-    slots = search(bank_of(means), ONE, queries[None], n)[0]  # (H, T, n)
+def check(instructions, means, queries, n):
+    """The slots for queries (H, T, d) have the n largest products, best first, within the rounding of float64."""
+    slots = NativeSearch(instructions)(bank_of(means), ONE, queries[None], n)[0]  # (H, T, n)
     scores = queries.double() @ means.double().transpose(-1, -2)
     best = scores.topk(n, dim=-1).values
-    rounding = 1e-6 * (queries.double().abs() @ means.double().abs().transpose(-1, -2)).amax(dim=-1, keepdim=True)
+    rounding = 1e-12 * (queries.double().abs() @ means.double().abs().transpose(-1, -2)).amax(dim=-1, keepdim=True)
     assert ((scores.gather(-1, slots) - best).abs() <= rounding).all()
     assert (slots.sort(dim=-1).values.diff(dim=-1) > 0).all()
 
 
-@needs_kernel
+@each_instructions
 @settings(max_examples=60)
 @given(
     N=st.integers(1, 700),
@@ -50,7 +50,7 @@ def check(means, queries, n):
     duplicates=st.booleans(),
     growing=st.booleans(),
 )
-def test_finds_the_largest_products(N, d, T, n, seed, spread, offset, duplicates, growing):
+def test_finds_the_largest_products(instructions, N, d, T, n, seed, spread, offset, duplicates, growing):
     """Keys around one center, or none; equal keys; zeros; some rows or queries many times as long as others."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(2, N, d, generator=generator) * spread + offset * torch.randn(2, 1, d, generator=generator)
@@ -60,25 +60,74 @@ def test_finds_the_largest_products(N, d, T, n, seed, spread, offset, duplicates
     if growing:
         means = means * torch.logspace(-4, 4, N)[:, None]
         queries = queries * torch.logspace(-4, 4, T)[:, None]
-    check(means, queries, min(n, N))
+    check(instructions, means, queries, min(n, N))
+
+
+MAGNITUDES = [0.0, 1e-45, 1e-40, 1e-38, 1e-30, 1e-15, 1.0, 1e20, 1e30, 3.4e38]
+magnitudes = st.lists(st.sampled_from(MAGNITUDES), min_size=1, max_size=4)
+
+
+@each_instructions
+@settings(max_examples=60)
+@given(
+    N=st.integers(1, 300),
+    d=st.sampled_from([1, 7, 16, 33, 64]),
+    T=st.integers(16, 19),
+    n=st.integers(1, 20),
+    seed=st.integers(0, 10**6),
+    of_rows=magnitudes,
+    of_columns=magnitudes,
+    of_queries=magnitudes,
+    common=st.sampled_from([0.0, 1.0, 2e38]),
+)
+def test_finds_the_largest_products_of_any_floats(
+    instructions, N, d, T, n, seed, of_rows, of_columns, of_queries, common
+):
+    """Floats from the smallest to the largest, both zeros, mixed in a row or between rows; flushing is switched on."""
+    rng = np.random.default_rng(seed)
+
+    def numbers(rows, magnitudes):
+        x = rng.uniform(-1, 1, (rows, d)) * rng.choice(magnitudes, (rows, 1))
+        return x * np.minimum(rng.choice(of_columns, d), 1.0)
+
+    keys = np.clip(numbers(N, of_rows) + common * rng.uniform(-1, 1, d), -3.4e38, 3.4e38)
+    means, queries = (torch.from_numpy(x.astype(np.float32)[None]) for x in (keys, numbers(T, of_queries)))
+    bank, n = bank_of(means), min(n, N)
+    torch.set_flush_denormal(True)
+    try:
+        slots = NativeSearch(instructions)(bank, ONE, queries[None], n)[0]
+    finally:
+        torch.set_flush_denormal(False)
+    scores = queries.double() @ means.double().mT
+    sums = queries.double().abs() @ means.double().abs().mT
+    best = scores.topk(n, dim=-1)
+    rounding = 1e-12 * torch.maximum(sums.gather(-1, slots), sums.gather(-1, best.indices))
+    assert ((scores.gather(-1, slots) - best.values).abs() <= rounding).all()
+    assert (slots.sort(dim=-1).values.diff(dim=-1) > 0).all()
 
 
 @needs_kernel
-def test_zero_queries_and_outliers():
+def test_zero_keys_are_found_by_queries_of_any_size():
+    slots = NativeSearch()(bank_of(torch.zeros(1, 20, 8)), ONE, torch.full((1, 1, 16, 8), 1e20), 20)
+    assert (slots.sort(dim=-1).values == torch.arange(20)).all()
+
+
+@each_instructions
+def test_zero_queries_and_outliers(instructions):
     means = torch.randn(1, 300, 64, generator=torch.Generator().manual_seed(0))
     means[0, 17, 3] = 1e4  # uses all bits of its row
     queries = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(1))
     queries[0, 5] = 0.0
     queries[0, 6] = 1e-38
-    check(means, queries, 16)
+    check(instructions, means, queries, 16)
 
 
-@needs_kernel
-def test_chunks_that_are_not_numbers_are_not_found():
+@each_instructions
+def test_chunks_that_are_not_numbers_are_not_found(instructions):
     means = torch.randn(1, 100, 8, generator=torch.Generator().manual_seed(0))
     means[0, 10] = float("nan")
     means[0, 20, 4] = float("inf")
-    slots = search(bank_of(means), ONE, torch.randn(1, 1, 16, 8), 100)
+    slots = NativeSearch(instructions)(bank_of(means), ONE, torch.randn(1, 1, 16, 8), 100)
     assert (slots[..., 98:] == -1).all()
     assert set(slots[..., :98].flatten().tolist()) == set(range(100)) - {10, 20}
 
@@ -86,6 +135,7 @@ def test_chunks_that_are_not_numbers_are_not_found():
 @needs_kernel
 @pytest.mark.parametrize("H, T", [(1, 100), (2, 33), (5, 16)])
 def test_threads_change_nothing(H, T):
+    search = NativeSearch()
     generator = torch.Generator().manual_seed(0)
     bank = bank_of(torch.randn(H, 500, 16, generator=generator).round())
     queries = torch.randn(1, H, T, 16, generator=generator).round()
@@ -99,10 +149,10 @@ def test_threads_change_nothing(H, T):
         torch.set_num_threads(threads)
 
 
-@needs_kernel
+@each_instructions
 @pytest.mark.parametrize("nprobe", [1, 5, 32])
 @pytest.mark.parametrize("factory", ["IVF32,Flat", "IVF32_HNSW4,Flat"])
-def test_finds_in_inverted_lists_what_faiss_finds(factory, nprobe):
+def test_finds_in_inverted_lists_what_faiss_finds(instructions, factory, nprobe):
     """Lists of every length, also empty; few rows in the lists of some queries, and rows that were removed."""
     rng, indices = np.random.default_rng(0), []
     centers = rng.normal(size=(32, 12)).astype("float32")
@@ -116,7 +166,7 @@ def test_finds_in_inverted_lists_what_faiss_finds(factory, nprobe):
         index.nprobe = nprobe
         indices.append(index)
     queries = rng.normal(size=(3, 20, 12)).astype("float32")
-    ids = search.list_search(20, 12)(indices, queries, 40)
+    ids = NativeSearch(instructions).list_search(20, 12)(indices, queries, 40)
     for index, of_head, ids_of_head in zip(indices, queries, ids):
         expected = index.search(of_head, 40)[1]
         assert nprobe > 1 or (expected < 0).any()
@@ -125,58 +175,31 @@ def test_finds_in_inverted_lists_what_faiss_finds(factory, nprobe):
 
 @needs_kernel
 def test_few_queries_are_left_to_faiss(monkeypatch):
-    bank, queries = bank_of(torch.randn(2, 50, 8)), torch.randn(1, 2, 40, 8)
+    search, bank, queries = NativeSearch(), bank_of(torch.randn(2, 50, 8)), torch.randn(1, 2, 40, 8)
     expected = search(bank, ONE, queries, 7)[:, :, :15]
-    monkeypatch.setattr(native, "load_kernel", lambda: pytest.fail("the kernel was loaded"))
+    monkeypatch.setattr(native, "Kernel", lambda instructions: pytest.fail("the kernel was used"))
     assert torch.equal(search(bank, ONE, queries[:, :, :15], 7), expected)
 
 
 # --- the kernel
 
 
-def test_the_kernel_compiles_where_it_can():
-    """A kernel that does not compile must not look like a machine that cannot run it: other tests are skipped then."""
+def test_the_kernel_is_built_where_it_can_run():
+    """A kernel that was not built must not look like a machine that cannot run it: other tests are skipped then."""
     processor = Path("/proc/cpuinfo")
-    if not processor.exists() or "avx512_vnni" not in processor.read_text() or shutil.which("c++") is None:
-        pytest.skip("no processor with AVX-512 VNNI, or no C++ compiler")
-    load_kernel()
-
-
-@pytest.fixture
-def new_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    load_kernel.cache_clear()
-    yield tmp_path / "longmem_fairseq"
-    load_kernel.cache_clear()
+    if platform.machine() != "x86_64" or not processor.exists():
+        pytest.skip("not Linux on x86-64")
+    flags = set(processor.read_text().split())
+    expected = [name for name, flag in (("avx512", "avx512_vnni"), ("avx2", "avx2")) if flag in flags]
+    assert list(available_instructions()) == expected, "build it: python setup.py build_ext --inplace"
 
 
 @needs_kernel
-def test_the_kernel_is_compiled_once(new_cache, caplog):
-    with caplog.at_level("INFO"):
-        load_kernel()
-        (library,) = new_cache.iterdir()
-        load_kernel.cache_clear()
-        load_kernel()
-    assert [record.getMessage() for record in caplog.records] == [f"compiled {library}"]
-    assert list(new_cache.iterdir()) == [library]
-
-
-@pytest.mark.parametrize(
-    "compiler, reason",
-    [
-        ("no-such-compiler --fast", "there is no C.. compiler no-such-compiler"),
-        ("false", "false fails .no reason given."),
-        ("true", "cannot be made or loaded .*No such file"),
-    ],
-)
-def test_a_compiler_that_cannot(new_cache, monkeypatch, compiler, reason):
-    monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(KernelUnavailable, match=reason):
-        load_kernel()
-    assert not list(new_cache.glob("*"))
-
-
-def test_a_cache_that_cannot_be_written(new_cache, monkeypatch):
-    new_cache.write_text("a file in the place of a directory")
-    with pytest.raises(KernelUnavailable, match="native_search-.*so cannot be made or loaded .*exists"):
-        load_kernel()
+def test_instructions_that_the_processor_lacks(monkeypatch):
+    monkeypatch.setattr(kernel, "available_instructions", lambda: ("avx2",))
+    Kernel()
+    with pytest.raises(KernelUnavailable, match="this processor has no avx512, but it has avx2$"):
+        Kernel("avx512")
+    monkeypatch.setattr(kernel, "available_instructions", lambda: ())
+    with pytest.raises(KernelUnavailable, match="this processor has neither AVX-512 VNNI nor AVX2"):
+        Kernel()

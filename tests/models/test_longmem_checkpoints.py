@@ -2,6 +2,7 @@
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,12 +36,11 @@ def same_logits(a, b):
 # --- without the backbone
 
 
-def test_holds_the_side_network_and_the_backbones_fingerprint_alone(built):
+def test_holds_the_side_network_alone_and_the_backbones_fingerprint_as_text(built):
+    """Averaging and moving averages compute with every tensor of a checkpoint."""
     made = built()
-    state = made.model.state_dict()
-    trained = {name for name, p in made.model.named_parameters() if p.requires_grad}
-    assert set(state) == trained | {"decoder.backbone_fingerprint"}
-    assert bytes(state["decoder.backbone_fingerprint"].tolist()).hex() == made.model.decoder.backbone.fingerprint
+    assert set(made.model.state_dict()) == {name for name, p in made.model.named_parameters() if p.requires_grad}
+    assert made.cfg.model.backbone_fingerprint == made.model.decoder.backbone.fingerprint
 
 
 def test_comes_back_with_the_same_logits(built, tmp_path):
@@ -104,7 +104,7 @@ def test_stands_alone_with_the_backbone(built, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     loaded = load(path)
     assert same_logits(loaded, made.model)
-    assert torch.equal(loaded.decoder.backbone_fingerprint, made.model.decoder.backbone_fingerprint)
+    assert loaded.decoder.backbone.fingerprint == made.model.decoder.backbone.fingerprint
     assert not any(p.requires_grad for p in loaded.decoder.backbone.parameters())
 
 
@@ -131,7 +131,7 @@ def test_training_goes_on_from_it(built, train, tmp_path):
 def test_training_does_not_go_on_with_another_backbone(built, train, write_backbone):
     state = built("--save-backbone").model.state_dict()
     other = train(write_backbone("other.pt", seed=1), "--save-backbone")
-    with pytest.raises(BackboneError, match="fingerprint"):
+    with pytest.raises(BackboneError, match="copy of its backbone differs from .*other.pt"):
         other.model.load_state_dict(state)
 
 
@@ -181,10 +181,49 @@ def test_half_precision(built, tmp_path, options):
     full = copy.deepcopy(made.model)
     made.model.half()
     loaded = load(save(made, tmp_path / "c.pt"))
-    assert torch.equal(loaded.decoder.backbone_fingerprint, full.decoder.backbone_fingerprint)
+    assert loaded.decoder.backbone.fingerprint == full.decoder.backbone.fingerprint
     for a, b in zip(read(loaded, DOCS, T), read(full, DOCS, T)):
         assert a.dtype == torch.float32
         assert float((a - b).abs().mean() / b.std()) < 0.05
+
+
+@pytest.mark.parametrize("options", [[], ["--save-backbone"]])
+def test_older_checkpoints_have_the_fingerprint_as_a_tensor(built, write_backbone, tmp_path, options):
+    """It is compared as before, and passed on as text."""
+    made = built(*options)
+    path = save(made, tmp_path / "c.pt")
+    state, fingerprint = torch.load(path, weights_only=False), made.model.decoder.backbone.fingerprint
+    del state["cfg"]["model"]["backbone_fingerprint"]
+    state["model"]["decoder.backbone_fingerprint"] = torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8)
+    torch.save(state, path)
+    loaded = load(path)
+    assert same_logits(loaded, made.model) and loaded.decoder.backbone.fingerprint == fingerprint
+    assert "decoder.backbone_fingerprint" not in loaded.state_dict()
+    write_backbone(seed=1)
+    if not options:
+        with pytest.raises(BackboneError, match="trained on a backbone with fingerprint"):
+            load(path)
+
+
+@pytest.mark.parametrize("options", [[], ["--save-backbone"]])
+def test_an_average_of_checkpoints_is_a_checkpoint(built, tmp_path, options):
+    """Averaged as fairseq's scripts/average_checkpoints.py does it: every tensor, whole numbers rounded down."""
+    made = built(*options)
+    paths = []
+    for scale in (0.5, 1.5):
+        other = copy.deepcopy(made.model)
+        for parameter in other.parameters():
+            parameter.data *= scale if parameter.requires_grad else 1
+        paths.append(save(SimpleNamespace(model=other, cfg=made.cfg, task=made.task), tmp_path / f"{scale}.pt"))
+    states = [torch.load(path, weights_only=False) for path in paths]
+    for name in states[0]["model"]:
+        total = sum(state["model"][name].clone() for state in states)
+        states[0]["model"][name] = total / 2 if total.is_floating_point() else total // 2
+    torch.save(states[0], tmp_path / "average.pt")
+    averaged = load(tmp_path / "average.pt")
+    assert averaged.decoder.backbone.fingerprint == made.model.decoder.backbone.fingerprint
+    for (name, weight), other in zip(averaged.named_parameters(), made.model.parameters()):
+        torch.testing.assert_close(weight, other, msg=name)
 
 
 def test_fields_that_came_later_take_their_defaults(built, tmp_path):

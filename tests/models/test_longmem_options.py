@@ -66,6 +66,11 @@ def test_the_memory_layer_fits_any_reduction(layers, reduction, expected):
     assert default_memory_layer(layers, reduction) == expected
 
 
+def test_positions_are_the_backbones(train, write_backbone):
+    with pytest.raises(ValueError, match="--max-target-positions 64 is not supported by a model with a memory"):
+        train(write_backbone(), "--max-target-positions", 64)
+
+
 def test_options_without_an_effect_are_not_in_the_help(parse):
     hidden = {name for name, x in LongMemConfig.__dataclass_fields__.items() if x.metadata.get("help") == SUPPRESS}
     assert hidden == {
@@ -74,6 +79,7 @@ def test_options_without_an_effect_are_not_in_the_help(parse):
         "side_layer_norm_eps",
         "normalize_last_hidden",
         "backbone_config",
+        "backbone_fingerprint",
         "gpt_encoder_path",
         "no_token_positional_embeddings",
         "base_layers",
@@ -165,9 +171,9 @@ def test_the_released_scripts_options_mean_the_same(parse):
 
 
 def test_the_released_scripts_model_is_built(train, write_backbone, caplog):
-    """Without a GPU, but for --use-gpu-to-search; what has no effect is logged, one line an option."""
+    """Without a GPU, but for the two options that need one; what has no effect is logged, one line an option."""
     path = write_backbone(decoder_layers=24, max_target_positions=1024)
-    line = [x for x in RELEASED_SCRIPT if x != "--use-gpu-to-search"]
+    line = [x for x in RELEASED_SCRIPT if x not in ("--use-gpu-to-search", "--fp16")]
     with caplog.at_level(logging.INFO):
         built = train(path, *line, arch="longmem_gpt2_medium")
     decoder = built.model.decoder

@@ -82,6 +82,28 @@ def test_half_precision_agrees_with_full(of_queries, of_bank, device):
         torch.testing.assert_close(actual.float(), reference, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_diverged_queries_stay_visible(device):
+    """A query that is not a number, or whose scores overflow, is not answered by zeros, and spreads to no other."""
+    keys, values = (x.to(device) for x in bank(1, 2, 3, 2, 4))
+    keys[:, :, :2] = 1e20
+    q = queries(1, 2, 3, 4).to(device)
+    q[0, :, 0], q[0, :, 1] = float("nan"), 1e20
+    slots = torch.tensor([[0, -1], [1, 0], [2, -1]], device=device).expand(1, 2, 3, 2)
+    for z, _ in both(q, keys, values, torch.tensor([0], device=device), slots):
+        assert z[:, :, :2].isnan().all() and z[:, :, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_lowest_scores_are_scores(device):
+    keys, values = (x.to(device) for x in bank(1, 1, 2, 2, 4))
+    keys[:] = -1e19
+    q, zeros = torch.full((1, 1, 1, 4), 5e18, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    slots = torch.tensor([0, 1], device=device).view(1, 1, 1, 2)
+    for z, _ in both(q, keys, values, zeros, slots, scaling=1.0):
+        torch.testing.assert_close(z.flatten(), values.mean(dim=(0, 1, 2, 3)))
+
+
 def test_slots_that_are_not_asked_for_do_not_matter():
     """Whatever lies elsewhere in the bank, other lanes and heads included, even NaN, is not touched."""
     keys, values = bank(3, 2, 5, 2, 4)

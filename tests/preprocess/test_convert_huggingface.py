@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from fairseq.data import Dictionary
 from safetensors.torch import load_file
 
@@ -21,15 +22,13 @@ from tests.huggingface_tokenizers import byte_level
 from tests.models import checkpoints
 from tests.models.tiny import VOCABULARY, stock_config, stock_model, write_checkpoint
 
-with pytest.MonkeyPatch.context() as patch:
-    # transformers imports torchaudio where it is installed, which fails beside a torch of another kind.
-    patch.setitem(sys.modules, "torchaudio", None)
-    transformers = pytest.importorskip("transformers")
-    GPT2 = pytest.importorskip("transformers.models.gpt2.modeling_gpt2").GPT2LMHeadModel
-    OPT = pytest.importorskip("transformers.models.opt.modeling_opt").OPTForCausalLM
-    GPT2TokenizerFast = transformers.GPT2TokenizerFast
-
 POSITIONS = 24
+
+
+def test_models_of_transformers_can_be_imported_beside_fairseq():
+    """fairseq requires torchaudio, which does not load beside every torch, and transformers imports it."""
+    assert sys.modules.get("torchaudio", torch) is not None, "a test hides torchaudio"
+    assert issubclass(transformers.GPT2LMHeadModel, torch.nn.Module)
 
 
 def randomize(model, seed=0):
@@ -52,7 +51,7 @@ def tiny_gpt2(vocab_size=97, heads=2, width=24, layers=2, **config):
         eos_token_id=vocab_size - 1,
         **{"n_positions": POSITIONS, **config},
     )
-    return randomize(GPT2(config))
+    return randomize(transformers.GPT2LMHeadModel(config))
 
 
 def tiny_opt(**config):
@@ -70,7 +69,7 @@ def tiny_opt(**config):
             **config,
         }
     )
-    return randomize(OPT(config))
+    return randomize(transformers.OPTForCausalLM(config))
 
 
 def load_stock(directory):
@@ -120,7 +119,7 @@ def test_logits_of_gpt2(tmp_path, config):
     assert size % 8 == 0 and size >= model.config.vocab_size + 4
 
     to_huggingface(tmp_path / "fs" / "checkpoint.pt", tmp_path / "back")
-    back = GPT2.from_pretrained(tmp_path / "back").eval()
+    back = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").eval()
     ids = torch.randint(model.config.vocab_size, (2, POSITIONS))
     with torch.no_grad():
         assert back(ids).logits.shape[-1] >= model.config.vocab_size
@@ -208,7 +207,7 @@ def model_with_tokenizer(request, gpt2_files, tmp_path_factory):
     vocabulary.setdefault("<|endoftext|>", len(vocabulary))
     (directory / "vocab.json").write_text(json.dumps(vocabulary))
     (directory / "merges.txt").write_text(merges.read_text())
-    tokenizer = GPT2TokenizerFast.from_pretrained(directory)
+    tokenizer = transformers.GPT2TokenizerFast.from_pretrained(directory)
     if request.param == "tokenizer.json":
         (directory / "vocab.json").unlink()
         (directory / "merges.txt").unlink()
@@ -255,7 +254,7 @@ def test_text_of_opt(gpt2_files, sources, tmp_path):
     (directory / "merges.txt").write_text(merges.read_text())
     (directory / "special_tokens_map.json").write_text(json.dumps({"bos_token": "</s>", "unk_token": "<unk>"}))
     from_huggingface(directory, destination)
-    huggingface_tokenizer = GPT2TokenizerFast.from_pretrained(directory)
+    huggingface_tokenizer = transformers.GPT2TokenizerFast.from_pretrained(directory)
     tokenizer = load_tokenizer(destination)
     converted, _ = load_stock(destination)
     for source in [*sources[:5], f"one</s>two{sources[5]}"]:

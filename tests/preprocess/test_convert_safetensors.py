@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from longmem_fairseq.backbones.loading import load_backbone
 from longmem_fairseq.hub import LongMem
@@ -48,6 +49,12 @@ def test_a_model_directory_is_the_checkpoint(longmem, tmp_path, half):
     text = "A text of more than one segment, of which the first is in the memory when the second is read. " * 4
     assert loaded.task.args.tokens_per_sample == expected.task.args.tokens_per_sample < len(loaded.encode(text))
     assert torch.equal(loaded.score(text).log_probabilities, expected.score(text).log_probabilities)
+    backbone = tmp_path / "directory" / "backbone.safetensors"
+    weights = load_file(backbone)
+    weights["decoder.backbone.decoder.layers.0.fc1.bias"] += 1
+    save_file(weights, backbone, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"backbone.safetensors is not the backbone .* it has fingerprint \w{12}, and"):
+        LongMem.from_pretrained(str(tmp_path / "directory"), device="cpu")
 
 
 def test_refusals(tmp_path):

@@ -9,9 +9,13 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fairseq import checkpoint_utils, tasks
+from omegaconf import OmegaConf
 
 from longmem_fairseq.data.lane_dataset import LaneDataset
 from longmem_fairseq.data.lane_iterator import LaneIterator
+from longmem_fairseq.hub import LongMem
 from longmem_fairseq.tasks.evaluation_batches import EvaluationBatches
 from tests.conftest import VALID_LENGTHS
 from tests.data.test_lane_dataset import Documents
@@ -103,7 +107,7 @@ def test_segments_and_memory_come_from_the_checkpoint(reference, options, tmp_pa
     assert "--tokens-per-sample: 16, from the checkpoint" in reference[0]
     overrides = "{'memory_size': 0, 'tokens_per_sample': 8}"
     output = run("eval_lm", *options, "--model-overrides", overrides, "--results-path", tmp_path, cwd=tmp_path)
-    assert "--tokens-per-sample: 8, from the checkpoint" in output
+    assert "--tokens-per-sample: 8, from --model-overrides" in output
     assert reported(output)[0] == TOKENS
     for row in documents(tmp_path).values():
         assert row["perplexity"] == row["perplexity_without_memory"]
@@ -114,6 +118,54 @@ def test_memory_off_is_what_is_reported_as_without_memory(reference, options, tm
     run("eval_lm", *options, "--model-overrides", overrides, "--results-path", tmp_path, cwd=tmp_path)
     for name, row in documents(tmp_path).items():
         assert row["perplexity"] == pytest.approx(reference[1][name]["perplexity_without_memory"], rel=1e-5)
+
+
+def test_the_window_that_the_user_gives_wins_for_a_backbone_too(options, tiny_backbone, tmp_path):
+    """As an option or in --model-overrides; its positions stay those that it was trained with."""
+    backbone = [tiny_backbone if x == options[options.index("--path") + 1] else x for x in options]
+    given = start("eval_lm", *backbone, "--tokens-per-sample", 8, cwd=tmp_path)
+    overridden = start("eval_lm", *backbone, "--model-overrides", "{'tokens_per_sample': 8}", cwd=tmp_path)
+    model = load_language_model(tiny_backbone, options[0])
+    expected = mean_loss(model, random_documents(VALID_LENGTHS, seed=1), 8)
+    for process in (given, overridden):
+        assert reported(finish(process)) == (TOKENS, pytest.approx(expected, abs=1e-4))
+
+
+def load_language_model(path, data):
+    task = tasks.setup_task(OmegaConf.create({"_name": "language_modeling", "data": str(data)}))
+    return checkpoint_utils.load_model_ensemble([str(path)], task=task)[0][0].eval()
+
+
+@torch.no_grad()
+def mean_loss(model, documents, segment):
+    """Loss in bits of a stock language model that reads each segment by itself."""
+    total = 0.0
+    for document in map(torch.from_numpy, documents):
+        source = torch.cat([document.new_tensor([2]), document[:-1]])
+        for inputs, targets in zip(source.split(segment), document.split(segment)):
+            total += F.cross_entropy(model(inputs[None])[0][0], targets, reduction="sum").item() / math.log(2)
+    return total / sum(map(len, documents))
+
+
+def test_documents_behind_a_given_memory(reference, options, tiny_data, tiny_longmem, tmp_path):
+    """Each starts with it, in whichever lane and after whichever document; it is the memory of the Python API."""
+    book = " ".join(f"w{i * i % 60}" for i in range(50))
+    (tmp_path / "book").write_text(book)
+    text = ["--memory-text", "book", "--memory-save", "memory", "--memory-save-dtype", "float32", "--batch-size", 2]
+    output = run("eval_lm", *options, *text, "--results-path", "text", cwd=tmp_path)
+    assert "memorized book: 50 tokens" in output
+    loading = [*options, "--memory-load", "memory", "--results-path", "loaded"]
+    processes = [start("eval_lm", *loading, "--num-shards", 2, "--shard-id", shard, cwd=tmp_path) for shard in (0, 1)]
+    model = LongMem.from_pretrained(str(tiny_longmem.checkpoint), data=str(tiny_data), device="cpu")
+    model.memorize(book)
+    rows = documents(tmp_path / "text")
+    for row, document in zip(rows.values(), random_documents(VALID_LENGTHS, seed=1)):
+        scores = model.reader.score(torch.from_numpy(document), model.memory)
+        assert row["perplexity"] == pytest.approx(math.exp(-scores.mean()), rel=1e-5)
+        assert row["perplexity_without_memory"] == reference[1][row["name"]]["perplexity_without_memory"]
+        assert row["perplexity"] != pytest.approx(reference[1][row["name"]]["perplexity"], rel=1e-6)
+    list(map(finish, processes))
+    assert same_documents(documents(tmp_path / "loaded"), rows)
 
 
 def test_the_backbone_alone(reference, options, tiny_backbone, tmp_path):

@@ -167,7 +167,7 @@ def start_with_text(directory, tokenizer, *options, **kwargs):
 
 
 def test_tokenizers(tmp_path):
-    """Texts of several lines, by a tokenizer.json and by sentencepiece; each in another way of generation."""
+    """Texts of several lines, by a tokenizer.json, as named, and by the data's sentencepiece; in two ways."""
     huggingface, spm = tmp_path / "huggingface", tmp_path / "sentencepiece"
     for directory in (huggingface, spm):
         directory.mkdir()
@@ -187,14 +187,10 @@ def test_tokenizers(tmp_path):
         stdin=open(__file__),
     )
     sampled = ["--sampling", "--sampling-topk", 9, "--temperature", 1.5, "--beam", 2, "--nbest", 2, "--max-len-b", 9]
-    other = start_with_text(
-        spm,
-        ["--bpe", "sentencepiece", "--sentencepiece-model", spm / "sentencepiece.model"],
-        *sampled,
-        "--memory-text",
-        "story",
-    )
+    other = start_with_text(spm, [], *sampled, "--memory-text", "story")
     outputs = {huggingface: finish(process), spm: finish(other)}
+    assert f"text is encoded by the tokenizer in {spm} (SentencepieceBPE)" in outputs[spm]
+    assert "text is encoded by the tokenizer" not in outputs[huggingface]
     for (directory, output), n_best in zip(outputs.items(), (4, 2)):
         assert re.search(r"memorized (-|story): [\d,]+ tokens", output)
         hypotheses = hypotheses_of(output)

@@ -9,6 +9,7 @@ import torch
 
 from longmem_fairseq.data.manifest import dictionary_fingerprint
 from longmem_fairseq.tasks.longmem_language_modeling import LongMemLanguageModelingTask
+from longmem_fairseq.tasks.memory_session import memory_of_evaluation
 from tests.fairseq_runs import make_dictionary, random_documents, write_data
 from tests.tasks.test_options import config
 
@@ -149,6 +150,16 @@ def test_memory_of_a_training_that_continues(data, tmp_path, caplog):
         expected(memory_snapshot=True, no_save_optimizer_state=True)
     with pytest.raises(ValueError, match="--memory-snapshot does not work with --ddp-backend fully_sharded"):
         expected(memory_snapshot=True, ddp_backend="fully_sharded")
+
+
+def test_a_given_memory_needs_a_model_with_a_memory(data, tmp_path):
+    task = make_task(data, path="checkpoint.pt", memory_save=str(tmp_path / "memory"))
+    stock = torch.nn.Linear(1, 1)
+    message = "--memory-save needs a model with a memory, but that of --path has none: leave it out"
+    with pytest.raises(ValueError, match=message):
+        task.build_generator([stock], None)
+    with pytest.raises(ValueError, match=message):
+        memory_of_evaluation(stock, task.args, task.dictionary, None, 1)
 
 
 def test_lines_of_stock_preprocessing(tmp_path, caplog):

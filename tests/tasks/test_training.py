@@ -255,6 +255,28 @@ def test_half_precision_keeps_all_gradients(ranks, tmp_path):
     assert all(entry["exp_avg_sq"].any() for entry in state.values())
 
 
+def test_a_moving_average_and_another_backbone(tiny_data, tiny_options, tiny_backbone, tmp_path):
+    """--store-ema averages what is trained; a training that continues knows the backbone by its fingerprint."""
+    options = [*tiny_options, *"--batch-size 4 --num-workers 0 --disable-validation --lr-scheduler fixed".split()]
+    options += ["--save-dir", tmp_path, *"--store-ema --ema-fp32 --ema-decay 0.9".split()]
+    run("train", *options, "--max-update", 1, cwd=tmp_path)
+    first = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)
+    run("train", *options, "--max-update", 2, "--save-backbone", cwd=tmp_path)
+    second = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)
+    averages = second["extra_state"]["ema_fp32_params"]
+    assert averages.keys() == second["model"].keys() and all(x.is_floating_point() for x in averages.values())
+    for name, average in averages.items():
+        expected = second["model"][name]  # of the backbone, which is as it was
+        if "backbone" not in name:
+            expected = 0.9 * first["extra_state"]["ema_fp32_params"][name] + 0.1 * expected
+        torch.testing.assert_close(average, expected)
+    state = torch.load(tiny_backbone, weights_only=False)
+    state["model"]["decoder.layers.0.fc1.bias"] += 1
+    torch.save(state, tmp_path / "other.pt")
+    output = run("train", *options, "--pretrained-model-path", tmp_path / "other.pt", cwd=tmp_path, succeeds=False)
+    assert re.search(r"trained on a backbone with fingerprint \w{12}, but \S+other.pt has", output.splitlines()[-1])
+
+
 def test_a_missing_restore_file_is_an_error(tiny_options, tmp_path):
     log = run(
         "train",

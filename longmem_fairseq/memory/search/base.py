@@ -67,7 +67,8 @@ class SearchBackend(ABC):
             bank: Memory bank to search.
             lanes: Lane of the bank for each row of the batch, shape (B,), int64.
             queries: Queries, grouped by KV head (:func:`longmem_fairseq.modules.query_groups.group_queries`), shape
-                (B, H, G * T, d), any floating dtype. Scores are float32.
+                (B, H, G * T, d), any floating dtype. Scores have the precision of float32 or a higher one;
+                ``scaling.scale_queries`` keeps them from overflowing.
             n: Number of chunks to find.
 
         Returns:

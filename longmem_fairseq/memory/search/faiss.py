@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bank import MemoryBank
 from .base import SearchBackend, register_search
+from .scaling import scale_queries
 from .torch import TorchSearch, rows_by_spans
 
 
@@ -38,7 +39,7 @@ class FaissSearch(SearchBackend):
 
     def __call__(self, bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
         B, H, T, _ = queries.shape
-        queries = queries.detach().float().contiguous()
+        queries = scale_queries(queries.detach().float()).contiguous()
         slots = torch.full((B, H, T, n), -1, dtype=torch.int64, device=queries.device)
         for spans, rows in rows_by_spans(bank, lanes).items():
             if len(spans) == 2:

@@ -15,6 +15,7 @@ from ..bank import MemoryBank
 from .base import SearchBackend
 from .index_spec import IndexSpec
 from .lane_index import LaneIndex
+from .scaling import scale_queries
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class IndexSearch(SearchBackend):
 
     def __call__(self, bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
         device = queries.device
-        queries = queries.detach().to(bank.means.device, torch.float32).contiguous()
+        queries = scale_queries(queries.detach().to(bank.means.device, torch.float32)).contiguous()
         slots = queries.new_full((*queries.shape[:3], n), -1, dtype=torch.int64)
         indices = {row: self._index(bank, lane) for row, lane in enumerate(lanes.tolist())}
         exact_rows = [row for row, index in indices.items() if index is None]

@@ -1,56 +1,29 @@
-"""Exact search on the CPU by a kernel in 8-bit integers (native_search.cpp), compiled when it is first needed.
+"""Exact search on the CPU by a kernel in 8-bit integers (native_search.cpp), compiled when the package is installed.
 
 It finds what faiss finds, in all chunks or in the inverted lists of a faiss index, in a third of the time for 65,536
-tokens and a twentieth for a million. It needs a processor with AVX-512 VNNI (Intel since Cascade Lake, AMD since Zen 4)
-and a C++ compiler.
+tokens and a twentieth for a million. It needs an x86-64 processor with AVX-512 VNNI (Intel since Cascade Lake, AMD
+since Zen 4) or, at half the speed, with AVX2 (Intel since Haswell, AMD since Zen).
 
 Legend: B rows of a batch, H KV heads, T queries of a KV head, d width of a head, n chunks to find.
 """
 
-import ctypes
 import functools
-import hashlib
 import itertools
-import logging
-import os
-import shlex
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Callable, Iterable, List, Optional, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...files import write_whole
 from ..bank import MemoryBank
 from .base import ListSearch, SearchBackend, register_search
 from .faiss import FaissSearch
+from .kernel import Kernel, KernelUnavailable
 
-logger = logging.getLogger(__name__)
-
-SOURCE = Path(__file__).with_name("native_search.cpp")
-FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-shared",
-    "-fPIC",
-    "-mfma",
-    "-mavx512f",
-    "-mavx512bw",
-    "-mavx512dq",
-    "-mavx512vl",
-    "-mavx512vnni",
-]
 # For fewer queries it does not pay to convert a whole memory to integers.
 FEWEST_QUERIES = 16
 WIDEST_HEAD = 1024
-
-
-class KernelUnavailable(ValueError):
-    """The kernel cannot be compiled or run here; the message is the reason."""
 
 
 @register_search("native")
@@ -58,10 +31,15 @@ class NativeSearch(SearchBackend):
     """Exact search by the compiled kernel, over PyTorch's number of threads; see :class:`SearchBackend`.
 
     A few queries, and wide heads, are searched by faiss.
+
+    Args:
+        instructions: Set of processor instructions to use, see :class:`Kernel`; None for the fastest.
+            The results are the same.
     """
 
-    def __init__(self):
+    def __init__(self, instructions: Optional[str] = None):
         self.few_queries = FaissSearch()
+        self.instructions = instructions
 
     @classmethod
     def unavailable(cls, device: torch.device) -> Optional[str]:
@@ -70,7 +48,7 @@ class NativeSearch(SearchBackend):
         reason = FaissSearch.unavailable(device)
         if reason is None:
             try:
-                load_kernel()
+                Kernel()
             except KernelUnavailable as error:
                 reason = str(error)
         return reason
@@ -79,7 +57,7 @@ class NativeSearch(SearchBackend):
         B, H, T, d = queries.shape
         if not _suits(T, d):
             return self.few_queries(bank, lanes, queries, n)
-        kernel = load_kernel()
+        kernel = Kernel(self.instructions)
         queries = queries.detach().float().contiguous()
         slots = torch.full((B, H, T, n), -1, dtype=torch.int64)
         # A piece of work is a head, or a part of its queries where there are fewer heads than threads; the integers of
@@ -92,7 +70,7 @@ class NativeSearch(SearchBackend):
             lane = int(lanes[row])
             spans = np.array(bank.spans(lane), dtype=np.int64)  # (S, 2)
             of_piece, best = (x[row, head, begin : begin + step] for x in (queries, slots))
-            kernel.longmem_search(
+            kernel.search(
                 of_piece.data_ptr(),
                 of_piece.size(0),
                 bank.means[lane, head].data_ptr(),
@@ -107,13 +85,13 @@ class NativeSearch(SearchBackend):
         return slots
 
     def list_search(self, queries: int, width: int) -> Optional[ListSearch]:
-        return _search_lists if _suits(queries, width) else None
+        return functools.partial(_search_lists, self.instructions) if _suits(queries, width) else None
 
 
-def _search_lists(indices: List, queries: np.ndarray, n: int) -> np.ndarray:
+def _search_lists(instructions: Optional[str], indices: List, queries: np.ndarray, n: int) -> np.ndarray:
     """Search inverted lists (see :meth:`SearchBackend.list_search`)."""
     # faiss searches the lists of one query after the other; here each list is read once for all its queries.
-    kernel = load_kernel()
+    kernel = Kernel(instructions)
     H, T, d = queries.shape
     ids = np.empty((H, T, n), dtype=np.int64)
 
@@ -124,7 +102,7 @@ def _search_lists(indices: List, queries: np.ndarray, n: int) -> np.ndarray:
         tables = np.array([int(lists.get_codes(i) or 0) for i in numbers])
         list_ids = np.array([int(lists.get_ids(i) or 0) for i in numbers])
         probes = _nearest_lists(kernel, index, of_head)
-        kernel.longmem_search_lists(
+        kernel.search_lists(
             of_head.ctypes.data,
             T,
             d,
@@ -142,53 +120,12 @@ def _search_lists(indices: List, queries: np.ndarray, n: int) -> np.ndarray:
     return ids
 
 
-def cache_directory() -> Path:
-    """Return the directory of compiled kernels: ``longmem_fairseq`` in ``$XDG_CACHE_HOME``, by default ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longmem_fairseq"
-
-
-@functools.lru_cache(maxsize=None)
-def load_kernel() -> ctypes.CDLL:
-    """Load the kernel, compiled if the cache directory does not hold it for this source and compiler.
-
-    Raises:
-        KernelUnavailable: There is no compiler, or it fails, or the processor lacks the instructions.
-    """
-    source = SOURCE.read_bytes()
-    command = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "clang++"]
-    name = hashlib.sha256(b"\0".join([source, *(part.encode() for part in command + FLAGS)])).hexdigest()[:16]
-    if shutil.which(command[0]) is None:
-        raise KernelUnavailable(f"there is no C++ compiler {command[0]}")
-
-    def compile_to(path: str) -> None:
-        subprocess.run([*command, *FLAGS, str(SOURCE), "-o", path], check=True, capture_output=True, text=True)
-
-    try:
-        library = cache_directory() / f"native_search-{name}.so"
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_whole(library, compile_to)
-            logger.info("compiled %s", library)
-        kernel = ctypes.CDLL(str(library))
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or ["no reason given"]
-        raise KernelUnavailable(f"{' '.join(command)} fails ({lines[0]})") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        raise KernelUnavailable(f"native_search-{name}.so cannot be made or loaded ({error})") from None
-    if not kernel.longmem_supported():
-        raise KernelUnavailable("this processor has no AVX-512 VNNI")
-    types = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
-    for function, signature in ((kernel.longmem_search, "pipipiip"), (kernel.longmem_search_lists, "piipppipiip")):
-        function.argtypes, function.restype = [types[letter] for letter in signature], None
-    return kernel
-
-
 def _suits(queries: int, width: int) -> bool:
     """Return whether the kernel supports, and is the faster way for, so many queries of a head of this width."""
     return queries >= FEWEST_QUERIES and width <= WIDEST_HEAD
 
 
-def _nearest_lists(kernel: ctypes.CDLL, index, queries: np.ndarray) -> np.ndarray:
+def _nearest_lists(kernel: Kernel, index, queries: np.ndarray) -> np.ndarray:
     """Return the inverted lists to search for each of queries (T, d), shape (T, nprobe), int64."""
     import faiss
 
@@ -197,7 +134,7 @@ def _nearest_lists(kernel: ctypes.CDLL, index, queries: np.ndarray) -> np.ndarra
     if not isinstance(centroids, faiss.IndexFlat):
         return centroids.search(queries, index.nprobe)[1]
     probes, all_lists = np.empty((T, index.nprobe), dtype=np.int64), np.array([0, index.nlist], dtype=np.int64)
-    kernel.longmem_search(
+    kernel.search(
         queries.ctypes.data, T, int(centroids.get_xb()), d, all_lists.ctypes.data, 1, index.nprobe, probes.ctypes.data
     )
     return probes

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..bank import MemoryBank
 from .base import SearchBackend, register_search
+from .scaling import scale_queries
 
 # Scores that are held at a time, in elements (256 MiB of float32).
 SCORES_PER_BLOCK = 1 << 26
@@ -38,7 +39,7 @@ class TorchSearch(SearchBackend):
             by_head, by_row = min(H, together), max(1, min(len(rows), together // H))
             step = max(1, SCORES_PER_BLOCK // (by_row * by_head * (high - low)))
             for i, h, t in itertools.product(range(0, len(rows), by_row), range(0, H, by_head), range(0, T, step)):
-                block = of_rows[i : i + by_row, h : h + by_head, t : t + step].float()
+                block = scale_queries(of_rows[i : i + by_row, h : h + by_head, t : t + step].float())
                 scores = block @ means[i : i + by_row, h : h + by_head].transpose(-1, -2)  # (., ., t, N)
                 if len(spans) == 2:
                     scores[..., spans[0][1] - low : spans[1][0] - low] = float("-inf")
