@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from preprocess.blocks import ParsedBlock
-from preprocess.document_source import DocumentSource
+from preprocess.document_source import DocumentFormat, DocumentSource
 from preprocess.errors import InputError
 from preprocess.selection import draw
 from preprocess.tokenizer import Tokenizer
@@ -167,7 +167,8 @@ def survey_identity(sources: Sequence[DocumentSource], tokenizer_fingerprint: st
         A SHA-256 in hexadecimal.
     """
     files = [[source.subset, source.name, source.size] for source in sources]
-    return hashlib.sha256(json.dumps([files, tokenizer_fingerprint, seed]).encode()).hexdigest()
+    marks = [astuple(source.format) for source in sources[:1] if source.format != DocumentFormat()]
+    return hashlib.sha256(json.dumps([files, tokenizer_fingerprint, seed, *marks]).encode()).hexdigest()
 
 
 def read_survey(path: Path, identity: str) -> Survey:
