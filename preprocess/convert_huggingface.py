@@ -1,14 +1,14 @@
 r"""Convert a Hugging Face GPT-2 or OPT to a fairseq language model, and a fairseq GPT-2 to a Hugging Face one.
 
     python -m preprocess.convert_huggingface gpt2-medium/ backbone/ [--dict dict.txt]
-    python -m preprocess.binarize_documents --tokenizer gpt2 --gpt2-encoder-json backbone/encoder.json \
-        --gpt2-vocab-bpe backbone/vocab.bpe --dict backbone/dict.txt ...
+    python -m preprocess.binarize_documents --tokenizer backbone ...
     fairseq-train ... --arch longmem_gpt2_medium --pretrained-model-path backbone/checkpoint.pt
     python -m preprocess.convert_huggingface --export backbone/checkpoint.pt exported/
 
 The Hugging Face side is a local directory with config.json and model.safetensors or pytorch_model.bin (also in shards),
 and the tokenizer's files; nothing is downloaded and no code in the files is run. The fairseq side is a directory with
-checkpoint.pt (a plain ``transformer_lm``, which every fairseq command reads), dict.txt, encoder.json and vocab.bpe.
+checkpoint.pt (a plain ``transformer_lm``, which every fairseq command reads), dict.txt and tokenizer.json (for
+``--bpe hf_tokenizer``, which gives a text the ids of transformers, added tokens included).
 --export takes any checkpoint of a ``transformer_lm`` that is built like GPT-2, or of a LongMem model that holds one.
 
 The dictionary names GPT-2's tokens by their numbers, in GPT-2's order or that of --dict (fairseq's own dict.txt, say),
@@ -19,7 +19,6 @@ symbols that GPT-2 does not have get the mean embedding, so that each takes at m
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shutil
 import sys
@@ -35,19 +34,23 @@ from torch import Tensor
 from longmem_fairseq.backbones.base import BackboneError
 from longmem_fairseq.backbones.loading import read_backbone
 from longmem_fairseq.data.manifest import dictionary_fingerprint
-from longmem_fairseq.files import read_json, write_text, write_whole
+from longmem_fairseq.files import write_json, write_text
 from longmem_fairseq.safe_load import load_safely, refuse_adapter
 from longmem_fairseq.tensor_files import read_tensors, write_tensors
 from preprocess.checkpoint_file import write_checkpoint
+from preprocess.destination import whole_directory
 from preprocess.dictionary import EOS, SPECIALS, filler_symbols, read_dictionary
 from preprocess.errors import InputError
 from preprocess.huggingface_models import check_config, convert_gpt2, convert_opt, export_gpt2, model_settings
+from preprocess.huggingface_tokenizer import JsonTokenizer, dictionary_symbols
+from preprocess.tokenizer_json import TOKENIZER, has_tokenizer, read_json, read_tokenizer_json
 
 logger = logging.getLogger("preprocess.convert_huggingface")
 
 PROG = "python -m preprocess.convert_huggingface"
 CHECKPOINT, DICTIONARY, ENCODER, MERGES = "checkpoint.pt", "dict.txt", "encoder.json", "vocab.bpe"
 _END_OF_TEXT = "<|endoftext|>"
+_EXPORTED_FILES = {TOKENIZER: TOKENIZER, ENCODER: "vocab.json", MERGES: "merges.txt"}
 
 
 def from_huggingface(source: Path, destination: Path, dictionary: Path | None = None) -> None:
@@ -55,8 +58,8 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
 
     Args:
         source: Path of a directory with config.json, weights and, to read text, the tokenizer's files.
-        destination: Path of the directory to write checkpoint.pt, dict.txt, encoder.json and vocab.bpe to; it is
-            created if it does not exist.
+        destination: Path of the directory to write checkpoint.pt, dict.txt and tokenizer.json to; it is created if it
+            does not exist.
         dictionary: Path of a fairseq dict.txt whose order to use (GPT-2 only); if None, the order of the tokens'
             numbers.
 
@@ -68,18 +71,13 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
         refuse_adapter(str(source))
     except ValueError as error:
         raise InputError(str(error)) from None
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json")
     check_config(config)
-    tokenizer = _read_tokenizer(source)
+    content = read_tokenizer_json(source) if has_tokenizer(source) else None
+    tokenizer = None if content is None else _parse_tokenizer(content, source)
     vocabulary = config.get("vocab_size") or 50257
     if config["model_type"] == "opt":
-        if dictionary is not None:
-            raise InputError(f"--dict {dictionary} cannot be used with an OPT, whose order is fixed: leave --dict out")
-        symbols = [str(number) for number in range(len(SPECIALS), vocabulary)]
-        rows = list(range(vocabulary))
-        if tokenizer is not None:  # the special symbols are fairseq's own
-            tokens = {token: number for token, number in tokenizer[0].items() if number >= len(SPECIALS)}
-            tokenizer = tokens, tokenizer[1]
+        symbols, rows = _opt_symbols(config, vocabulary, tokenizer, dictionary)
     else:
         symbols, rows = _gpt2_symbols(config, vocabulary, tokenizer, dictionary)
     settings = model_settings(config)
@@ -94,23 +92,21 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
     )
     convert = convert_opt if config["model_type"] == "opt" else convert_gpt2
     weights = convert(_read_weights(source), settings, rows, vocabulary)
-    destination.mkdir(parents=True, exist_ok=True)
-    write_text(destination / DICTIONARY, "".join(f"{symbol} 1\n" for symbol in symbols))
-    if tokenizer is None:
-        logger.warning("%s holds no tokenizer (vocab.json and merges.txt, or tokenizer.json), which text needs", source)
-    else:
-        write_text(destination / ENCODER, json.dumps(tokenizer[0]))
-        lines = "".join(f"{first} {second}\n" for first, second in tokenizer[1])
-        write_text(destination / MERGES, "#version: 0.2\n" + lines)
+    if content is None:
+        logger.warning("%s holds no tokenizer (tokenizer.json, or vocab.json and merges.txt), which text needs", source)
     logger.info("writing %s", destination / CHECKPOINT)
-    symbols = [*SPECIALS, *symbols]
-    write_checkpoint(
-        destination / CHECKPOINT,
-        _complete(settings),
-        {"_name": "language_modeling", "data": None, "tokens_per_sample": settings["tokens_per_sample"]},
-        weights,
-        {"dictionary_sha256": dictionary_fingerprint(symbols), "dictionary_size": len(symbols)},
-    )
+    with whole_directory(destination) as directory:
+        write_text(directory / DICTIONARY, "".join(f"{symbol} 1\n" for symbol in symbols))
+        if content is not None:
+            write_text(directory / TOKENIZER, content.decode())
+        symbols = [*SPECIALS, *symbols]
+        write_checkpoint(
+            directory / CHECKPOINT,
+            _complete(settings),
+            {"_name": "language_modeling", "data": None, "tokens_per_sample": settings["tokens_per_sample"]},
+            weights,
+            {"dictionary_sha256": dictionary_fingerprint(symbols), "dictionary_size": len(symbols)},
+        )
 
 
 def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None = None) -> None:
@@ -118,8 +114,8 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
 
     Args:
         checkpoint: Path of a checkpoint of a ``transformer_lm`` or of a ``longmem_lm`` that holds its backbone.
-        destination: Path of the directory to write config.json, model.safetensors and, if encoder.json and vocab.bpe
-            are beside the checkpoint, vocab.json and merges.txt to; it is created if it does not exist.
+        destination: Path of the directory to write config.json, model.safetensors and the files of the tokenizer that
+            is beside the checkpoint to; it is created if it does not exist.
         dictionary: Path of the model's dict.txt; if None, the one beside the checkpoint. If its symbols are the numbers
             of GPT-2's tokens, tokens get these numbers again; otherwise their ids, 4 for the first symbol.
 
@@ -137,35 +133,48 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
             f"the dictionary has {len(SPECIALS) + len(symbols)} symbols and the model {settings['vocabulary']}: give "
             "the model's dict.txt with --dict"
         )
-    tokenizer = _read_tokenizer(checkpoint.parent, ENCODER, MERGES)
     by_number = {int(symbol): row for row, symbol in enumerate(symbols, len(SPECIALS)) if symbol.isdigit()}
     if sorted(by_number) == list(range(len(by_number))) and by_number:
         rows = [by_number[number] for number in range(len(by_number))]
         embedding = weights["decoder.embed_tokens.weight"]
-        end = tokenizer[0].get(_END_OF_TEXT) if tokenizer else _same_row(embedding, rows, EOS)
+        end = _same_row(embedding, rows, EOS)
+        end = _vocabulary(checkpoint.parent).get(_END_OF_TEXT) if end is None else end
         special = {"bos_token_id": end, "eos_token_id": end}
     else:
         rows = list(range(settings["vocabulary"]))
         special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     config, exported = export_gpt2(weights, settings, rows)
-    destination.mkdir(parents=True, exist_ok=True)
-    if tokenizer is not None:
-        write_whole(destination / "vocab.json", lambda path: shutil.copyfile(checkpoint.parent / ENCODER, path))
-        write_whole(destination / "merges.txt", lambda path: shutil.copyfile(checkpoint.parent / MERGES, path))
-    write_text(destination / "config.json", json.dumps({**config, **special}, indent=2))
-    write_tensors(destination / "model.safetensors", exported, {"format": "pt"})
+    with whole_directory(destination) as directory:
+        for name, exported_name in _EXPORTED_FILES.items():
+            if (checkpoint.parent / name).is_file():
+                shutil.copyfile(checkpoint.parent / name, directory / exported_name)
+        if (directory / TOKENIZER).is_file():  # which transformers then reads as it is
+            write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(directory / "config.json", {**config, **special})
+        write_tensors(directory / "model.safetensors", exported, {"format": "pt"})
     logger.info("wrote %s", destination / "model.safetensors")
 
 
+def _parse_tokenizer(content: bytes, source: Path) -> JsonTokenizer:
+    """Load a tokenizer from the content of its tokenizer.json."""
+    try:
+        return JsonTokenizer(content)
+    except ValueError as error:
+        raise InputError(f"the tokenizer of {source} cannot be used: {error}") from None
+
+
 def _gpt2_symbols(
-    config: dict, vocabulary: int, tokenizer: tuple[dict, list] | None, dictionary: Path | None
+    config: dict, vocabulary: int, tokenizer: JsonTokenizer | None, dictionary: Path | None
 ) -> tuple[list[str], list[int]]:
     """Choose the symbols of the dictionary, and the row of the embedding for each after those of the special ones."""
-    if dictionary is None:
-        symbols = [str(number) for number in range(vocabulary)] + filler_symbols(vocabulary)
-    else:
+    symbols = [str(number) for number in range(vocabulary)] + filler_symbols(vocabulary)
+    if tokenizer is not None:
+        symbols = dictionary_symbols(tokenizer, vocabulary)
+    if len(symbols) < vocabulary:
+        raise InputError("the tokenizer begins with fairseq's special symbols, as OPT's; those of a GPT-2 do not")
+    if dictionary is not None:
         symbols = read_dictionary(dictionary)
-        numbers = set(tokenizer[0].values()) if tokenizer else set(range(vocabulary))
+        numbers = set(tokenizer.vocabulary.values()) if tokenizer else set(range(vocabulary))
         missing = sorted(numbers - {int(symbol) for symbol in symbols if symbol.isdigit()})
         if missing:
             raise InputError(
@@ -173,17 +182,49 @@ def _gpt2_symbols(
                 "give a dictionary of GPT-2's numbers, or leave --dict out"
             )
     rows = [int(symbol) if symbol.isdigit() and int(symbol) < vocabulary else -1 for symbol in symbols]
-    end = config.get("eos_token_id", 50256)
     special = [-1] * len(SPECIALS)
-    if isinstance(end, int) and 0 <= end < vocabulary:
-        special[EOS] = end
+    special[EOS] = _end_of_text(config, vocabulary, 50256)
     return symbols, [*special, *rows]
+
+
+def _opt_symbols(
+    config: dict, vocabulary: int, tokenizer: JsonTokenizer | None, dictionary: Path | None
+) -> tuple[list[str], list[int]]:
+    """Return the same for an OPT, whose ids are those of the dictionary: the special symbols are fairseq's own."""
+    if dictionary is not None:
+        raise InputError(f"--dict {dictionary} cannot be used with an OPT, whose order is fixed: leave --dict out")
+    symbols = [str(number) for number in range(len(SPECIALS), vocabulary)]
+    if tokenizer is not None and dictionary_symbols(tokenizer, vocabulary) != symbols:
+        raise InputError(f"the tokenizer of an OPT begins with {', '.join(SPECIALS)}, but this one does not")
+    if _end_of_text(config, vocabulary, EOS) != EOS:
+        raise InputError(f"eos_token_id={config['eos_token_id']} in config.json: an OPT's is {EOS}, as fairseq's")
+    return symbols, list(range(vocabulary))
+
+
+def _end_of_text(config: dict, vocabulary: int, default: int) -> int:
+    """Return the token that ends a text, whose embedding ``</s>`` gets; ``default`` is that of transformers."""
+    end = config.get("eos_token_id", default)
+    if isinstance(end, list) and end:
+        end = end[0]
+    if not isinstance(end, int) or not 0 <= end < vocabulary:
+        raise InputError(
+            f"eos_token_id={end} in config.json is not a token of the vocabulary of {vocabulary:,}: correct it, since "
+            "the end of a document gets the embedding of this token"
+        )
+    return end
 
 
 def _same_row(table: Tensor, rows: Sequence[int], special: int) -> int | None:
     """Find the number of the token that shares its embedding with a special symbol, None if there is not one."""
     same = (table[torch.tensor(rows)] == table[special]).all(dim=1).nonzero()
     return int(same[-1]) if len(same) else None
+
+
+def _vocabulary(directory: Path) -> dict[str, int]:
+    """Read the id of each token from the tokenizer in a directory; empty if there is none."""
+    if (directory / TOKENIZER).is_file():
+        return _parse_tokenizer(read_tokenizer_json(directory / TOKENIZER), directory).vocabulary
+    return read_json(directory / ENCODER) if (directory / ENCODER).is_file() else {}
 
 
 def _complete(settings: dict) -> dict[str, Any]:
@@ -200,7 +241,7 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
         if (source / name).is_file():
             return read(source / name)
         if (source / f"{name}.index.json").is_file():
-            shards = sorted(set(_read_json(source / f"{name}.index.json").get("weight_map", {}).values()))
+            shards = sorted(set(read_json(source / f"{name}.index.json").get("weight_map", {}).values()))
             weights: dict[str, Tensor] = {}
             for shard in shards:
                 logger.info("reading %s", source / shard)
@@ -226,36 +267,6 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{path} is not a dictionary of tensors")
     return weights
-
-
-def _read_tokenizer(
-    directory: Path, vocabulary: str = "vocab.json", merges: str = "merges.txt"
-) -> tuple[dict[str, int], list[Sequence[str]]] | None:
-    """Read the number of each token, and the merges, best first; None if the directory has no tokenizer."""
-    if (directory / vocabulary).is_file() and (directory / merges).is_file():
-        lines = (directory / merges).read_text(encoding="utf-8").split("\n")
-        lines = lines[1:] if lines[0].startswith("#version") else lines
-        return _read_json(directory / vocabulary), [line.split(" ") for line in lines if line]
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    tokenizer = _read_json(directory / "tokenizer.json")
-    model = tokenizer.get("model", {})
-    if model.get("type") != "BPE":
-        raise InputError(f"{directory / 'tokenizer.json'} is a {model.get('type')}: GPT-2's and OPT's are a BPE")
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return {**model["vocab"], **added}, pairs
-
-
-def _read_json(path: Path) -> dict:
-    """Read a JSON object."""
-    try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object")
-    return content
 
 
 def main(arguments: list[str] | None = None) -> None:

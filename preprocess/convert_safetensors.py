@@ -23,15 +23,17 @@ import torch
 from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
 
-from longmem_fairseq.files import require_writable, write_whole
+from longmem_fairseq.files import require_writable
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.models.model_directory import read_language_model, write_directory
 from longmem_fairseq.safe_load import load_safely
 from longmem_fairseq.tensor_files import write_tensors
+from longmem_fairseq.text import TOKENIZER_FILES
 from preprocess.checkpoint_file import write_checkpoint
+from preprocess.destination import whole_directory
 
 PROG = "python -m preprocess.convert_safetensors"
-DATA_FILES = ("dict.txt", "sentencepiece.model", "encoder.json", "vocab.bpe")
+DATA_FILES = ("dict.txt", *TOKENIZER_FILES)
 
 
 def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
@@ -101,11 +103,11 @@ def to_directory(checkpoint: str, directory: str, half: bool = False) -> None:
         ValueError: The checkpoint is not one of a LongMem model, or holds code.
     """
     longmem = LongMem.from_pretrained(checkpoint, device="cpu")
-    write_directory(longmem.model, directory, half, longmem.task.args.tokens_per_sample)
-    for name in DATA_FILES:
-        source, destination = Path(longmem.task.args.data, name), Path(directory, name)
-        if source.is_file() and not (destination.exists() and source.samefile(destination)):
-            write_whole(destination, lambda path, source=source: shutil.copyfile(source, path))
+    with whole_directory(Path(directory)) as temporary:
+        write_directory(longmem.model, str(temporary), half, longmem.task.args.tokens_per_sample)
+        for name in DATA_FILES:
+            if (source := Path(longmem.task.args.data, name)).is_file():
+                shutil.copyfile(source, temporary / name)
 
 
 def main(arguments: list[str] | None = None) -> None:

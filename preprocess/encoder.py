@@ -84,13 +84,14 @@ class Encoder:
         parsed = block.parse(self.settings.bad_documents)
         arrays, sizes, records = [np.empty(0, np.int32)], [], []
         subsets: dict[str, list[int]] = {}
-        characters = left_out = 0
+        characters = 0
         eos = np.array([EOS], dtype=np.int32)
-        for key, document in zip(parsed.keys, parsed.documents):
-            if selection is not None and not selection.keeps(key, document.subset):
-                left_out += 1
-                continue
-            ids = self.tokenizer.encode_array(document.text)
+        kept = [
+            document
+            for key, document in zip(parsed.keys, parsed.documents)
+            if selection is None or selection.keeps(key, document.subset)
+        ]
+        for document, ids in zip(kept, self.tokenizer.encode_arrays([document.text for document in kept])):
             size = len(ids) + 1
             arrays += [ids, eos]
             sizes.append(size)
@@ -107,7 +108,7 @@ class Encoder:
             records="".join(f"{record}\n" for record in records).encode("utf-8", "backslashreplace"),
             characters=characters,
             skipped=parsed.skipped,
-            left_out=left_out,
+            left_out=len(parsed.documents) - len(kept),
             subsets=subsets,
         )
 

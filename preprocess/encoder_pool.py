@@ -28,8 +28,6 @@ def _start_worker(settings: EncoderSettings) -> None:
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # the processes are the parallelism; threads beneath them would only get in each other's way
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = Encoder(settings)
 
 
@@ -54,6 +52,8 @@ class EncoderPool:
     """
 
     def __init__(self, settings: EncoderSettings, workers: int, tokenizer: Tokenizer):
+        # the processes, which inherit it, are the parallelism; threads beneath them would get in each other's way
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.fingerprint = tokenizer.fingerprint()
         self.settings, self.workers = settings, workers
         self._local = Encoder(settings, tokenizer)

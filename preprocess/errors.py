@@ -8,20 +8,24 @@ class InputError(ValueError):
     """An input or option that cannot be used; the message is one sentence with the value, the limit and the option."""
 
 
-def require_package(package: str, purpose: str) -> ModuleType:
+def require_package(module: str, purpose: str, package: str = "") -> ModuleType:
     """Import a package that only some inputs need.
 
     Args:
-        package: Name of the package.
+        module: Name of the package, or of a module in it.
         purpose: Input or option that needs the package, for the message.
+        package: Name by which pip installs the package, if it is not that of the module.
 
     Returns:
-        The package.
+        The module.
 
     Raises:
-        InputError: The package is not installed.
+        InputError: The package is not installed, or does not fit the others.
     """
     try:
-        return importlib.import_module(package)
-    except ImportError:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        package = package or module
         raise InputError(f"{purpose} needs the Python package {package}: pip install {package}") from None
+    except ImportError as error:
+        raise InputError(f"{purpose} needs {module}, which cannot be imported: {error}") from None

@@ -34,3 +34,5 @@ def _load(name: str) -> ModuleType:
 files = _load("files")
 mmap_index = _load("data.mmap_index")
 manifest = _load("data.manifest")
+json_tokenizer = _load("text.json_tokenizer")
+sentence_pieces = _load("text.sentence_pieces")

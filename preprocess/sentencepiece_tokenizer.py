@@ -9,10 +9,13 @@ import numpy as np
 
 from preprocess.dictionary import SPECIALS, UNK, symbol_ids
 from preprocess.errors import InputError
+from preprocess.package_modules import sentence_pieces
 from preprocess.tokenizer import Tokenizer
 
+SentencePieces = sentence_pieces.SentencePieces
+
 # Every kind of whitespace and script: a model that gives this back unchanged gives every text back unchanged.
-_PROBE = (
+PROBE = (
     "if x:\n\n    y =\t1  # a  b\r\n",
     " \n leading",
     "trailing \n ",
@@ -50,14 +53,9 @@ class SentencePieceTokenizer(Tokenizer):
             reason = error.strerror if isinstance(error, OSError) else "not a sentencepiece model"
             raise InputError(f"--tokenizer {model} cannot be loaded: {reason}") from None
         self._processor = processor
-        # the pieces that the model puts before every text (a dummy prefix), with a byte that does not join them
-        self._anchor = processor.encode("\x00")
-        usable = [
-            piece
-            for piece in range(processor.vocab_size())
-            if not (processor.is_control(piece) or processor.is_unknown(piece) or processor.is_unused(piece))
-        ]
-        names = [_visible(processor.id_to_piece(piece)) for piece in usable]
+        self._pieces = SentencePieces(processor)
+        usable = self._pieces.text_pieces
+        names = [self._pieces.names[piece] for piece in usable]
         if symbols is None:
             symbols = names
             if len(set(names)) != len(names) or set(names) & set(SPECIALS):
@@ -68,14 +66,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._to_id[usable] = [index[name] for name in names]
         self._to_piece = np.full(len(self), -1, dtype=np.int64)  # (dictionary,) sentencepiece id
         self._to_piece[self._to_id[usable]] = usable
-        byte_pieces = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
-        # U+2581 stands for a space inside sentencepiece, so the character itself has to be spelled in bytes
-        self._lower_block = self._to_id[byte_pieces] if all(map(processor.is_byte, byte_pieces)) else None
         self._check(model, allow_lossy)
 
     def _check(self, model: Path, allow_lossy: bool) -> None:
         """Set ``lossless``, and refuse a model that loses text unless this is accepted."""
-        for text in _PROBE:
+        for text in PROBE:
             decoded = self.decode(self.encode_array(text))
             if decoded != text:
                 self.lossless = False
@@ -86,19 +81,7 @@ class SentencePieceTokenizer(Tokenizer):
                     )
 
     def encode_array(self, text: str) -> np.ndarray:
-        if self._lower_block is None or "\u2581" not in text:
-            return self._to_id[self._processor.encode(text)]
-        first, *others = text.split("\u2581")
-        parts = [self._to_id[self._processor.encode(first)]] if first else []
-        for other in others:
-            parts.append(self._lower_block)
-            parts.append(self._encode_continuation(other))
-        return np.concatenate(parts)
-
-    def _encode_continuation(self, text: str) -> np.ndarray:
-        """Encode a text that follows other tokens, without the space that some models put before a text."""
-        pieces = self._processor.encode(f"\x00{text}")
-        return self._to_id[pieces[len(self._anchor) :]]
+        return self._to_id[self._pieces.encode(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = np.asarray(list(ids), dtype=np.int64)
@@ -111,10 +94,3 @@ class SentencePieceTokenizer(Tokenizer):
                 text += [self._processor.decode(pieces), "<unk>"]
                 pieces = []
         return "".join(text) + self._processor.decode(pieces)
-
-
-def _visible(piece: str) -> str:
-    """Write each whitespace character of a piece as its UTF-8 bytes, ``<0x0A>``."""
-    if not any(map(str.isspace, piece)):
-        return piece
-    return "".join("".join(f"<0x{byte:02X}>" for byte in char.encode()) if char.isspace() else char for char in piece)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from preprocess.blocks import ParsedBlock
-from preprocess.document_source import DocumentSource
+from preprocess.document_source import DocumentFormat, DocumentSource
 from preprocess.errors import InputError
 from preprocess.package_modules import files
 from preprocess.selection import draw
@@ -95,7 +95,7 @@ class SurveyPart:
             windows = subset_texts
             if rate < 1:
                 windows = _windows(subset_texts, rate, draw(seed, parsed.keys[0], subset))
-            samples[subset] = sum(map(len, windows)), sum(len(tokenizer.encode_array(text)) for text in windows)
+            samples[subset] = sum(map(len, windows)), sum(map(len, tokenizer.encode_arrays(windows)))
         return cls(counts, bins, samples)
 
 
@@ -174,7 +174,8 @@ def survey_identity(sources: Sequence[DocumentSource], tokenizer_fingerprint: st
         A SHA-256 in hexadecimal.
     """
     entries = [[source.subset, source.name, source.size] for source in sources]
-    return hashlib.sha256(json.dumps([entries, tokenizer_fingerprint, seed]).encode()).hexdigest()
+    marks = [astuple(source.format) for source in sources[:1] if source.format != DocumentFormat()]
+    return hashlib.sha256(json.dumps([entries, tokenizer_fingerprint, seed, *marks]).encode()).hexdigest()
 
 
 def read_survey(path: Path, identity: str) -> Survey:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -63,6 +64,17 @@ class Tokenizer(ABC):
             Token ids, shape (tokens,), int32, without an end-of-sentence symbol.
         """
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode several texts, which may be faster than one by one.
+
+        Args:
+            texts: Texts of any length.
+
+        Returns:
+            Token ids of each text, as :meth:`encode_array` returns them.
+        """
+        return [self.encode_array(text) for text in texts]
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Decode token ids.
@@ -73,6 +85,16 @@ class Tokenizer(ABC):
         Returns:
             The text; bos, pad and eos add nothing to it, an unknown symbol is written ``<unk>``.
         """
+
+    def write_files(self, directory: Path) -> None:
+        """Write the tokenizer's files into a data directory.
+
+        Args:
+            directory: Path of the directory.
+        """
+        for name, path in self.files.items():
+            if path != directory / name:
+                shutil.copyfile(path, directory / name)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the identity: the same for the same files on every machine."""

@@ -21,7 +21,7 @@ from preprocess.package_modules import manifest as manifests
 _JOURNAL, _CHECKSUM = "journal.json", "sha256"
 _WORTH_SECONDS = 60
 _SPLIT_FILES = [f"{split}.{end}" for split in ("train", "valid", "test") for end in ("bin", "idx", "documents.jsonl")]
-_TOKENIZER_FILES = ["sentencepiece.model", "encoder.json", "vocab.bpe"]
+_TOKENIZER_FILES = ["tokenizer.json", "sentencepiece.model", "encoder.json", "vocab.bpe"]
 
 
 class Workspace:

@@ -13,6 +13,8 @@ from omegaconf import OmegaConf, open_dict
 from longmem_fairseq.models.longmem_lm import LongMemConfig
 from longmem_fairseq.tasks.options import LongMemLanguageModelingConfig
 from preprocess.benchmark import train_byte_level_bpe
+from preprocess.tokenization import load_tokenizer
+from tests.huggingface_tokenizers import byte_level
 from tests.models.tiny import BACKBONE, LONGMEM, build_longmem, randomize, stock_model, write_checkpoint
 from tests.repository import ROOT
 
@@ -31,6 +33,14 @@ def gpt2_model(directory: Path, texts: Sequence[str], entries: int = 400) -> Pat
     """A model with a byte-level BPE in GPT-2's format, trained on some texts."""
     train_byte_level_bpe(list(texts), entries, directory)
     (directory / "dict.txt").write_text("".join(f"{number} 1\n" for number in range(entries)))
+    return _write(directory)
+
+
+def huggingface_model(directory: Path, texts: Sequence[str]) -> Path:
+    """A model with a byte-level BPE as a ``tokenizer.json``, trained on some texts, with added tokens."""
+    (directory / "tokenizer.json").write_bytes(byte_level(list(texts)))
+    tokenizer = load_tokenizer(directory)
+    tokenizer.dictionary.save(str(directory / "dict.txt"))
     return _write(directory)
 
 

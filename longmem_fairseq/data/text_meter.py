@@ -118,4 +118,6 @@ def find_meter(directories: Sequence[str], dictionary: Dictionary) -> TextMeter:
         bpe = find_bpe(directory)
         if bpe is not None:
             return TextMeter(dictionary, bpe)
-    raise ValueError("the data directory has no tokenizer (sentencepiece.model, or encoder.json and vocab.bpe)")
+    raise ValueError(
+        "the data directory has no tokenizer (tokenizer.json, sentencepiece.model, or encoder.json and vocab.bpe)"
+    )

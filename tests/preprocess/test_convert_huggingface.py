@@ -10,14 +10,15 @@ import pytest
 import torch
 import transformers
 from fairseq.data import Dictionary
-from fairseq.data.encoders.gpt2_bpe import GPT2BPE
 from safetensors.torch import load_file
 
 from longmem_fairseq.backbones.loading import load_backbone
+from longmem_fairseq.text import find_bpe
 from preprocess.convert_huggingface import from_huggingface, main, to_huggingface
 from preprocess.errors import InputError
 from preprocess.tokenization import load_tokenizer
 from tests.fairseq_runs import TASK, run, write_split
+from tests.huggingface_tokenizers import byte_level
 from tests.models import checkpoints
 from tests.models.tiny import VOCABULARY, stock_config, stock_model, write_checkpoint
 
@@ -221,24 +222,22 @@ def model_with_tokenizer(request, gpt2_files, tmp_path_factory):
 def test_text_in_text_out(model_with_tokenizer, sources, tmp_path):
     source, destination = model_with_tokenizer, tmp_path / "fs"
     from_huggingface(source.directory, destination)
-    files = destination / "encoder.json", destination / "vocab.bpe"
-    tokenizer = load_tokenizer("gpt2", *files, destination / "dict.txt")
-    stock = GPT2BPE(SimpleNamespace(gpt2_encoder_json=str(files[0]), gpt2_vocab_bpe=str(files[1])))
+    tokenizer, bpe = load_tokenizer(destination), find_bpe(str(destination))
     model, dictionary = load_stock(destination)
-    for text in [*(text[:3000] for text in sources[:20]), "Caf\u00e9 \u4e2d\u6587\n\n\ttab 123"]:
+    for text in [*(text[:3000] for text in sources[:20]), "Caf\u00e9 \u4e2d\u6587\n\n\ttab 123", "A<|endoftext|>B"]:
         numbers = source.tokenizer(text)["input_ids"]
         ids = tokenizer.encode(text)
-        assert [int(dictionary[i]) for i in ids] == numbers == [int(number) for number in stock.encode(text).split()]
+        assert [int(dictionary[i]) for i in ids] == numbers == [int(number) for number in bpe.encode(text).split()]
         assert tokenizer.decode(ids) == source.tokenizer.decode(numbers) == text
         window = slice(0, POSITIONS)
         likeliest = source.model(torch.tensor([numbers[window]])).logits[0].argmax(dim=-1)
         converted = model(torch.tensor([ids[window]]))[0][0, :, numbers_of(dictionary)].argmax(dim=-1)
         assert torch.equal(likeliest, converted)
     to_huggingface(destination / "checkpoint.pt", tmp_path / "back")
-    back = transformers.GPT2TokenizerFast.from_pretrained(tmp_path / "back")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     assert back(sources[0])["input_ids"] == source.tokenizer(sources[0])["input_ids"]
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert config["eos_token_id"] == source.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert config["eos_token_id"] == source.model.config.eos_token_id
 
 
 @torch.no_grad()
@@ -253,15 +252,15 @@ def test_text_of_opt(gpt2_files, sources, tmp_path):
     model.save_pretrained(directory)
     (directory / "vocab.json").write_text(json.dumps(vocabulary))
     (directory / "merges.txt").write_text(merges.read_text())
+    (directory / "special_tokens_map.json").write_text(json.dumps({"bos_token": "</s>", "unk_token": "<unk>"}))
     from_huggingface(directory, destination)
     huggingface_tokenizer = transformers.GPT2TokenizerFast.from_pretrained(directory)
-    tokenizer = load_tokenizer(
-        "gpt2", destination / "encoder.json", destination / "vocab.bpe", destination / "dict.txt"
-    )
+    tokenizer = load_tokenizer(destination)
     converted, _ = load_stock(destination)
-    for source in sources[:5]:
+    for source in [*sources[:5], f"one</s>two{sources[5]}"]:
         numbers, ids = huggingface_tokenizer(source[:2000])["input_ids"], tokenizer.encode(source[:2000])
-        assert ids == numbers and tokenizer.decode(ids) == source[:2000]
+        assert ids == numbers
+        assert tokenizer.decode(ids) == source[:2000].replace("</s>", "")  # which ends documents
         window = torch.tensor([[2, *ids[: POSITIONS - 1]]])
         torch.testing.assert_close(converted(window)[0], model(window).logits, rtol=0, atol=1e-5)
 
@@ -355,6 +354,8 @@ def test_checkpoint_says_which_dictionary(converted, tmp_path):
         ({"quantization_config": {"bits": 4}}, "the gpt2 is quantized"),
         ({"n_layer": 3}, "the weights lack h.2.ln_1.weight, which config.json requires"),
         ({"n_layer": 1}, "12 of the weights are not in config.json, such as h.1"),
+        ({"eos_token_id": 50300}, "eos_token_id=50300 in config.json is not a token of the vocabulary of 97"),
+        ({"eos_token_id": None}, "eos_token_id=None in config.json is not a token"),
         ({"n_inner": 7}, r"h.0.mlp.c_fc.weight has shape \(24, 96\), but config.json requires \(24, 7\)"),
     ],
 )
@@ -364,6 +365,18 @@ def test_refused_gpt2(tmp_path, change, message):
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(InputError, match=message):
         from_huggingface(tmp_path / "hf", tmp_path / "fs")
+    assert not (tmp_path / "fs").exists()
+
+
+def test_refused_tokenizers(tmp_path, sources):
+    directory = tmp_path / "hf"
+    tiny_gpt2().save_pretrained(directory)
+    (directory / "tokenizer.json").write_bytes(byte_level(sources[:2]))
+    with pytest.raises(InputError, match="the tokenizer has ids up to 603, but the model's vocabulary .* at 96"):
+        from_huggingface(directory, tmp_path / "fs")
+    tiny_opt(vocab_size=700).save_pretrained(directory)
+    with pytest.raises(InputError, match="the tokenizer of an OPT begins with <s>, <pad>, </s>, <unk>, but this one"):
+        from_huggingface(directory, tmp_path / "fs")
     assert not (tmp_path / "fs").exists()
 
 

@@ -129,7 +129,7 @@ def test_not_a_model(tmp_path):
     (tmp_path / "x.model").write_bytes(b"text")
     with pytest.raises(InputError, match="not a sentencepiece model"):
         load_tokenizer(tmp_path / "x.model")
-    with pytest.raises(InputError, match="holds neither sentencepiece.model nor encoder.json"):
+    with pytest.raises(InputError, match="holds neither tokenizer.json nor sentencepiece.model nor encoder.json: give"):
         load_tokenizer(tmp_path)
 
 

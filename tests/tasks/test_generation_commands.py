@@ -10,10 +10,10 @@ from safetensors import safe_open
 
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.models.live_window import prefill
-from longmem_fairseq.text import one_line
+from longmem_fairseq.text import one_line, text_codec
 from tests.conftest import T
 from tests.fairseq_runs import TASK, finish, run, start
-from tests.text_models import gpt2_model, sentencepiece_model
+from tests.text_models import huggingface_model, sentencepiece_model
 
 LONG = 3 * T + 4  # new tokens: more than three windows
 PROMPTS = (3, 40, 17)  # tokens of the prompts
@@ -172,17 +172,16 @@ def start_with_text(directory, tokenizer, *options, **kwargs):
 
 
 def test_tokenizers(tmp_path):
-    """Texts of several lines, by GPT-2's BPE, as named, and by the data's sentencepiece; in two ways of generation."""
-    gpt2, spm = tmp_path / "gpt2", tmp_path / "sentencepiece"
-    for directory in (gpt2, spm):
+    """Texts of several lines, by a tokenizer.json, as named, and by the data's sentencepiece; in two ways."""
+    huggingface, spm = tmp_path / "huggingface", tmp_path / "sentencepiece"
+    for directory in (huggingface, spm):
         directory.mkdir()
-    gpt2_model(gpt2, [STORY * 9])
+    huggingface_model(huggingface, [STORY * 9])
     sentencepiece_model(spm)
-    files = ["--gpt2-encoder-json", gpt2 / "encoder.json", "--gpt2-vocab-bpe", gpt2 / "vocab.bpe"]
     diverse = ["--beam", 4, "--nbest", 4, "--diverse-beam-groups", 2, "--no-repeat-ngram-size", 2]
     process = start_with_text(
-        gpt2,
-        ["--bpe", "gpt2", *files],
+        huggingface,
+        ["--bpe", "hf_tokenizer", "--tokenizer-json", huggingface / "tokenizer.json"],
         *diverse,
         "--max-len-b",
         30,
@@ -194,19 +193,24 @@ def test_tokenizers(tmp_path):
     )
     sampled = ["--sampling", "--sampling-topk", 9, "--temperature", 1.5, "--beam", 2, "--nbest", 2, "--max-len-b", 9]
     other = start_with_text(spm, [], *sampled, "--memory-text", "story")
-    outputs = {gpt2: finish(process), spm: finish(other)}
+    outputs = {huggingface: finish(process), spm: finish(other)}
     assert f"text is encoded by the tokenizer in {spm} (SentencepieceBPE)" in outputs[spm]
-    assert "text is encoded by the tokenizer" not in outputs[gpt2]
+    assert "text is encoded by the tokenizer" not in outputs[huggingface]
     for (directory, output), n_best in zip(outputs.items(), (4, 2)):
         assert re.search(r"memorized (-|story): [\d,]+ tokens", output)
         hypotheses = hypotheses_of(output)
         assert len(hypotheses) == 3 * n_best
-        lines = one_line(LongMem.from_pretrained(str(directory), device="cpu").bpe)
+        model = LongMem.from_pretrained(str(directory), device="cpu")
+        lines, symbol_bytes = one_line(model.bpe), text_codec(model.bpe).symbol_bytes
         sources = re.findall(r"^S-\d\t(.*)$", output, re.MULTILINE)
-        assert [lines.decode(source) for source in sources] == [STORY.strip().replace("\n", "<0x0A>"), "else:", "x"]
+        assert [lines.decode(source) for source in sources] == [STORY.replace("\n", "<0x0A>"), "else:", "x"]
         answers = re.findall(r"^D-(\d)\t\S+\t(.*)$", output, re.MULTILINE)
-        assert answers == [(index, lines.decode(text)) for index, _, text in hypotheses]
-    for _, _, text in hypotheses_of(outputs[gpt2]):
+        for (index, answer), (other_index, _, text) in zip(answers, hypotheses, strict=True):
+            content = b"".join(symbol_bytes.get(symbol, symbol.encode()) for symbol in text.split())
+            # All whitespace of an answer is kept: its prompt continues with it.
+            assert index == other_index
+            assert answer == content.decode("utf-8", "replace").replace("\n", "<0x0A>").replace("\r", "<0x0D>")
+    for _, _, text in hypotheses_of(outputs[huggingface]):
         symbols = text.split()
         assert len(symbols) == 30 and len(set(zip(symbols, symbols[1:]))) == 29, "no pair is generated twice"
     assert all(len(text.split()) <= 9 for _, _, text in hypotheses_of(outputs[spm]))

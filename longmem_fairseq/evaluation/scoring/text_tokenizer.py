@@ -13,7 +13,7 @@ from ...text import decode_text, encode_text, find_bpe, text_codec, token_texts
 
 
 class TextTokenizer:
-    """A fairseq dictionary with its BPE: sentencepiece, GPT-2's, or none (words between spaces).
+    """A fairseq dictionary with its BPE: Hugging Face's, sentencepiece, GPT-2's, or none (words between spaces).
 
     Args:
         dictionary: Dictionary of the model.
@@ -31,8 +31,8 @@ class TextTokenizer:
         """Load the BPE of a data directory.
 
         Args:
-            directory: Path of a directory with ``sentencepiece.model``, or ``encoder.json`` and ``vocab.bpe``; without
-                these the dictionary has words.
+            directory: Path of a directory with ``tokenizer.json``, ``sentencepiece.model``, or ``encoder.json`` and
+                ``vocab.bpe``; without these the dictionary has words.
             dictionary: Dictionary of the model.
         """
         return cls(dictionary, find_bpe(directory))
