@@ -27,7 +27,7 @@ from .models.longmem_lm import LongMemModel
 from .models.model_directory import BACKBONE, CONFIG, is_model_directory, read_directory
 from .models.reading import DocumentReader
 from .models.trace import Trace, trace_reads
-from .safe_load import allow_namespaces
+from .safe_load import allow_plain_data
 from .tasks.checkpoints import read_checkpoint
 from .tasks.generator import LongMemGenerator, backbone_identity
 from .tasks.longmem_language_modeling import LongMemLanguageModelingTask
@@ -362,7 +362,7 @@ def read_state(checkpoint: str) -> dict:
     Raises:
         ValueError: The file is damaged, holds code, or lacks the configuration of its model.
     """
-    allow_namespaces()
+    allow_plain_data()
     read_checkpoint(checkpoint)
     state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
     if not state.get("cfg"):

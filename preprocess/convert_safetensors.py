@@ -23,10 +23,10 @@ import torch
 from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from longmem_fairseq.files import write_whole
 from longmem_fairseq.hub import LongMem
+from longmem_fairseq.memory.container import crc32, write_container
 from longmem_fairseq.models.model_directory import write_directory
 from longmem_fairseq.safe_load import load_safely
 from preprocess.checkpoint_file import write_checkpoint
@@ -68,7 +68,8 @@ def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
     if half:
         weights = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
     metadata = {"format": "fairseq", "model": json.dumps(config, default=str), "tied": json.dumps(tied)}
-    write_whole(Path(path), lambda part: save_file(weights, part, metadata=metadata))
+    weights = {name: x.contiguous() for name, x in weights.items()}
+    write_container(path, weights, metadata, crc32)
 
 
 def to_fairseq(path: str, checkpoint: str) -> None:
@@ -89,6 +90,8 @@ def to_fairseq(path: str, checkpoint: str) -> None:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     if metadata.get("format") != "fairseq":
         raise ValueError(f"{path} was not written by {PROG}: its header has no fairseq model")
+    if "crc32" in metadata and metadata["crc32"] != crc32(metadata, weights):  # files of earlier versions have none
+        raise ValueError(f"{path} is not as it was written: its checksum (crc32) differs")
     weights = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
     for name, other in json.loads(metadata["tied"]).items():
         weights[name] = weights[other]

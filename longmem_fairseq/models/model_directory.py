@@ -1,15 +1,16 @@
 """A LongMem model as a directory of plain files: no code, no optimizer, no paths.
 
-``config.json`` has the settings of the model and the description of its backbone, ``side_network.safetensors`` and
-``backbone.safetensors`` the weights. A backbone file may also be one that ``preprocess/convert_safetensors.py`` made of
-a language model; with ``dict.txt`` and the tokenizer's files beside them, the directory is all that
-``LongMem.from_pretrained`` needs.
+``config.json`` has the settings of the model, the description of its backbone and the SHA-256 of the files of weights,
+``side_network.safetensors`` and ``backbone.safetensors``. A backbone file may also be one that
+``preprocess/convert_safetensors.py`` made of a language model; with ``dict.txt`` and the tokenizer's files beside them,
+the directory is all that ``LongMem.from_pretrained`` needs.
 """
 
 import copy
+import hashlib
 import json
 import os
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..backbones.fingerprint import backbone_fingerprint
 from ..files import write_json, write_whole
+from ..memory.container import crc32
 
 CONFIG, SIDE_NETWORK, BACKBONE = "config.json", "side_network.safetensors", "backbone.safetensors"
 FORMAT = {"format": "longmem", "version": 1}
@@ -66,9 +68,9 @@ def write_directory(model, directory: str, half: bool = False, tokens_per_sample
     settings["backbone_fingerprint"] = backbone_fingerprint(backbone)
     if tokens_per_sample is not None:
         settings["tokens_per_sample"] = tokens_per_sample
-    write_json(
-        os.path.join(directory, CONFIG), {**FORMAT, "settings": settings, "backbone": model.decoder.backbone.config}
-    )
+    digests = {name: _sha256(os.path.join(directory, name)) for name in parts}
+    config = {**FORMAT, "settings": settings, "backbone": model.decoder.backbone.config, "sha256": digests}
+    write_json(os.path.join(directory, CONFIG), config)
 
 
 def read_directory(directory: str) -> Tuple[Dict[str, Any], Dict[str, Any], Dict[str, Tensor]]:
@@ -83,7 +85,8 @@ def read_directory(directory: str) -> Tuple[Dict[str, Any], Dict[str, Any], Dict
 
     Raises:
         FileNotFoundError: One of the files is missing.
-        ValueError: A file does not have the format.
+        ValueError: A file does not have the format, or was changed since it was written. Directories without the
+            SHA-256 of their files, as earlier versions wrote them, are read without this comparison.
     """
     path = os.path.join(directory, CONFIG)
     try:
@@ -93,26 +96,46 @@ def read_directory(directory: str) -> Tuple[Dict[str, Any], Dict[str, Any], Dict
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict) or {name: config.get(name) for name in FORMAT} != FORMAT:
         raise ValueError(f"{path} does not have this format: it must contain {json.dumps(FORMAT)[1:-1]}")
+    for name in ("settings", "backbone"):
+        if not isinstance(config.get(name), dict):
+            raise ValueError(f'{path} lacks the object "{name}": write the directory again')
+    digests = config.get("sha256") or {}
     weights: Dict[str, Tensor] = {}
     for name in (SIDE_NETWORK, BACKBONE):
-        weights.update(_read_weights(os.path.join(directory, name)))
+        weights.update(_read_weights(os.path.join(directory, name), digests.get(name)))
     weights.pop("decoder.backbone_fingerprint", None)  # in older directories, as a tensor
     return config["settings"], config["backbone"], weights
 
 
-def _read_weights(path: str) -> Dict[str, Tensor]:
+def _read_weights(path: str, digest: Optional[str]) -> Dict[str, Tensor]:
     """Return the tensors of a file in float32, those of a language model under their names in ``longmem_lm``."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} does not exist: the directory of a model needs it")
+    if digest is not None and digest != _sha256(path):
+        raise ValueError(
+            f"{path} is not as it was written, its SHA-256 differs from the one in {CONFIG}: copy it again, or take "
+            '"sha256" out of that file if the change was meant'
+        )
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if "crc32" in header and header["crc32"] != crc32(header, weights):
+        raise ValueError(f"{path} is not as it was written, its checksum (crc32) differs: convert it again")
     weights = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
     if header.get("format") == "fairseq":  # a language model by itself, with tied matrices written once
         for name, other in json.loads(header["tied"]).items():
             weights[name] = weights[other]
         weights = {_BACKBONE_PREFIX + name: x for name, x in weights.items()}
     return weights
+
+
+def _sha256(path: str) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from ..data.document_dataset import DocumentDataset
 from ..data.manifest import dictionary_fingerprint
 from ..modules.mixed_precision import compute_products_in
-from ..safe_load import allow_namespaces
+from ..safe_load import allow_plain_data
 from ..text import encode_text, one_line
 from .batch_memory import BatchMemory
 from .checkpoints import Restored, check_dictionary, check_space, read_checkpoint
@@ -68,7 +68,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
     @classmethod
     def setup_task(cls, args, **kwargs):
         """Check the options, the checkpoint and the data before anything is built."""
-        allow_namespaces()  # fairseq reads its checkpoints after this
+        allow_plain_data()  # fairseq reads its checkpoints after this
         from_checkpoint = bool(kwargs.get("from_checkpoint"))
         check_options(args, from_checkpoint)
         saved = SavedSettings.of_command(args, from_checkpoint)
