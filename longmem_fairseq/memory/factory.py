@@ -16,6 +16,8 @@ from .search.index import IndexSearch
 from .settings import MemorySettings
 from .stream_memory import StreamMemory
 
+_SIZES_KEPT = 16  # factories of other sizes that are kept
+
 
 class MemoryFactory:
     """Builds the memories of a model, and their search and attention.
@@ -52,6 +54,8 @@ class MemoryFactory:
         if settings == self.settings:
             return self
         if settings.size not in self._sizes:
+            if len(self._sizes) >= _SIZES_KEPT:  # an evaluation may ask for another size for every text
+                del self._sizes[next(iter(self._sizes))]
             self._sizes[settings.size] = MemoryFactory(settings, self.kv_heads, self.head_dim, self.attention)
         return self._sizes[settings.size]
 

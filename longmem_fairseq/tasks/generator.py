@@ -112,9 +112,9 @@ class LongMemGenerator(SequenceGenerator):
         Raises:
             ValueError: A model's memory is off, or it has a document of this name.
         """
+        if None in self.document_memories:
+            raise ValueError(f"{name} cannot be memorized: the model's memory is off")
         for model, memory in zip(self.model.models, self.document_memories):
-            if memory is None:
-                raise ValueError(f"{name} cannot be memorized: the model's memory is off")
             DocumentReader(model.decoder, self.segment).memorize(memory, name, tokens)
 
 
