@@ -109,9 +109,12 @@ class SentencePieceText(TextCodec):
         return [_visible(piece) for piece in self.bpe.sp.encode(text, out_type=str)]
 
     def decode(self, symbols: Sequence[str]) -> str:
+        return self.bpe.sp.decode([self._pieces.get(symbol, symbol) for symbol in symbols])
+
+    @cached_property
+    def _pieces(self) -> Dict[str, str]:
         sp = self.bpe.sp
-        pieces = {_visible(piece): piece for piece in map(sp.id_to_piece, range(sp.get_piece_size()))}
-        return sp.decode([pieces.get(symbol, symbol) for symbol in symbols])
+        return {_visible(piece): piece for piece in map(sp.id_to_piece, range(sp.get_piece_size()))}
 
     @cached_property
     def symbol_bytes(self) -> Dict[str, bytes]:
@@ -284,7 +287,7 @@ class OneLineBPE:
         Returns:
             Symbols between spaces.
         """
-        return " ".join(self.codec.encode(line.replace(_NEWLINE, "\n")))
+        return " ".join(self.codec.encode(of_line(line)))
 
     def decode(self, symbols: str) -> str:
         """Decode a line of symbols.
@@ -295,7 +298,17 @@ class OneLineBPE:
         Returns:
             Text with newlines written as ``<0x0A>``.
         """
-        return "".join(self.codec.texts(symbols.split())).strip().replace("\n", _NEWLINE)
+        return in_line("".join(self.codec.texts(symbols.split())).strip())
+
+
+def in_line(text: str) -> str:
+    """Spell a text in the lines that fairseq's commands read and print: a newline is written ``<0x0A>``."""
+    return text.replace("\n", _NEWLINE)
+
+
+def of_line(line: str) -> str:
+    """Return the text that :func:`in_line` spells."""
+    return line.replace(_NEWLINE, "\n")
 
 
 def one_line(bpe):

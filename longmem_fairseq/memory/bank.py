@@ -117,7 +117,7 @@ class MemoryBank:
         for name in ("keys", "values", "means"):
             for begin, end in other.spans(0):
                 getattr(self, name)[lane, :, begin:end] = getattr(other, name)[0, :, begin:end]
-        self._tail[:, lane] = other._tail[:, 0]  # noqa: SLF001  (of the same class)
+        self.tail[:, lane] = other.tail[:, 0]
         for name in ("first", "written", "position"):
             getattr(self, name)[lane] = getattr(other, name)[0]
         self.resets[lane] += 1

@@ -78,8 +78,7 @@ class DocumentMemory:
     @property
     def documents(self) -> List[MemorizedDocument]:
         """Documents with tokens in the memory, oldest first; the oldest tokens are evicted when it is full."""
-        self._documents = [document for document in self._documents if document.end > self.oldest]
-        return self._documents
+        return [document for document in self._documents if document.end > self.oldest]
 
     def require_new(self, name: str) -> None:
         """Refuse a name that a document in the memory has.

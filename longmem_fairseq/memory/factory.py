@@ -85,7 +85,19 @@ class MemoryFactory:
             lanes: Number of lanes.
             dtype: Precision of the model's activations, which the bank takes unless ``--memory-dtype`` sets another.
             device: Device of the model.
+
+        Raises:
+            ValueError: There is no room for it.
         """
+        try:
+            return self._new_bank(lanes, dtype, device)
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # whatever PyTorch raises for this size
+            size = self.settings.size
+            raise ValueError(
+                f"there is no room for --memory-size {size:,} (tokens of each of {lanes} lanes): lower it"
+            ) from error
+
+    def _new_bank(self, lanes: int, dtype: torch.dtype, device: torch.device) -> MemoryBank:
         settings = self.settings
         return MemoryBank(
             lanes,

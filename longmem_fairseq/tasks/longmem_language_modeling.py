@@ -30,6 +30,7 @@ from .options import LongMemLanguageModelingConfig, check_options
 from .prompt_dataset import PromptDataset, document_prompts
 from .run_description import describe_run
 from .saved_settings import SavedSettings
+from .stop_rule import answers_in_lines
 from .training_setup import prepare_training
 
 logger = logging.getLogger(__name__)
@@ -168,10 +169,11 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             refuse_memory_options(self.args)
         if not has_memory or seq_gen_cls is not None:
             return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
-        check_generation(args, models)
+        check_generation(args, models, len(self.dictionary))
         options = {key: value for key, value in (extra_gen_cls_kwargs or {}).items() if value is not None}
         if "lm_model" not in options:
             options.pop("lm_weight", None)
+        options.setdefault("repetition_penalty", self.args.repetition_penalty)
         generator_class = functools.partial(LongMemGenerator, segment=self.args.tokens_per_sample)
         generator = super().build_generator(models, args, generator_class, options, prefix_allowed_tokens_fn)
         self.session = MemorySession(generator, self.args, self._encode_text)
@@ -184,9 +186,10 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
     def build_bpe(self, args):
         """Build the BPE, without ``--bpe`` the data's; generation builds it last, so now documents can be memorized."""
         self._bpe = bpe_of_data(self.args.data) if args is None else super().build_bpe(args)
-        if self.session is not None:
-            self.session.start()
-        return one_line(self._bpe)
+        if self.session is None:
+            return one_line(self._bpe)
+        self.session.start()
+        return answers_in_lines(self.session.generator, self.args, self._bpe, self._tokenizer)
 
     def _encode_text(self, text: str):
         return encode_text(text, self.dictionary, self._bpe, self._tokenizer)
