@@ -8,8 +8,8 @@ import codecs
 import os
 import sys
 from abc import ABC, abstractmethod
-from functools import cached_property
-from typing import Dict, List, Sequence
+from functools import cached_property, lru_cache
+from typing import Dict, List, Sequence, Type
 
 import torch
 from fairseq import tokenizer as words
@@ -136,7 +136,9 @@ class Gpt2Text(TextCodec):
         return self.bpe.encode(text).split()
 
     def decode(self, symbols: Sequence[str]) -> str:
-        return self.bpe.decode(" ".join(symbols))
+        # fairseq's own method fails for symbols that are not in the BPE, such as the dictionary's madeupword0000.
+        text = b"".join(self.symbol_bytes.get(symbol, symbol.encode()) for symbol in symbols)
+        return text.decode("utf-8", errors="replace")
 
     @cached_property
     def symbol_bytes(self) -> Dict[str, bytes]:
@@ -180,6 +182,12 @@ class WordsText(TextCodec):
 _CODECS = {SentencepieceBPE: SentencePieceText, GPT2BPE: Gpt2Text}
 
 
+@lru_cache(maxsize=8)
+def _kept(codec: Type[TextCodec], bpe) -> TextCodec:
+    """Return the codec of a BPE, always the same one: it has tables as long as the vocabulary."""
+    return codec(bpe)
+
+
 def text_codec(bpe) -> TextCodec:
     """Choose the codec of a BPE.
 
@@ -193,7 +201,7 @@ def text_codec(bpe) -> TextCodec:
         return bpe.codec
     for kind, codec in _CODECS.items():
         if isinstance(bpe, kind):
-            return codec(bpe)
+            return _kept(codec, bpe)
     return WordsText(bpe)
 
 

@@ -176,7 +176,8 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         options.setdefault("repetition_penalty", self.args.repetition_penalty)
         generator_class = functools.partial(LongMemGenerator, segment=self.args.tokens_per_sample)
         generator = super().build_generator(models, args, generator_class, options, prefix_allowed_tokens_fn)
-        self.session = MemorySession(generator, self.args, self._encode_text)
+        if "document_memories" not in options:  # a command, whose memory the task's options fill
+            self.session = MemorySession(generator, self.args, self._encode_text)
         return generator
 
     def build_tokenizer(self, args):
