@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .arguments import require_number, require_path, require_text, require_texts
 from .memory.document_memory import DocumentMemory
 from .memory.memory_file import DTYPES, load_memory, save_memory
+from .models.longmem_config import plain
 from .models.reading import DocumentReader
 from .models.trace import Trace, trace_reads
 from .tasks.generator import backbone_identity
@@ -100,7 +101,14 @@ class LongMem:
 
     def __reduce__(self):
         # fairseq's task can be neither copied nor pickled: its options make it again.
-        return _restored, (self.model, self.task.args, self.task.dictionary, self.bpe, self.tokenizer, self.memory)
+        return _restored, (
+            self.model,
+            plain(self.task.args),
+            self.task.dictionary,
+            self.bpe,
+            self.tokenizer,
+            self.memory,
+        )
 
     @property
     def documents(self) -> List[str]:
@@ -192,7 +200,8 @@ class LongMem:
             length_penalty: Exponent of the length in a hypothesis's score; above 1 favors longer ones.
             repetition_penalty: Divisor of positive, and factor of negative, logits of all tokens in the prompt and the
                 continuation; above 1 discourages repetition.
-            stop: Text at which a continuation ends, or several; it is cut before the first of them.
+            stop: Text at which a continuation ends, or several: it ends with the first token by which one is complete,
+                and is cut before it.
             n_best: Number of continuations of a prompt to return with their scores, at most ``beam``; None for the text
                 of the best.
 
