@@ -25,9 +25,9 @@ from omegaconf import OmegaConf
 
 from longmem_fairseq.files import require_writable
 from longmem_fairseq.hub import LongMem
+from longmem_fairseq.memory.container import crc32, write_container
 from longmem_fairseq.models.model_directory import read_language_model, write_directory
 from longmem_fairseq.safe_load import load_safely
-from longmem_fairseq.tensor_files import write_tensors
 from longmem_fairseq.text import TOKENIZER_FILES
 from preprocess.checkpoint_file import write_checkpoint
 from preprocess.destination import whole_directory
@@ -71,7 +71,8 @@ def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
     if half:
         weights = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
     metadata = {"format": "fairseq", "model": json.dumps(config, default=str), "tied": json.dumps(tied)}
-    write_tensors(path, weights, metadata)
+    weights = {name: x.contiguous() for name, x in weights.items()}
+    write_container(path, weights, metadata, crc32)
 
 
 def to_fairseq(path: str, checkpoint: str) -> None:

@@ -19,7 +19,7 @@ CODE = (PACKAGE, "preprocess", "examples")
 # The lowest layer first. A module imports from its own layer and from lower ones; the package's __init__, which
 # registers everything, is above all of them.
 LAYERS = (
-    ("files", "tensor_files", "text", "progress", "safe_load"),
+    ("arguments", "files", "tensor_files", "text", "progress", "safe_load"),
     ("data",),
     ("modules",),
     ("memory",),

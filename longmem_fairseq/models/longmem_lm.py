@@ -25,6 +25,7 @@ from .longmem_config import (
     check_options,
     check_task,
     default_memory_layer,
+    plain,
     with_defaults,
 )
 from .longmem_decoder import LongMemDecoder
@@ -54,6 +55,9 @@ class LongMemModel(FairseqLanguageModel):
         self.cfg = cfg
         self.score_without_memory = False
         self.num_updates = 0
+
+    def __getstate__(self):
+        return {**self.__dict__, "cfg": plain(self.cfg)}
 
     @classmethod
     def add_args(cls, parser):

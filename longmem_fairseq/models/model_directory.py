@@ -1,15 +1,16 @@
 """A LongMem model as a directory of plain files: no code, no optimizer, no paths.
 
-``config.json`` has the settings of the model and the description of its backbone, ``side_network.safetensors`` and
-``backbone.safetensors`` the weights. A backbone file may also be one that ``preprocess/convert_safetensors.py`` made of
-a language model; with ``dict.txt`` and the tokenizer's files beside them, the directory is all that
-``LongMem.from_pretrained`` needs.
+``config.json`` has the settings of the model, the description of its backbone and the SHA-256 of the files of weights,
+``side_network.safetensors`` and ``backbone.safetensors``. A backbone file may also be one that
+``preprocess/convert_safetensors.py`` made of a language model; with ``dict.txt`` and the tokenizer's files beside them,
+the directory is all that ``LongMem.from_pretrained`` needs.
 """
 
 import copy
+import hashlib
 import json
 import os
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..backbones.fingerprint import backbone_fingerprint
 from ..files import parse_json, read_json, write_json
+from ..memory.container import crc32
 from ..safe_load import refuse_adapter
 from ..tensor_files import read_tensors, write_tensors
 from .longmem_config import LongMemConfig
@@ -69,9 +71,9 @@ def write_directory(model, directory: str, half: bool = False, tokens_per_sample
     settings["backbone_fingerprint"] = backbone_fingerprint(backbone)
     if tokens_per_sample is not None:
         settings["tokens_per_sample"] = tokens_per_sample
-    write_json(
-        os.path.join(directory, CONFIG), {**FORMAT, "settings": settings, "backbone": model.decoder.backbone.config}
-    )
+    digests = {name: _sha256(os.path.join(directory, name)) for name in parts}
+    config = {**FORMAT, "settings": settings, "backbone": model.decoder.backbone.config, "sha256": digests}
+    write_json(os.path.join(directory, CONFIG), config)
 
 
 def read_directory(directory: str) -> Tuple[Dict[str, Any], Dict[str, Any], Dict[str, Tensor]]:
@@ -86,7 +88,8 @@ def read_directory(directory: str) -> Tuple[Dict[str, Any], Dict[str, Any], Dict
 
     Raises:
         FileNotFoundError: One of the files is missing.
-        ValueError: A file does not have the format.
+        ValueError: A file does not have the format, or was changed since it was written. Directories without the
+            SHA-256 of their files, as earlier versions wrote them, are read without this comparison.
     """
     path = os.path.join(directory, CONFIG)
     try:
@@ -99,9 +102,10 @@ def read_directory(directory: str) -> Tuple[Dict[str, Any], Dict[str, Any], Dict
         if not isinstance(config.get(name), dict):
             raise ValueError(f'{path} is malformed: "{name}" is not an object: write the directory again')
     _check_settings(path, config["settings"])
+    digests = _digests(path, config)
     weights: Dict[str, Tensor] = {}
     for name in (SIDE_NETWORK, BACKBONE):
-        weights.update(_read_weights(os.path.join(directory, name)))
+        weights.update(_read_weights(os.path.join(directory, name), digests.get(name)))
     weights.pop("decoder.backbone_fingerprint", None)  # in older directories, as a tensor
     return config["settings"], config["backbone"], weights
 
@@ -141,6 +145,8 @@ def read_language_model(path: str) -> Tuple[Dict[str, Any], Dict[str, Tensor]]:
     header, weights = read_tensors(path)
     if header.get("format") != "fairseq":
         raise ValueError(f"{path} was not written by preprocess.convert_safetensors: its header has no fairseq model")
+    if "crc32" in header and header["crc32"] != crc32(header, weights):  # files of earlier versions have none
+        raise ValueError(f"{path} is not as it was written: its checksum (crc32) differs")
     try:
         settings, tied = (parse_json(header[name]) for name in ("model", "tied"))
         weights.update({name: weights[other] for name, other in tied.items()})
@@ -150,6 +156,14 @@ def read_language_model(path: str) -> Tuple[Dict[str, Any], Dict[str, Tensor]]:
     if not complete:
         raise ValueError(f"{path} is malformed: its header does not describe a model and its tied weights")
     return settings, _in_float32(weights)
+
+
+def _digests(path: str, config: Dict[str, Any]) -> Dict[str, str]:
+    """Return the SHA-256 of each file that a ``config.json`` names; earlier versions wrote none."""
+    digests = config.get("sha256", {})
+    if not isinstance(digests, dict):
+        raise ValueError(f'{path} is malformed: "sha256" is not an object: write the directory again')
+    return digests
 
 
 def _check_settings(path: str, settings: Dict[str, Any]) -> None:
@@ -174,9 +188,25 @@ def _in_float32(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
     return {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
 
 
-def _read_weights(path: str) -> Dict[str, Tensor]:
+def _read_weights(path: str, digest: Optional[str]) -> Dict[str, Tensor]:
     """Return the tensors of a file in float32, those of a language model under their names in ``longmem_lm``."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} does not exist: the directory of a model needs it")
+    if digest is not None and digest != _sha256(path):
+        raise ValueError(
+            f"{path} is not as it was written, its SHA-256 differs from the one in {CONFIG}: copy it again, or take "
+            '"sha256" out of that file if the change was meant'
+        )
     header, weights = read_tensors(path)
     if header.get("format") == "fairseq":  # a language model by itself, with tied matrices written once
         return {_BACKBONE_PREFIX + name: x for name, x in read_language_model(path)[1].items()}
     return _in_float32(weights)
+
+
+def _sha256(path: str) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

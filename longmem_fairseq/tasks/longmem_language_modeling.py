@@ -14,7 +14,7 @@ from ..data.document_dataset import DocumentDataset
 from ..data.manifest import dictionary_fingerprint
 from ..data.text_meter import find_meter
 from ..modules.mixed_precision import compute_products_in
-from ..safe_load import allow_namespaces
+from ..safe_load import allow_plain_data
 from ..text import encode_text, one_line
 from .batch_memory import BatchMemory
 from .checkpoints import Restored, check_dictionary, check_space, read_checkpoint
@@ -31,6 +31,7 @@ from .options import LongMemLanguageModelingConfig, check_options
 from .prompt_dataset import PromptDataset, document_prompts
 from .run_description import describe_run
 from .saved_settings import SavedSettings
+from .stop_rule import answers_in_lines
 from .training_setup import prepare_training
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
     @classmethod
     def setup_task(cls, args, **kwargs):
         """Check the options, the checkpoint and the data before anything is built."""
-        allow_namespaces()  # fairseq reads its checkpoints after this
+        allow_plain_data()  # fairseq reads its checkpoints after this
         from_checkpoint = bool(kwargs.get("from_checkpoint"))
         check_options(args, from_checkpoint)
         saved = SavedSettings.of_command(args, from_checkpoint)
@@ -169,13 +170,15 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             refuse_memory_options(self.args)
         if not has_memory or seq_gen_cls is not None:
             return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
-        check_generation(args, models)
+        check_generation(args, models, len(self.dictionary))
         options = {key: value for key, value in (extra_gen_cls_kwargs or {}).items() if value is not None}
         if "lm_model" not in options:
             options.pop("lm_weight", None)
+        options.setdefault("repetition_penalty", self.args.repetition_penalty)
         generator_class = functools.partial(LongMemGenerator, segment=self.args.tokens_per_sample)
         generator = super().build_generator(models, args, generator_class, options, prefix_allowed_tokens_fn)
-        self.session = MemorySession(generator, self.args, self._encode_text)
+        if "document_memories" not in options:  # a command, whose memory the task's options fill
+            self.session = MemorySession(generator, self.args, self._encode_text)
         return generator
 
     def build_tokenizer(self, args):
@@ -185,9 +188,10 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
     def build_bpe(self, args):
         """Build the BPE, without ``--bpe`` the data's; generation builds it last, so now documents can be memorized."""
         self._bpe = bpe_of_data(self.args.data) if args is None else super().build_bpe(args)
-        if self.session is not None:
-            self.session.start()
-        return one_line(self._bpe)
+        if self.session is None:
+            return one_line(self._bpe)
+        self.session.start()
+        return answers_in_lines(self.session.generator, self.args, self._bpe, self._tokenizer)
 
     def _encode_text(self, text: str):
         return encode_text(text, self.dictionary, self._bpe, self._tokenizer)

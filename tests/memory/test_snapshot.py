@@ -24,11 +24,10 @@ def encode(tokens):
 
 def write(memory, name, tokens):
     """Write a document in segments of T tokens, as a reader of documents does."""
-    begin = memory.end
-    for piece in tokens.split(T):
-        encoded = encode(piece[None])
-        memory.bank.append(0, encoded.keys[0], encoded.values[0])
-    memory.add(name, begin)
+    with memory.writing(name, len(tokens)) as bank:
+        for piece in tokens.split(T):
+            encoded = encode(piece[None])
+            bank.append(0, encoded.keys[0], encoded.values[0])
 
 
 def make_memory(*lengths, memory_size=60, dtype=torch.float32):

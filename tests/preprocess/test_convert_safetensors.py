@@ -1,7 +1,9 @@
 """Models converted to safetensors files are the same models: language models and back, LongMem models."""
 
+import json
 import os
 import resource
+import shutil
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from longmem_fairseq.backbones.loading import load_backbone
 from longmem_fairseq.hub import LongMem
-from preprocess.convert_safetensors import main, to_fairseq, to_safetensors
+from preprocess.convert_safetensors import main, to_directory, to_fairseq, to_safetensors
 from tests.models.checkpoints import load_stock
 from tests.models.tiny import VOCABULARY, documents, stock_config, stock_model, write_checkpoint
 from tests.text_models import sentencepiece_model
@@ -74,6 +76,37 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     for name in ("none/a.safetensors", "none/a.pt"):
         with pytest.raises(SystemExit, match="the directory .*none does not exist"):
             main([str(tmp_path / "backbone.pt"), str(tmp_path / name)])
+
+
+def flip_last_bit(path):
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("name", ["backbone", "side_network"])
+def test_a_damaged_model_directory_is_refused(longmem, tmp_path, name):
+    to_directory(str(longmem / "model.pt"), str(tmp_path))
+    flip_last_bit(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=rf"{name}.safetensors is not as it was written, its SHA-256 differs"):
+        LongMem.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_a_damaged_file_is_refused(longmem, tmp_path):
+    to_safetensors(str(longmem / "model.pt"), str(tmp_path / "model.safetensors"))
+    flip_last_bit(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="its checksum .crc32. differs"):
+        to_fairseq(str(tmp_path / "model.safetensors"), str(tmp_path / "model.pt"))
+    shutil.copytree(longmem, tmp_path / "directory")
+    to_directory(str(longmem / "model.pt"), str(tmp_path / "directory"))
+    config = json.loads((tmp_path / "directory" / "config.json").read_text())
+    del config["sha256"]  # as in a directory that was put together by hand
+    (tmp_path / "directory" / "config.json").write_text(json.dumps(config))
+    os.replace(tmp_path / "model.safetensors", tmp_path / "directory" / "backbone.safetensors")
+    with pytest.raises(ValueError, match="its checksum .crc32. differs"):
+        LongMem.from_pretrained(str(tmp_path / "directory"), device="cpu")
 
 
 def test_refusals(tmp_path):
