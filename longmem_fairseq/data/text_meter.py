@@ -7,7 +7,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence
 import numpy as np
 from fairseq.data import Dictionary
 
-from ..text import find_bpe, text_codec
+from ..text import TOKENIZER_FILES, find_bpe, text_codec
 
 
 class TextSize(NamedTuple):
@@ -118,6 +118,4 @@ def find_meter(directories: Sequence[str], dictionary: Dictionary) -> TextMeter:
         bpe = find_bpe(directory)
         if bpe is not None:
             return TextMeter(dictionary, bpe)
-    raise ValueError(
-        "the data directory has no tokenizer (tokenizer.json, sentencepiece.model, or encoder.json and vocab.bpe)"
-    )
+    raise ValueError(f"the data directory has no tokenizer ({', '.join(TOKENIZER_FILES)})")

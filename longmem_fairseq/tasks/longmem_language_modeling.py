@@ -5,7 +5,6 @@ import logging
 import os
 from typing import Any, Dict, Optional
 
-import torch
 from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -13,7 +12,6 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from ..data.document_dataset import DocumentDataset
 from ..data.manifest import dictionary_fingerprint
 from ..data.text_meter import find_meter
-from ..modules.mixed_precision import compute_products_in
 from ..safe_load import allow_plain_data
 from ..text import encode_text, one_line
 from .batch_memory import BatchMemory
@@ -26,6 +24,7 @@ from .generation_options import check_generation
 from .generator import LongMemGenerator
 from .lane_batches import LaneBatches
 from .memory_session import MemorySession, memory_of_evaluation, memory_options, refuse_memory_options
+from .model_setup import prepare_model
 from .option_table import TABLE as OPTIONS
 from .options import LongMemLanguageModelingConfig, check_options
 from .prompt_dataset import PromptDataset, document_prompts
@@ -114,19 +113,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         elif self.restored is not None and "backbone_fingerprint" in args:
             args.backbone_fingerprint = self.restored.backbone  # the model compares it with its backbone's
         model = super().build_model(args, from_checkpoint)
-        if from_checkpoint and str(self.args.inference_dtype) != "float32":
-            compute_products_in(model, getattr(torch, str(self.args.inference_dtype)))
-        if not from_checkpoint and hasattr(model, "memorize") and self.args.max_target_positions is not None:
-            raise ValueError(
-                f"--max-target-positions {self.args.max_target_positions} is not supported by a model with a memory: "
-                "its positions are the backbone's; leave it out"
-            )
-        positions = model.max_positions()
-        if positions is not None and self.args.tokens_per_sample > positions:
-            raise ValueError(
-                f"--tokens-per-sample {self.args.tokens_per_sample} exceeds the {positions} positions of the model: "
-                "lower it"
-            )
+        prepare_model(model, self.args, from_checkpoint)
         self._model = self.memory.model = model
         self._model_cfg = args
         if self.memory.snapshots is not None:
