@@ -13,7 +13,7 @@ from ..data.document_dataset import DocumentDataset
 from ..data.manifest import dictionary_fingerprint
 from ..data.text_meter import find_meter
 from ..safe_load import allow_plain_data
-from ..text import encode_text, one_line
+from ..text import encode_text
 from .batch_memory import BatchMemory
 from .checkpoints import Restored, check_dictionary, check_space, read_checkpoint
 from .data_tokenizer import bpe_of_data
@@ -175,10 +175,9 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
     def build_bpe(self, args):
         """Build the BPE, without ``--bpe`` the data's; generation builds it last, so now documents can be memorized."""
         self._bpe = bpe_of_data(self.args.data) if args is None else super().build_bpe(args)
-        if self.session is None:
-            return one_line(self._bpe)
-        self.session.start()
-        return answers_in_lines(self.session.generator, self.args, self._bpe, self._tokenizer)
+        if self.session is not None:
+            self.session.start()
+        return answers_in_lines(self.session, self.args, self._bpe, self._tokenizer)
 
     def _encode_text(self, text: str):
         return encode_text(text, self.dictionary, self._bpe, self._tokenizer)

@@ -107,11 +107,11 @@ class StoppedLines:
         return self.inner.decode(symbols) if text is None else in_line(text)
 
 
-def answers_in_lines(generator, cfg, bpe, tokenizer):
-    """Return the BPE of a command that generates, after its generator was told to end answers at ``--stop``.
+def answers_in_lines(session, cfg, bpe, tokenizer):
+    """Return the BPE of a command, after its generator was told to end answers at ``--stop``.
 
     Args:
-        generator: A :class:`longmem_fairseq.tasks.generator.LongMemGenerator`.
+        session: The command's :class:`longmem_fairseq.tasks.memory_session.MemorySession`; None without a generator.
         cfg: Configuration of the task: ``stop`` and ``post_process``.
         bpe: fairseq's BPE, or None for a dictionary of words.
         tokenizer: fairseq's tokenizer, or None.
@@ -120,8 +120,9 @@ def answers_in_lines(generator, cfg, bpe, tokenizer):
         A BPE of lines, or None where there is nothing to decode.
     """
     lines = one_line(bpe)
-    if not cfg.stop:
+    if session is None or not cfg.stop:
         return lines
+    generator = session.generator
     dictionary, ignored = generator.tgt_dict, generator.symbols_to_strip_from_output
     text = ContinuationText(dictionary, bpe, tokenizer)
     generator.stop_at(StopStrings([of_line(stop) for stop in cfg.stop], text))
