@@ -88,8 +88,8 @@ class LongMem:
             path: Path of a checkpoint, of a directory that contains ``checkpoint_best.pt``, ``checkpoint_last.pt`` or
                 ``model.pt``, or of a model directory (``config.json`` and safetensors files).
             data: Directory of ``dict.txt``; by default that of the checkpoint, then the one it was trained on. A
-                ``tokenizer.json``, ``sentencepiece.model``, or GPT-2's ``encoder.json`` and ``vocab.bpe`` in it are used
-                for text.
+                ``tokenizer.json``, a ``sentencepiece.model``, or GPT-2's ``encoder.json`` and ``vocab.bpe`` in it are
+                used for text.
             bpe: fairseq's BPE, in place of the one in ``data``.
             tokenizer: fairseq's tokenizer, or None.
             device: Device to run on, by default a GPU if there is one.

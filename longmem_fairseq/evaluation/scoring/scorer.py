@@ -87,7 +87,8 @@ class Scorer:
             path: Path of a checkpoint, of a directory that contains ``checkpoint_best.pt``, ``checkpoint_last.pt`` or
                 ``model.pt``, or of a model directory (``config.json`` and safetensors files).
             tokenizer: Path of a directory that contains ``dict.txt`` and ``tokenizer.json``,
-                ``sentencepiece.model``, or GPT-2's ``encoder.json`` and ``vocab.bpe``; by default the checkpoint's, then the one of its training data.
+                ``sentencepiece.model``, or GPT-2's ``encoder.json`` and ``vocab.bpe``; by default the
+                checkpoint's, then the one of its training data.
             device: Device of the model; by default a GPU if there is one.
             backbone: Path of the backbone's checkpoint, if it has moved.
             tokens_per_sample: Number T of tokens of a window; by default that of the checkpoint's training.
