@@ -29,15 +29,14 @@ from typing import Any
 import torch
 from fairseq.models.transformer_lm import TransformerLanguageModelConfig
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longmem_fairseq.backbones.base import BackboneError
 from longmem_fairseq.backbones.loading import read_backbone
 from longmem_fairseq.data.manifest import dictionary_fingerprint
-from longmem_fairseq.files import write_json, write_text, write_whole
-from longmem_fairseq.safe_load import load_safely
+from longmem_fairseq.files import write_json, write_text
+from longmem_fairseq.safe_load import load_safely, refuse_adapter
+from longmem_fairseq.tensor_files import read_tensors, write_tensors
 from preprocess.checkpoint_file import write_checkpoint
 from preprocess.destination import whole_directory
 from preprocess.dictionary import EOS, SPECIALS, filler_symbols, read_dictionary
@@ -68,11 +67,15 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
         InputError: The model is not supported, or a file cannot be read or does not fit the others.
     """
     source, destination = Path(source), Path(destination)
+    try:
+        refuse_adapter(str(source))
+    except ValueError as error:
+        raise InputError(str(error)) from None
     config = read_json(source / "config.json")
     check_config(config)
     content = read_tokenizer_json(source) if has_tokenizer(source) else None
     tokenizer = None if content is None else _parse_tokenizer(content, source)
-    vocabulary = config.get("vocab_size", 50257)
+    vocabulary = config.get("vocab_size") or 50257
     if config["model_type"] == "opt":
         symbols, rows = _opt_symbols(config, vocabulary, tokenizer, dictionary)
     else:
@@ -148,7 +151,7 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
         if (directory / TOKENIZER).is_file():  # which transformers then reads as it is
             write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
         write_json(directory / "config.json", {**config, **special})
-        write_whole(directory / "model.safetensors", lambda path: save_file(exported, path, metadata={"format": "pt"}))
+        write_tensors(directory / "model.safetensors", exported, {"format": "pt"})
     logger.info("wrote %s", destination / "model.safetensors")
 
 
@@ -250,9 +253,9 @@ def _read_weights(source: Path) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read the weights in a safetensors file."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        return read_tensors(path)[1]
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

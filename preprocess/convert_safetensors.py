@@ -22,12 +22,11 @@ from pathlib import Path
 import torch
 from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from longmem_fairseq.files import write_whole
+from longmem_fairseq.files import require_writable
 from longmem_fairseq.hub import LongMem
-from longmem_fairseq.models.model_directory import write_directory
+from longmem_fairseq.memory.container import crc32, write_container
+from longmem_fairseq.models.model_directory import read_language_model, write_directory
 from longmem_fairseq.safe_load import load_safely
 from longmem_fairseq.text import TOKENIZER_FILES
 from preprocess.checkpoint_file import write_checkpoint
@@ -50,7 +49,9 @@ def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
     Raises:
         FileNotFoundError: The checkpoint does not exist.
         ValueError: The checkpoint is not one of fairseq, or holds code.
+        OSError: The file cannot be written.
     """
+    require_writable(path)
     try:
         state = load_safely(checkpoint)
     except ValueError as error:
@@ -70,7 +71,8 @@ def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
     if half:
         weights = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
     metadata = {"format": "fairseq", "model": json.dumps(config, default=str), "tied": json.dumps(tied)}
-    write_whole(Path(path), lambda part: save_file(weights, part, metadata=metadata))
+    weights = {name: x.contiguous() for name, x in weights.items()}
+    write_container(path, weights, metadata, crc32)
 
 
 def to_fairseq(path: str, checkpoint: str) -> None:
@@ -82,19 +84,11 @@ def to_fairseq(path: str, checkpoint: str) -> None:
 
     Raises:
         ValueError: The file was not written by :func:`to_safetensors`.
+        OSError: The checkpoint cannot be written.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if metadata.get("format") != "fairseq":
-        raise ValueError(f"{path} was not written by {PROG}: its header has no fairseq model")
-    weights = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
-    for name, other in json.loads(metadata["tied"]).items():
-        weights[name] = weights[other]
-    write_checkpoint(Path(checkpoint), json.loads(metadata["model"]), {"_name": "language_modeling"}, weights, {})
+    require_writable(checkpoint)
+    settings, weights = read_language_model(path)
+    write_checkpoint(Path(checkpoint), settings, {"_name": "language_modeling"}, weights, {})
 
 
 def to_directory(checkpoint: str, directory: str, half: bool = False) -> None:

@@ -51,6 +51,17 @@ _OPT_SETTINGS = {
     "layer_norm_elementwise_affine": True,
     "_remove_final_layer_norm": False,
 }
+# Sizes that config.json may leave out, and those that it must have.
+_OPTIONAL_SIZES = {
+    "gpt2": ("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
+    "opt": ("vocab_size", "word_embed_proj_dim"),
+}
+_REQUIRED_SIZES = {
+    "gpt2": (),
+    "opt": ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings"),
+}
+_MOST = 2**31 - 1  # of a size
+_PROBABILITIES = ("resid_pdrop", "attn_pdrop", "dropout", "attention_dropout")
 _DEFAULT_ACTIVATION = {"gpt2": "gelu_new", "opt": "relu"}
 
 # Modules of a layer: GPT-2's name and fairseq's.
@@ -68,7 +79,7 @@ def check_config(config: Config) -> None:
         InputError: The model is not supported; the message names the setting and the supported models.
     """
     kind = config.get("model_type")
-    required = {"gpt2": _GPT2_SETTINGS, "opt": _OPT_SETTINGS}.get(kind)
+    required = {"gpt2": _GPT2_SETTINGS, "opt": _OPT_SETTINGS}.get(kind if isinstance(kind, str) else None)
     if required is None:
         raise InputError(f"model_type={kind} in config.json is not supported; supported are {SUPPORTED}")
     if config.get("quantization_config"):
@@ -80,10 +91,28 @@ def check_config(config: Config) -> None:
                 f"supported are {SUPPORTED}"
             )
     activation = config.get("activation_function", _DEFAULT_ACTIVATION[kind])
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise InputError(
             f"activation_function={activation} in config.json is not supported; supported are {', '.join(_ACTIVATIONS)}"
         )
+    _check_numbers(config, kind)
+
+
+def _check_numbers(config: Config, kind: str) -> None:
+    """Refuse sizes and probabilities that are not numbers in their range."""
+    for name in (*_REQUIRED_SIZES[kind], *_OPTIONAL_SIZES[kind]):
+        size = config.get(name)
+        if size is None and name not in _REQUIRED_SIZES[kind]:
+            continue
+        if type(size) is not int or not 0 < size <= _MOST:
+            raise InputError(f"{name}={size!r:.40} in config.json is not a number from 1 to {_MOST}")
+    for name in _PROBABILITIES:
+        value = config.get(name, 0)
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise InputError(f"{name}={value!r:.40} in config.json is not a number from 0 to 1")
+    tied = config.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise InputError(f"tie_word_embeddings={tied!r:.40} in config.json is not true or false")
 
 
 def model_settings(config: Config) -> Config:
@@ -96,8 +125,8 @@ def model_settings(config: Config) -> Config:
         Settings of a ``transformer_lm``.
     """
     if config["model_type"] == "gpt2":
-        width, layers, heads = config.get("n_embd", 768), config.get("n_layer", 12), config.get("n_head", 12)
-        inner, positions = config.get("n_inner") or 4 * width, config.get("n_positions", 1024)
+        width, layers, heads = config.get("n_embd") or 768, config.get("n_layer") or 12, config.get("n_head") or 12
+        inner, positions = config.get("n_inner") or 4 * width, config.get("n_positions") or 1024
         dropout, attention, symbol_width = config.get("resid_pdrop", 0.1), config.get("attn_pdrop", 0.1), width
     else:
         width, layers, heads = (config[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))

@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from fairseq.data import Dictionary, data_utils
 
+from longmem_fairseq.data.document_dataset import DocumentDataset
 from longmem_fairseq.data.manifest import read_manifest, verify
 from preprocess.binarize_documents import main
 from preprocess.split_writer import smallest_dtype, write_index
@@ -449,6 +450,51 @@ def test_unfinished_work_is_not_mixed_with_other_settings(inputs, model_file, tm
     partial.write_bytes(content + b"written after the journal")
     main([*given, "--tokenizer", str(model_file), "--bad-documents", "skip"])
     verify(tmp_path / "made", "train", full=True)
+
+
+def test_links_are_not_followed_and_only_files_are_replaced(inputs, model_file, tmp_path):
+    made, kept = tmp_path / "made", tmp_path / "kept"
+    kept.mkdir()
+    (kept / "journal.json").write_text("mine")
+    made.mkdir()
+    command = ["--train", str(inputs / "test.txt"), "--tokenizer", str(model_file), "--destdir", str(made)]
+    command.append("--overwrite")
+
+    def refused(sentence):
+        with pytest.raises(SystemExit, match=sentence):
+            main(command)
+        assert os.listdir(kept) == ["journal.json"] and (kept / "journal.json").read_text() == "mine"
+
+    (made / ".partial").symlink_to(kept)
+    refused(".partial is not a directory of unfinished data: remove it")
+    (made / ".partial").unlink()
+    (made / ".partial").mkdir()
+    for name in ("lock", "journal.json", "train.bin", "x.part"):
+        (made / ".partial" / name).symlink_to(kept / "journal.json" if name != "x.part" else kept)
+        refused(f".partial/{name} is not a file of unfinished data: remove it")
+        (made / ".partial" / name).unlink()
+    os.mkfifo(made / "train.bin")
+    refused("train.bin is a named pipe, not a regular file")
+    (made / "train.bin").unlink()
+    (made / "train.bin").symlink_to(kept / "journal.json")
+    main(command)
+    assert (kept / "journal.json").read_text() == "mine" and not (made / "train.bin").is_symlink()
+    verify(made, "train", full=True)
+
+
+def test_names_that_are_not_utf_8(model_file, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / os.fsdecode(b"caf\xe9.txt")).write_text("one")
+    record = {"text": "two", "name": "\ud800", "meta": {"pile_set_name": "\udcff"}}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(record) + "\n")
+    train = ["--train", str(tmp_path / "texts"), str(tmp_path / "lines.jsonl"), "--tokenizer", str(model_file)]
+    mixture = ["--token-budget", "5", "--survey", str(tmp_path / "survey.json")]
+    for name, options in (("all", []), ("mixture", mixture)):
+        main([*train, *options, "--destdir", str(tmp_path / name)])
+    manifest = verify(tmp_path / "all", "train", full=True)
+    assert list(manifest["splits"]["train"]["subsets"]) == ["texts", "\udcff"]
+    documents = DocumentDataset([str(tmp_path / "all" / "train")], load_tokenizer(tmp_path / "all").dictionary)
+    assert documents.names() == [os.fsdecode(b"caf\xe9.txt"), "\ud800"]
 
 
 def test_two_runs_do_not_write_the_same_data(inputs, model_file, tmp_path):

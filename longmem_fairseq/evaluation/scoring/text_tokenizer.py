@@ -1,12 +1,14 @@
 """Text to the tokens of a model and back, and the place of each token in the text."""
 
-from typing import Callable, Optional
+from functools import cached_property
+from typing import Callable, List, Optional, Sequence
 
 import numpy as np
 import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
+from ...data.text_meter import TextMeter, TextSize
 from ...text import decode_text, encode_text, find_bpe, text_codec, token_texts
 
 
@@ -78,6 +80,25 @@ class TextTokenizer:
         if "".join(texts) != text:
             return None
         return np.cumsum([len(piece) for piece in texts], dtype=np.int64)
+
+    def measure(self, pieces: Sequence[Tensor], continues: bool = False) -> Optional[List[TextSize]]:
+        """Measure the text of tokens.
+
+        Args:
+            pieces: Token ids of the consecutive pieces of a text, each of shape (length,), int64.
+            continues: If true, the text continues another one.
+
+        Returns:
+            Words and bytes of each piece; None where the tokenizer does not tell them.
+        """
+        return None if self._meter is None else self._meter.measure(pieces, continues)
+
+    @cached_property
+    def _meter(self) -> Optional[TextMeter]:
+        try:
+            return TextMeter(self.dictionary, self.bpe)
+        except ValueError:
+            return None
 
     def line_ends(self) -> Tensor:
         """Return the token ids whose text starts with a newline, shape (n,), int64."""
