@@ -25,7 +25,7 @@ class ContinuationText:
     def __init__(self, dictionary: Dictionary, bpe=None, tokenizer=None):
         self.dictionary, self.tokenizer = dictionary, tokenizer
         self._codec = text_codec(bpe)
-        self.local = tokenizer is None and (bpe is None or self._codec.lossless)
+        self.local = tokenizer is None and (bpe is None or self._codec.has_token_bytes)
 
     def __call__(self, prompt: Sequence[int], continuation: Sequence[int]) -> str:
         """Return the text of a continuation.
