@@ -26,8 +26,9 @@ FAIRSEQ = "fairseq-fixed==0.12.3.1"
 FAISS_CPU = "faiss-cpu==1.15.1"
 FAISS_GPU = "faiss-gpu==1.15.1"
 
-# Additional requirements of preprocess/ and examples/: GPT-2's BPE, .zst documents, and plots.
-PREPROCESS = ["regex>=2022.1.18", "tokenizers>=0.15", "zstandard>=0.18"]
+# Additional requirements of preprocess/ and examples/: tokenizers, .zst and .parquet documents, and plots.
+PREPROCESS = ["regex>=2022.1.18", "tokenizers>=0.20", "zstandard>=0.18"]
+PARQUET = ["pyarrow>=12.0,<26"]  # 26 needs numpy 2
 EXAMPLES = PREPROCESS + ["matplotlib>=3.5"]
 # Additional requirements of longmem_fairseq.evaluation: plots, and BLEU for dialogue.
 EVALUATION = ["matplotlib>=3.5", "sacrebleu>=2.3"]
@@ -81,11 +82,13 @@ setup(
         "cpu": [TORCH, NUMPY, FAIRSEQ, FAISS_CPU] + PREPROCESS,
         "gpu": [TORCH, NUMPY, FAIRSEQ, FAISS_GPU] + PREPROCESS,
         "preprocess": PREPROCESS,
+        "parquet": PARQUET,
         "examples": EXAMPLES,
         "eval": EVALUATION,
         "convert": ["transformers>=4.30", "safetensors>=0.4", GGUF],
         "dev": EXAMPLES
         + EVALUATION
+        + PARQUET
         + [
             GGUF,
             "hypothesis>=6.80",

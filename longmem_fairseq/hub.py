@@ -6,37 +6,30 @@
 >>> model.generate("The captain said")
 """
 
-import argparse
-import json
 import math
-import os
-from types import SimpleNamespace
-from typing import List, NamedTuple, Optional, Union
+import threading
+import weakref
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Union
 
 import torch
-from fairseq import checkpoint_utils
-from fairseq.data import Dictionary
-from fairseq.dataclass.utils import overwrite_args_by_name
-from omegaconf import OmegaConf, open_dict
-from torch import Tensor
+from torch import Tensor, nn
 
+from .arguments import require_number, require_path, require_text, require_texts
 from .memory.document_memory import DocumentMemory
-from .memory.memory_file import load_memory, save_memory
-from .models.longmem_config import LongMemConfig
-from .models.longmem_lm import LongMemModel
-from .models.model_directory import BACKBONE, CONFIG, is_model_directory, read_directory
+from .memory.memory_file import DTYPES, load_memory, save_memory
+from .models.longmem_config import plain
 from .models.reading import DocumentReader
 from .models.trace import Trace, trace_reads
-from .safe_load import allow_namespaces
-from .tasks.checkpoints import read_checkpoint
-from .tasks.generator import LongMemGenerator, backbone_identity
+from .tasks.generator import backbone_identity
 from .tasks.longmem_language_modeling import LongMemLanguageModelingTask
-from .tasks.options import LongMemLanguageModelingConfig
-from .tasks.saved_settings import suggestion
+from .tasks.pretrained import load_pretrained
+from .tasks.text_generation import GeneratedText, TextGeneration
 from .text import decode_text, encode_text, find_bpe, token_texts
 
-TASK = "longmem_language_modeling"
-CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt", "model.pt")
+_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+_OFF = "the model's memory is off: load it with use_external_memory=True and memory_size above 0"
 
 
 class Score(NamedTuple):
@@ -59,8 +52,8 @@ class Score(NamedTuple):
 class LongMem:
     """A language model with a long-term memory, usually made by :meth:`from_pretrained`.
 
-    Several memories over one model: ``LongMem(model.model, model.task, model.bpe)`` shares the weights of ``model``
-    and has a memory of its own.
+    Several threads may use it, and others of the same weights: they take turns. It can be copied and pickled, with its
+    weights and its memory.
 
     Args:
         model: A ``longmem_lm`` in evaluation mode.
@@ -76,6 +69,7 @@ class LongMem:
     def __init__(self, model, task, bpe=None, tokenizer=None, use_memory: bool = True):
         self.model, self.task, self.bpe, self.tokenizer = model, task, bpe, tokenizer
         self.reader = DocumentReader(model.decoder, task.args.tokens_per_sample)
+        self._generation = TextGeneration(model, task, bpe, tokenizer)
         self.memory: Optional[DocumentMemory] = self.reader.new_memory() if use_memory else None
 
     @classmethod
@@ -88,7 +82,8 @@ class LongMem:
             path: Path of a checkpoint, of a directory that contains ``checkpoint_best.pt``, ``checkpoint_last.pt`` or
                 ``model.pt``, or of a model directory (``config.json`` and safetensors files).
             data: Directory of ``dict.txt``; by default that of the checkpoint, then the one it was trained on. A
-                ``sentencepiece.model`` in it, or GPT-2's ``encoder.json`` and ``vocab.bpe``, are used for text.
+                ``tokenizer.json``, ``sentencepiece.model``, or GPT-2's ``encoder.json`` and ``vocab.bpe`` in it are
+                used for text.
             bpe: fairseq's BPE, in place of the one in ``data``.
             tokenizer: fairseq's tokenizer, or None.
             device: Device to run on, by default a GPU if there is one.
@@ -96,35 +91,53 @@ class LongMem:
                 ``pretrained_model_path="backbone.pt"``; or of the task, such as ``inference_dtype="bfloat16"``.
 
         Raises:
-            ValueError: The checkpoint is of another model, or holds code; a setting does not fit.
+            ValueError: The checkpoint is damaged, of another model, or holds code; a setting does not fit; the device
+                is not available.
             FileNotFoundError: The checkpoint or the dictionary is missing.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if is_model_directory(path):
-            data = find_data(data, os.path.join(path, "config.json"), None)
-            model, task = _load_directory(path, data, settings)
-        else:
-            model, task, data = _load_checkpoint(find_checkpoint(path), data, settings)
-        return cls(model.to(device).eval(), task, find_bpe(data) if bpe is None else bpe, tokenizer)
+        path = require_path("from_pretrained", path)
+        data = None if data is None else require_path("from_pretrained(data=...)", data)
+        model, task, data = load_pretrained(path, data, device, settings)
+        return cls(model, task, find_bpe(data) if bpe is None else bpe, tokenizer)
+
+    def __reduce__(self):
+        # fairseq's task can be neither copied nor pickled: its options make it again.
+        return _restored, (
+            self.model,
+            plain(self.task.args),
+            self.task.dictionary,
+            self.bpe,
+            self.tokenizer,
+            self.memory,
+        )
 
     @property
     def documents(self) -> List[str]:
         """Names of the documents with tokens in the memory, oldest first."""
-        return [] if self.memory is None else [document.name for document in self.memory.documents]
+        with self._lock:
+            return [] if self.memory is None else [document.name for document in self.memory.documents]
 
     def memorize(self, text: str, name: Optional[str] = None) -> None:
-        """Encode a text and write it into the memory; a progress bar shows from the first second on.
+        """Encode a text and write it into the memory, whole or, if that fails or is interrupted, not at all.
+
+        A progress bar shows from the first second on.
 
         Args:
             text: Text of any length; when the memory is full, its oldest tokens are evicted.
             name: Name to forget it by; by default ``text 1``, ``text 2``...
 
         Raises:
+            TypeError: The text or the name is not a string.
             ValueError: The text is empty, the name is taken, or the memory is off.
         """
-        if name is None:
-            name = next(f"text {i}" for i in range(1, len(self.documents) + 2) if f"text {i}" not in self.documents)
-        self.reader.memorize(self._memory(), name, self.encode(text))
+        tokens = self.encode(require_text("memorize", text))
+        if name is not None:
+            require_text("memorize", name, "a name")
+        with self._lock:
+            names = self.documents
+            if name is None:
+                name = next(f"text {i}" for i in range(1, len(names) + 2) if f"text {i}" not in names)
+            self.reader.memorize(self._memory(), name, tokens)
 
     def forget(self, name: Optional[str] = None) -> None:
         """Forget a text by its name; without one, everything.
@@ -133,13 +146,25 @@ class LongMem:
             name: Name of the text, or None.
 
         Raises:
+            TypeError: The name is not a string.
             ValueError: There is no text of this name, or the memory is off.
         """
-        memory = self._memory()
-        if name is not None:
-            memory.forget(name)
-        else:
-            self.memory = self.reader.new_memory()
+        with self._lock:
+            memory = self._memory()
+            if name is not None:
+                memory.forget(require_text("forget", name, "a name"))
+            else:
+                self.memory = self.reader.new_memory()
+
+    def with_new_memory(self) -> "LongMem":
+        """Return a model of the same weights with an empty memory of its own.
+
+        Raises:
+            ValueError: The model was loaded with its memory off.
+        """
+        if not self.model.decoder.has_memory:
+            raise ValueError(_OFF)
+        return LongMem(self.model, self.task, self.bpe, self.tokenizer)
 
     def without_memory(self) -> "LongMem":
         """Return a model of the same weights that neither reads nor writes a memory."""
@@ -157,13 +182,16 @@ class LongMem:
         temperature: float = 1.0,
         no_repeat_ngram_size: int = 0,
         length_penalty: float = 1.0,
-    ) -> Union[str, List[str]]:
+        repetition_penalty: float = 1.0,
+        stop: Union[str, Sequence[str]] = (),
+        n_best: Optional[int] = None,
+    ) -> Union[str, List[str], List[GeneratedText], List[List[GeneratedText]]]:
         """Continue a prompt of any length, or several side by side, behind what was memorized.
 
         Args:
             prompt: Text to continue, or a list of texts.
             max_new_tokens: Largest number of tokens of a continuation.
-            min_new_tokens: Smallest number of tokens of a continuation.
+            min_new_tokens: Smallest number of tokens of a continuation that no stop string ends.
             beam: Number of hypotheses, of which the best is returned.
             sampling: Whether tokens are drawn (seed: ``torch.manual_seed``) instead of searched for.
             top_k: Number of likeliest tokens to draw from; -1 for all.
@@ -171,51 +199,101 @@ class LongMem:
             temperature: Divisor of the logits: above 1 more even, below 1 sharper.
             no_repeat_ngram_size: Length of n-grams that a continuation may contain only once; 0 for no limit.
             length_penalty: Exponent of the length in a hypothesis's score; above 1 favors longer ones.
+            repetition_penalty: Divisor of positive, and factor of negative, logits of all tokens in the prompt and the
+                continuation; above 1 discourages repetition.
+            stop: Text at which a continuation ends, or several: it ends with the first token by which one is complete,
+                and is cut before it.
+            n_best: Number of continuations of a prompt to return with their scores, at most ``beam``; None for the text
+                of the best.
 
         Returns:
-            The continuation without the prompt; a list for a list.
+            The continuation without the prompt; with ``n_best`` a list of them, best first. For a list of prompts, a
+            list of these.
 
         Raises:
+            TypeError: An argument does not have its type.
             ValueError: An option is not supported.
         """
+        prompts, stops = require_texts("generate", prompt), require_texts("stop", stop)
         options = dict(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
             beam=beam,
-            max_len_b=max_new_tokens,
-            min_len=min_new_tokens,
             sampling=sampling,
-            sampling_topk=top_k,
-            sampling_topp=top_p,
+            top_k=top_k,
+            top_p=top_p,
             temperature=temperature,
             no_repeat_ngram_size=no_repeat_ngram_size,
-            lenpen=length_penalty,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            n_best=1 if n_best is None else n_best,
         )
-        if (top_k > 0 or top_p > 0) and not sampling:
-            raise ValueError("top_k and top_p choose among samples: set sampling=True")
-        if beam < 1:
-            raise ValueError(f"beam={beam} is less than 1: raise it")
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        continuations = self._generate(prompts, self._generator(**options))
-        return continuations[0] if isinstance(prompt, str) else continuations
+        with self._lock:
+            continuations = self._generation.continuations(prompts, self.memory, stops, options)
+        results = [best[0].text if n_best is None else best for best in continuations]
+        return results[0] if isinstance(prompt, str) else results
 
-    def _generate(self, prompts: List[str], generator: LongMemGenerator) -> List[str]:
-        texts = [self.encode(text) if text else torch.zeros(0, dtype=torch.int64) for text in prompts]
-        dataset = self.task.build_dataset_for_inference(texts, [len(text) for text in texts])
-        sample = dataset.collater([dataset[i] for i in range(len(dataset))])
-        sample["net_input"] = {key: x.to(self.model.decoder.device) for key, x in sample["net_input"].items()}
-        hypotheses = generator.generate([self.model], sample)
-        return [self._continuation(text, best[0]["tokens"].cpu()) for text, best in zip(texts, hypotheses)]
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int = 100,
+        min_new_tokens: int = 1,
+        sampling: bool = False,
+        top_k: int = -1,
+        top_p: float = -1.0,
+        temperature: float = 1.0,
+        no_repeat_ngram_size: int = 0,
+        repetition_penalty: float = 1.0,
+        stop: Union[str, Sequence[str]] = (),
+    ) -> Iterator[str]:
+        """Continue a prompt piece by piece: joined, the pieces are what :meth:`generate` returns with a beam of 1.
 
-    def score(self, text: str) -> Score:
+        The memory is read as it is at the time of this call, whatever is memorized or forgotten between two pieces.
+
+        Args:
+            prompt: Text to continue; the other arguments are those of :meth:`generate`.
+
+        Returns:
+            Iterator of pieces of text, none of them empty; a character is never cut.
+
+        Raises:
+            TypeError: An argument does not have its type.
+            ValueError: An option is not supported, or the BPE does not define the text of single tokens.
+        """
+        prompt, stops = require_text("stream", prompt), require_texts("stop", stop)
+        options = dict(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            sampling=sampling,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            repetition_penalty=repetition_penalty,
+        )
+        with self._lock:
+            loan = None if self.memory is None else self.memory.lend()
+            pieces = self._generation.stream(prompt, loan, stops, options)
+        return self._in_turns(pieces)
+
+    def score(self, text: Union[str, List[str]]) -> Union[Score, List[Score]]:
         """Score a text behind what was memorized, segment by segment as ``fairseq-eval-lm`` does.
 
         Args:
-            text: Text of any length.
+            text: Text of any length, or a list of texts, which are scored each by itself.
+
+        Returns:
+            The score; a list for a list.
 
         Raises:
-            ValueError: The text is empty.
+            TypeError: The text is neither a string nor a list of strings.
+            ValueError: A text is empty.
         """
-        tokens = self.encode(text)
-        return Score(tokens, self.reader.score(tokens, self.memory, use_memory=self.memory is not None))
+        scores = []
+        for tokens in map(self.encode, require_texts("score", text)):
+            with self._lock:
+                scores.append(Score(tokens, self.reader.score(tokens, self.memory, self.memory is not None)))
+        return scores[0] if isinstance(text, str) else scores
 
     def trace(self, text: str, begin: int = 0, tokens: Optional[int] = None, reads: int = 8) -> Trace:
         """Record what was read from the memory for each token of a text, which is read as :meth:`score` reads it.
@@ -227,9 +305,15 @@ class LongMem:
             reads: Number of reads that are kept of each token, those with the largest weight.
 
         Raises:
+            TypeError: An argument does not have its type.
             ValueError: The text is empty or does not have this part, or the memory is off.
         """
-        return trace_reads(self.reader, self.encode(text), self._memory(), begin, tokens, reads)
+        for name, number in (("begin", begin), ("tokens", tokens), ("reads", reads)):
+            if number is not None or name != "tokens":
+                require_number(name, number, int)
+        encoded = self.encode(require_text("trace", text))
+        with self._lock:
+            return trace_reads(self.reader, encoded, self._memory(), begin, tokens, reads)
 
     def save_memory(self, path: str, dtype: str = "float16") -> None:
         """Write what was memorized to a file.
@@ -239,10 +323,15 @@ class LongMem:
             dtype: Precision in the file: ``float16``, ``bfloat16`` or ``float32``.
 
         Raises:
+            TypeError: The path is neither a string nor a ``pathlib.Path``.
             ValueError: There is nothing to save, it does not fit the precision, or the memory is off.
             OSError: The file cannot be written.
         """
-        save_memory(path, self._memory(), *backbone_identity(self.model.decoder), dtype=dtype)
+        path = require_path("save_memory", path)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is unknown: choose {', '.join(DTYPES)}")
+        with self._lock:
+            save_memory(path, self._memory(), *backbone_identity(self.model.decoder), dtype=dtype)
 
     def load_memory(self, path: str) -> None:
         """Read a file of :meth:`save_memory` in place of what was memorized.
@@ -251,9 +340,12 @@ class LongMem:
             path: Path of the file.
 
         Raises:
+            TypeError: The path is neither a string nor a ``pathlib.Path``.
             ValueError: The file is missing, damaged, or of another model, or the memory is off.
         """
-        load_memory(path, self._memory(), *backbone_identity(self.model.decoder))
+        path = require_path("load_memory", path)
+        with self._lock:
+            load_memory(path, self._memory(), *backbone_identity(self.model.decoder))
 
     def encode(self, text: str) -> Tensor:
         """Return the token ids of a text, shape (length,), int64, without an end-of-sentence.
@@ -262,147 +354,51 @@ class LongMem:
             text: Text that is not empty.
 
         Raises:
+            TypeError: The text is not a string.
             ValueError: The text is empty.
         """
-        return encode_text(text, self.task.dictionary, self.bpe, self.tokenizer)
+        return encode_text(require_text("encode", text), self.task.dictionary, self.bpe, self.tokenizer)
 
     def decode(self, tokens: Tensor) -> str:
-        """Return the text of token ids, shape (length,)."""
-        return decode_text(tokens, self.task.dictionary, self.bpe, self.tokenizer)
+        """Return the text of token ids, shape (length,), int64."""
+        return decode_text(self._ids("decode", tokens), self.task.dictionary, self.bpe, self.tokenizer)
 
     def token_texts(self, tokens: Tensor) -> List[str]:
-        """Return what each of some token ids, shape (length,), adds to the text."""
-        return token_texts(tokens, self.task.dictionary, self.bpe)
+        """Return what each of some token ids, shape (length,), int64, adds to the text."""
+        return token_texts(self._ids("token_texts", tokens), self.task.dictionary, self.bpe)
+
+    @property
+    def _lock(self) -> threading.RLock:
+        """The lock of the model: its modules, search and memories are used by one call at a time."""
+        with _LOCKS_LOCK:
+            return _LOCKS.setdefault(self.model, threading.RLock())
 
     def _memory(self) -> DocumentMemory:
         if self.memory is None:
-            raise ValueError("the model's memory is off: load it with use_external_memory=True and memory_size above 0")
+            raise ValueError(_OFF)
         return self.memory
 
-    def _generator(self, **options) -> LongMemGenerator:
-        return self.task.build_generator(
-            [self.model], SimpleNamespace(**options), extra_gen_cls_kwargs={"document_memories": [self.memory]}
-        )
+    def _ids(self, function: str, tokens: Tensor) -> Tensor:
+        symbols = len(self.task.dictionary)
+        if not isinstance(tokens, Tensor) or tokens.dim() != 1 or tokens.dtype != torch.int64:
+            raise TypeError(f"{function} takes token ids as encode returns them: a tensor of shape (length,), int64")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < symbols:
+            raise ValueError(f"{function} received token ids outside the dictionary's 0 to {symbols - 1}")
+        return tokens
 
-    def _continuation(self, prompt: Tensor, answer: Tensor) -> str:
-        # Decoded by itself, an answer would lose the space that it starts with.
-        before, whole = self.decode(prompt), self.decode(torch.cat([prompt, answer]))
-        return whole[len(before) :] if whole.startswith(before) else self.decode(answer)
-
-
-def _load_checkpoint(checkpoint: str, data: Optional[str], settings: dict):
-    """Return the model of a checkpoint, its task, and the directory of its dictionary."""
-    state = read_state(checkpoint)
-    cfg, name = state["cfg"], state["cfg"]["model"]["_name"]
-    with open_dict(cfg):
-        # The task may be another one, as in a released checkpoint, or lack an option that was added later.
-        cfg["task"] = _task_settings(cfg["task"])
-        cfg["task"]["fp16"] = False  # an option of the training, not of this call
-    _check_settings(checkpoint, settings, {*cfg["model"], *cfg["task"]})
-    data = find_data(data, checkpoint, cfg["task"].get("data"))
-    with open_dict(cfg):
-        # Each setting goes wherever the configuration has it, as with --model-overrides.
-        overwrite_args_by_name(cfg, {"data": data, **settings})
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([checkpoint], state=state)
-    if not isinstance(models[0], LongMemModel):
-        raise ValueError(f"{checkpoint} is a {name}, which does not have a memory: name a checkpoint of longmem_lm")
-    return models[0], task, data
+    def _in_turns(self, pieces: Iterator[str]) -> Iterator[str]:
+        """Let other calls run between two pieces of a stream."""
+        while True:
+            with self._lock:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
 
-def _load_directory(directory: str, data: str, settings: dict):
-    """Return the model of a model directory and its task."""
-    saved, backbone, weights = read_directory(directory)
-    task_settings = OmegaConf.structured(LongMemLanguageModelingConfig())
-    _check_settings(directory, settings, {*LongMemConfig.__dataclass_fields__, *task_settings})
-    values = {
-        **_task_settings({}),
-        **{key: value for key, value in {**saved, **settings}.items() if key in task_settings},
-    }
-    task_args = OmegaConf.create({**values, "data": data, "path": directory, "fp16": False})
-    task = LongMemLanguageModelingTask(task_args, Dictionary.load(os.path.join(data, "dict.txt")))
-    trained_on = saved.pop("backbone_fingerprint", None)
-    cfg = argparse.Namespace(
-        _name="longmem_lm",
-        **{**saved, **settings},
-        save_backbone=True,
-        backbone_config=json.dumps(backbone),
-        reload_ptm_layer=False,
-        memory_scope=str(task_args.memory_scope),
-    )
-    model = task.build_model(cfg, from_checkpoint=True)
-    model.load_state_dict(weights)
-    fingerprint = model.decoder.backbone.fingerprint
-    if trained_on not in (None, fingerprint):
-        raise ValueError(
-            f"{os.path.join(directory, BACKBONE)} is not the backbone that the model was trained on: it has "
-            f"fingerprint {fingerprint[:12]}, and {CONFIG} names {trained_on[:12]}"
-        )
-    return model, task
-
-
-def _check_settings(path: str, settings: dict, known: set) -> None:
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"{path} does not have the setting {name}: {suggestion(name, known)}")
-
-
-def _task_settings(settings) -> dict:
-    """Return the settings of a language modeling task as those of this package's task."""
-    defaults = OmegaConf.to_container(OmegaConf.structured(LongMemLanguageModelingConfig()), enum_to_str=True)
-    shared = {name: value for name, value in settings.items() if name in defaults and name != "data_no_shuffle"}
-    return {**defaults, **shared, "_name": TASK}
-
-
-def read_state(checkpoint: str) -> dict:
-    """Return the content of a checkpoint, after a comparison of its checksums.
-
-    Args:
-        checkpoint: Path of the checkpoint.
-
-    Raises:
-        ValueError: The file is damaged, holds code, or lacks the configuration of its model.
-    """
-    allow_namespaces()
-    read_checkpoint(checkpoint)
-    state = checkpoint_utils.load_checkpoint_to_cpu(checkpoint)
-    if not state.get("cfg"):
-        raise ValueError(f"{checkpoint} is not a checkpoint of fairseq 0.11 or later: it lacks its configuration")
-    return state
-
-
-def find_checkpoint(path: str) -> str:
-    """Return the path of a checkpoint.
-
-    Args:
-        path: Path of a checkpoint, or of a directory that contains one of :data:`CHECKPOINTS`.
-
-    Raises:
-        FileNotFoundError: There is no checkpoint.
-    """
-    if os.path.isfile(path):
-        return path
-    if not os.path.isdir(path):
-        raise FileNotFoundError(f"no checkpoint: {path} does not exist")
-    for name in CHECKPOINTS:
-        if os.path.isfile(os.path.join(path, name)):
-            return os.path.join(path, name)
-    raise FileNotFoundError(f"no checkpoint: {path} has none of {', '.join(CHECKPOINTS)}")
-
-
-def find_data(data: Optional[str], checkpoint: str, trained_on: Optional[str]) -> str:
-    """Return the directory of a model's dictionary.
-
-    Args:
-        data: Directory that the user named, or None.
-        checkpoint: Path of the checkpoint, whose directory is looked into.
-        trained_on: Directory of the data that the model was trained on, which is looked into last.
-
-    Raises:
-        FileNotFoundError: No directory contains ``dict.txt``.
-    """
-    places = [data] if data is not None else [os.path.dirname(os.path.abspath(checkpoint)), trained_on]
-    for place in filter(None, places):
-        if os.path.isfile(os.path.join(place, "dict.txt")):
-            return place
-    nowhere = " nor in ".join(filter(None, places))
-    raise FileNotFoundError(f"no dictionary: dict.txt is not in {nowhere}: name its directory with data=")
+def _restored(model, args, dictionary, bpe, tokenizer, memory: Optional[DocumentMemory]) -> LongMem:
+    """Return a LongMem that was copied or pickled."""
+    task = LongMemLanguageModelingTask(args, dictionary)
+    restored = LongMem(model, task, bpe, tokenizer, use_memory=False)
+    restored.memory = memory
+    return restored

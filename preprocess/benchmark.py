@@ -3,9 +3,10 @@
     python -m preprocess.benchmark --documents P... --workers 2 --gpt2-encoder-json F --gpt2-vocab-bpe F --dict F
 
 Without --documents the text is the running Python's standard library; without GPT-2's files a byte-level BPE is trained
-on the documents. fairseq's two steps, ``multiprocessing_bpe_encoder`` (text to tokens) and ``fairseq-preprocess``
-(tokens to data), are compared with binarize_documents, which does both. fairseq's documents are lines, so newlines
-become spaces for all tools; the data must then be the same, token by token, or the benchmark fails.
+on the documents. The same vocabulary is also measured as a Hugging Face tokenizer. fairseq's two steps,
+``multiprocessing_bpe_encoder`` (text to tokens) and ``fairseq-preprocess`` (tokens to data), are compared with
+binarize_documents, which does both. fairseq's documents are lines, so newlines become spaces for all tools; the data
+must then be the same, token by token, or the benchmark fails.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from preprocess.destination import check_output
 from preprocess.documents import iter_documents
 from preprocess.errors import InputError
+from preprocess.gpt2_tokenizer import read_gpt2_files
 from preprocess.package_modules import files
+from preprocess.tokenizer_json import from_vocabulary
 
 PROG = "python -m preprocess.benchmark"
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,10 +153,15 @@ def benchmark(args: argparse.Namespace, directory: Path) -> dict:
 
     data = directory / f"data{args.workers}"
     commands: dict[str, list[object]] = {}
+    command = ["-m", "preprocess.binarize_documents", "--overwrite", "--train", directory / "lines.jsonl"]
     for workers in sorted({1, args.workers}):
-        command = ["-m", "preprocess.binarize_documents", "--train", directory / "lines.jsonl", *gpt2]
-        command += ["--workers", workers, "--overwrite", "--destdir", directory / f"data{workers}"]
-        commands[f"binarize_documents --workers {workers}"] = command
+        destination = ["--workers", workers, "--destdir", directory / f"data{workers}"]
+        commands[f"binarize_documents --workers {workers}"] = [*command, *gpt2, *destination]
+    # The same tokens by the same vocabulary as a Hugging Face tokenizer.
+    (directory / "tokenizer.json").write_bytes(from_vocabulary(*read_gpt2_files(encoder, merges)))
+    huggingface = ["--tokenizer", directory / "tokenizer.json", "--dict", data / "dict.txt"]
+    destination = ["--workers", args.workers, "--destdir", directory / "huggingface"]
+    commands[f"binarize_documents, tokenizer.json --workers {args.workers}"] = [*command, *huggingface, *destination]
     encode = ["-m", "fairseq.examples.roberta.multiprocessing_bpe_encoder", "--keep-empty", "--workers", args.workers]
     encode += ["--inputs", directory / "lines.txt", "--outputs", directory / "lines.bpe"]
     encode += ["--encoder-json", encoder, "--vocab-bpe", merges]
@@ -166,6 +175,7 @@ def benchmark(args: argparse.Namespace, directory: Path) -> dict:
     for _ in range(args.repeat):
         runs.append({name: measure([sys.executable, *command], name) for name, command in commands.items()})
     fastest = {name: min(run[name] for run in runs) for name in commands}
+    same_tokens(directory / "huggingface" / "train", data / "train")
     tokens = same_tokens(directory / "stock" / "train", data / "train")
     return report(fastest, len(texts), tokens, (directory / "lines.txt").stat().st_size, args.workers)
 
@@ -214,10 +224,10 @@ def print_report(measured: dict) -> None:
         measured: Report, as :func:`report` makes it.
     """
     print(f"{measured['documents']:,} documents, {measured['tokens']:,} tokens, {measured['megabytes']:.1f} MB of text")
-    print(f"{'':42} {'seconds':>8} {'CPU s':>8} {'documents/s':>12} {'tokens/s':>12} {'peak MB':>8}")
+    print(f"{'':52} {'seconds':>8} {'CPU s':>8} {'documents/s':>12} {'tokens/s':>12} {'peak MB':>8}")
     for name, step in measured["steps"].items():
         rates = f"{step['documents_per_second']:12,.1f} {step['tokens_per_second']:12,.0f}"
-        print(f"{name:42} {step['seconds']:8.1f} {step['cpu_seconds']:8.1f} {rates} {step['peak_megabytes']:8,.0f}")
+        print(f"{name:52} {step['seconds']:8.1f} {step['cpu_seconds']:8.1f} {rates} {step['peak_megabytes']:8,.0f}")
     print(f"{measured['times_fairseq_preprocess']:.1f} times the documents/s of fairseq-preprocess alone,", end=" ")
     print(f"{measured['times_encoder_and_preprocess']:.1f} times with its BPE encoder", end=" ")
     print(f"({measured['times_encoder_and_preprocess_cpu']:.1f} in processor time)", end=", ")
@@ -245,6 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.documents:
         args.documents = [str(path) for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     try:
+        if args.output:
+            check_output(args.output, "--output")
         with tempfile.TemporaryDirectory() as directory:
             measured = benchmark(args, Path(directory))
         print_report(measured)

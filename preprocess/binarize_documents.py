@@ -4,13 +4,14 @@ r"""Text documents to fairseq data: one item per document, nothing lost, an end-
         --tokenizer sentencepiece --vocab-size 8000 --destdir data --workers 2
     fairseq-train data --user-dir longmem_fairseq --task longmem_language_modeling ...
 
-Inputs are text files (one document each), directories of them, or JSON lines (``text``, ``name``), also compressed
-(``.gz``, ``.zst``). Tokenizers:
+Inputs are text files (one document each, or several with --document-separator), directories of them, JSON lines
+(``text``, ``name``) or Parquet files, also compressed (gzip, zstd, xz, bzip2). Tokenizers:
 
 * ``sentencepiece``: train one on the --train documents (``data/sentencepiece.model``);
 * ``gpt2``: GPT-2's BPE from local files (--gpt2-encoder-json, --gpt2-vocab-bpe; --dict for a backbone's dictionary);
 * ``FILE.model``: an existing sentencepiece model;
-* a data directory that this script wrote: its tokenizer and dictionary.
+* a directory of a Hugging Face model, or a ``tokenizer.json``: its tokenizer, with the ids of transformers;
+* a data directory that this script wrote, or a converted backbone: its tokenizer and dictionary.
 
 Written to --destdir: ``dict.txt``, ``{train,valid,test}.{bin,idx}`` (fairseq's mmap format), the tokenizer's files,
 ``manifest.json`` and ``{split}.documents.jsonl`` (name, tokens and subset of each document, in order; the
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import logging
 import shutil
 import sys
@@ -39,12 +41,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from preprocess.blocks import START, Position
+from preprocess.destination import check_output
 from preprocess.dictionary import SPECIALS, dictionary_lines
 from preprocess.document_source import DocumentSource, list_sources
 from preprocess.documents import iter_documents
 from preprocess.encoder import EncoderSettings
 from preprocess.encoder_pool import EncoderPool
 from preprocess.errors import InputError
+from preprocess.format_options import add_format_options, check_sources, document_format
 from preprocess.mixture import parse_weights, plan, take_survey
 from preprocess.package_modules import manifest as manifests
 from preprocess.selection import Selection
@@ -83,7 +87,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--tokenizer",
         default="sentencepiece",
         metavar="T",
-        help="sentencepiece (to train one), gpt2, FILE.model or a data directory (default: %(default)s)",
+        help="sentencepiece (to train one), gpt2, FILE.model, tokenizer.json, or a directory of a Hugging Face model "
+        "or of data (default: %(default)s)",
     )
     add(
         "--vocab-size",
@@ -106,12 +111,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="accept a .model that does not give every text back",
     )
-    add(
-        "--bad-documents",
-        choices=("refuse", "skip"),
-        default="refuse",
-        help="refuse empty or undecodable documents, or leave them out (default: %(default)s)",
-    )
+    add_format_options(parser)
     add("--workers", type=int, default=1, metavar="N", help="number of processes that encode (default: %(default)s)")
     add(
         "--subset-weights",
@@ -170,10 +170,14 @@ def binarize(args: argparse.Namespace) -> dict:
     Raises:
         InputError: An input or option cannot be used.
     """
-    inputs = {split: list_sources(getattr(args, split)) for split in SPLITS if getattr(args, split)}
+    form = document_format(args)
+    inputs = {split: list_sources(getattr(args, split), form) for split in SPLITS if getattr(args, split)}
     _check_arguments(args, inputs)
+    check_sources(itertools.chain(*inputs.values()), args)
     trained = args.tokenizer == "sentencepiece"
     tokenizer = None if trained else load_tokenizer(**_tokenizer_arguments(args))
+    if tokenizer is not None and not tokenizer.lossless:
+        logger.warning("--tokenizer %s changes some texts: decoding will not give them back", args.tokenizer)
     workspace = Workspace(args.destdir, _request(args, inputs, tokenizer), args.overwrite)
     if workspace.finished:
         logger.info("%s already holds this data: nothing to do", args.destdir)
@@ -204,6 +208,8 @@ def _check_arguments(args: argparse.Namespace, inputs: dict[str, list[DocumentSo
         raise InputError(f"--token-budget {args.token_budget} is smaller than 1")
     if (args.subset_weights or args.token_budget or args.num_shards > 1) and "train" not in inputs:
         raise InputError("--subset-weights, --token-budget and --num-shards are for --train, which is missing")
+    if args.survey is not None and not args.survey.exists():
+        check_output(args.survey, "--survey")
     if args.tokenizer != "sentencepiece":
         if args.vocab_size is not None:
             raise InputError(f"--vocab-size is for training; --tokenizer {args.tokenizer} already has a vocabulary")
@@ -235,6 +241,9 @@ def _request(args: argparse.Namespace, inputs: dict[str, list[DocumentSource]], 
     else:
         request["--tokenizer"] = tokenizer.fingerprint()
         request["--dict"] = hashlib.sha256("\n".join(tokenizer.symbols).encode()).hexdigest()
+    for option, default in (("text_key", "text"), ("document_separator", "")):
+        if getattr(args, option) != default:  # data that was made before the options existed is recognized
+            request[f"--{option.replace('_', '-')}"] = getattr(args, option)
     request["--subset-weights"] = parse_weights(args.subset_weights)
     # not --bad-documents: the data written before the first bad document is the same with either choice
     for option in ("token_budget", "shard_id", "num_shards", "seed"):
@@ -290,7 +299,8 @@ def _train_tokenizer(args: argparse.Namespace, workspace: Workspace) -> Path:
     """Train a tokenizer unless a killed run did; returns the path of the model."""
     model = workspace.path(SentencePieceTokenizer.FILE)
     if "tokenizer" not in workspace.journal:
-        texts = (document.text for document in iter_documents(args.train, args.bad_documents, progress=True))
+        documents = iter_documents(args.train, args.bad_documents, True, document_format(args))
+        texts = (document.text for document in documents)
         model.write_bytes(train(texts, args.vocab_size or VOCAB_SIZE, args.tokenizer_sample_bytes, args.seed))
         workspace.journal["tokenizer"] = "trained"
         workspace.save()

@@ -5,14 +5,16 @@ Reading is sequential and cheap; parsing and encoding, which are not, are left t
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from preprocess.document_source import DocumentSource, open_source
 from preprocess.errors import InputError
-from preprocess.text_document import TextDocument, parse_json_line, parse_text
+from preprocess.file_contents import JSON_LINES, PARQUET, TEXT
+from preprocess.record_readers import has_records, record_reader
+from preprocess.text_document import TextDocument, parse_json_line, parse_record, parse_text, parse_text_part
 
 BLOCK_BYTES = 1 << 20
 
@@ -23,8 +25,8 @@ class Position:
 
     Args:
         source: Index of the next source.
-        line: Number of lines already read of that source.
-        offset: Bytes already read of that source, after decompression.
+        line: Number of lines, or other records, already read of that source.
+        offset: Bytes already read of that source, after decompression; rows of a Parquet file.
         consumed: Bytes read of all files so far, as they are on disk, for progress bars.
     """
 
@@ -105,29 +107,39 @@ class TextBlock(Block):
     def parse(self, bad_documents: str) -> ParsedBlock:
         parsed = ParsedBlock()
         for source in self.sources:
-            with open_source(source) as (stream, _):
-                data = stream.read()
-            parsed.add(source.key, bad_documents, parse_text, source, data)
+            parsed.add(source.key, bad_documents, _read_text, source)
         return parsed
 
 
 @dataclass(frozen=True)
-class LinesBlock(Block):
-    """Consecutive JSON lines of one file.
+class RecordsBlock(Block):
+    """Consecutive documents of one file that holds several.
 
     Args:
         source: The file.
-        lines: Number, from 1, and bytes of each line.
+        records: Number, from 1, and content of each document, as the file's reader yields it.
     """
 
     source: DocumentSource
-    lines: tuple[tuple[int, bytes], ...]
+    records: tuple[tuple[int, Any], ...]
 
     def parse(self, bad_documents: str) -> ParsedBlock:
         parsed = ParsedBlock()
-        for number, line in self.lines:
-            parsed.add(f"{self.source.key}:{number}", bad_documents, parse_json_line, self.source, number, line)
+        for number, record in self.records:
+            parse = _PARSERS[self.source.content]
+            parsed.add(f"{self.source.key}:{number}", bad_documents, parse, self.source, number, record)
         return parsed
+
+
+_PARSERS = {JSON_LINES: parse_json_line, PARQUET: parse_record, TEXT: parse_text_part}
+
+
+def _read_text(source: DocumentSource) -> TextDocument:
+    """Read a text file that is one document."""
+    source.require_supported()
+    with open_source(source) as (stream, _):
+        data = stream.read()
+    return parse_text(source, data)
 
 
 def read_blocks(
@@ -141,8 +153,8 @@ def read_blocks(
     Args:
         sources: Files to read, in order.
         start: Position to continue from, as it came with an earlier block.
-        stripe: Pair ``(i, n)`` that keeps only every n-th document beginning with the i-th, counted per file for JSON
-            lines and over files for text; the same documents whatever the blocks are.
+        stripe: Pair ``(i, n)`` that keeps only every n-th document beginning with the i-th, counted per file for files
+            of several documents and over files for text; the same documents whatever the blocks are.
         block_bytes: Bytes at which a block is closed, so that memory does not grow with the input.
 
     Yields:
@@ -156,7 +168,7 @@ def read_blocks(
     text_bytes = 0
     while position.source < len(sources):
         source = sources[position.source]
-        if not source.is_json_lines:
+        if not has_records(source):
             following = Position(position.source + 1, consumed=position.consumed + source.size)
             if position.source % stripe[1] == stripe[0]:
                 texts.append(source)
@@ -170,43 +182,28 @@ def read_blocks(
             yield TextBlock(tuple(texts)), position
             texts, text_bytes = [], 0
         before = sum(source.size for source in sources[: position.source])
-        yield from _read_lines(source, position, before, stripe, block_bytes)
+        yield from _read_records(source, position, before, stripe, block_bytes)
         position = Position(position.source + 1, consumed=before + source.size)
     if texts:
         yield TextBlock(tuple(texts)), position
 
 
-def _read_lines(
+def _read_records(
     source: DocumentSource, start: Position, before: int, stripe: tuple[int, int], block_bytes: int
-) -> Iterator[tuple[LinesBlock, Position]]:
-    """Cut one file of JSON lines into blocks; ``before`` is the size of the files ahead of it, in bytes."""
+) -> Iterator[tuple[RecordsBlock, Position]]:
+    """Cut one file of several documents into blocks; ``before`` is the size of the files ahead of it, in bytes."""
     number, offset = start.line, start.offset
-    lines, size = [], 0
-    with open_source(source) as (stream, tell):
-        _skip_to(stream, source, offset)
-        for line in stream:
-            number += 1
-            offset += len(line)
-            if not line.strip() or (number - 1) % stripe[1] != stripe[0]:
-                continue
-            lines.append((number, line))
-            size += len(line)
-            if size >= block_bytes:
-                position = replace(start, line=number, offset=offset, consumed=before + tell())
-                yield LinesBlock(source, tuple(lines)), position
-                lines, size = [], 0
-    if lines:
+    records, size = [], 0
+    reader = record_reader(source)
+    for number, offset, record, length in reader.read(start.line, start.offset):
+        if record is None or (number - 1) % stripe[1] != stripe[0]:
+            continue
+        records.append((number, record))
+        size += length
+        if size >= block_bytes:
+            position = replace(start, line=number, offset=offset, consumed=before + reader.consumed())
+            yield RecordsBlock(source, tuple(records)), position
+            records, size = [], 0
+    if records:
         position = replace(start, line=number, offset=offset, consumed=before + source.size)
-        yield LinesBlock(source, tuple(lines)), position
-
-
-def _skip_to(stream: io.BufferedIOBase, source: DocumentSource, offset: int) -> None:
-    """Move a stream forward to an offset after decompression, in bytes."""
-    if not source.compression:
-        stream.seek(offset)
-        return
-    while offset > 0:
-        skipped = len(stream.read(min(offset, 1 << 20)))
-        if not skipped:
-            raise InputError(f"{source.path} is shorter than when it was read before: start again with --overwrite")
-        offset -= skipped
+        yield RecordsBlock(source, tuple(records)), position

@@ -46,7 +46,12 @@ def write_checkpoint(
 
     def write(temporary: str) -> None:
         with open(temporary, "wb") as file:  # given a path, torch would write its name into the file
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # so torch ends where a write has failed, whose error has the reason
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     write_whole(path, write)
 

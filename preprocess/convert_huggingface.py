@@ -23,7 +23,6 @@ the probability. Where a Llama starts texts with another token (``bos_token_id``
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shutil
 import sys
@@ -34,14 +33,15 @@ from typing import Any
 import torch
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longmem_fairseq.backbones.base import BackboneError
 from longmem_fairseq.backbones.loading import read_backbone
 from longmem_fairseq.data.manifest import dictionary_fingerprint
-from longmem_fairseq.files import write_text, write_whole
+from longmem_fairseq.files import write_json, write_text
+from longmem_fairseq.tensor_files import write_tensors
 from preprocess.checkpoint_file import write_checkpoint
+from preprocess.destination import whole_directory
 from preprocess.dictionary import EOS, SPECIALS, read_dictionary
 from preprocess.errors import InputError
 from preprocess.huggingface_models import conversion_of, export_of
@@ -89,23 +89,23 @@ def from_huggingface(source: Path, destination: Path, dictionary: Path | None = 
         f"{len(rows):,}",
     )
     weights = conversion.convert(source.weights(), settings, rows, conversion.vocabulary(config))
-    destination.mkdir(parents=True, exist_ok=True)
-    write_text(destination / DICTIONARY, "".join(f"{symbol} 1\n" for symbol in symbols))
     if content is None:
         logger.warning(
             "%s holds no tokenizer (tokenizer.json, or vocab.json and merges.txt), which text needs", source.path
         )
-    else:
-        write_text(destination / TOKENIZER, content.decode())
     logger.info("writing %s", destination / CHECKPOINT)
-    symbols = [*SPECIALS, *symbols]
-    write_checkpoint(
-        destination / CHECKPOINT,
-        _complete(conversion.model, settings),
-        {"_name": "language_modeling", "data": None, "tokens_per_sample": settings["tokens_per_sample"]},
-        weights,
-        {"dictionary_sha256": dictionary_fingerprint(symbols), "dictionary_size": len(symbols)},
-    )
+    with whole_directory(destination) as directory:
+        write_text(directory / DICTIONARY, "".join(f"{symbol} 1\n" for symbol in symbols))
+        if content is not None:
+            write_text(directory / TOKENIZER, content.decode())
+        symbols = [*SPECIALS, *symbols]
+        write_checkpoint(
+            directory / CHECKPOINT,
+            _complete(conversion.model, settings),
+            {"_name": "language_modeling", "data": None, "tokens_per_sample": settings["tokens_per_sample"]},
+            weights,
+            {"dictionary_sha256": dictionary_fingerprint(symbols), "dictionary_size": len(symbols)},
+        )
 
 
 def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None = None) -> None:
@@ -146,14 +146,14 @@ def to_huggingface(checkpoint: Path, destination: Path, dictionary: Path | None 
         rows = list(range(settings["vocabulary"]))
         special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     config, exported = conversion.export(weights, settings, rows)
-    destination.mkdir(parents=True, exist_ok=True)
-    for name, exported_name in _EXPORTED_FILES.items():
-        if (source_file := checkpoint.parent / name).is_file():
-            write_whole(destination / exported_name, lambda path, file=source_file: shutil.copyfile(file, path))
-    if (destination / TOKENIZER).is_file():  # which transformers then reads as it is
-        write_text(destination / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    write_text(destination / "config.json", json.dumps({**config, **special}, indent=2))
-    write_whole(destination / "model.safetensors", lambda path: save_file(exported, path, metadata={"format": "pt"}))
+    with whole_directory(destination) as directory:
+        for name, exported_name in _EXPORTED_FILES.items():
+            if (checkpoint.parent / name).is_file():
+                shutil.copyfile(checkpoint.parent / name, directory / exported_name)
+        if (directory / TOKENIZER).is_file():  # which transformers then reads as it is
+            write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(directory / "config.json", {**config, **special})
+        write_tensors(directory / "model.safetensors", exported, {"format": "pt"})
     logger.info("wrote %s", destination / "model.safetensors")
 
 

@@ -26,6 +26,7 @@ from longmem_fairseq.models.longmem_lm import LongMemConfig
 from longmem_fairseq.models.model_directory import write_directory
 from longmem_fairseq.released.released_model import load_released
 from preprocess.checkpoint_file import write_checkpoint
+from preprocess.destination import whole_directory
 
 logger = logging.getLogger("preprocess.convert_released")
 
@@ -44,7 +45,9 @@ def to_directory(side_network: Path, directory: Path, backbone: Path | None = No
     Raises:
         ValueError: A file is not of the released format, or holds code.
     """
-    write_directory(load_released(str(side_network), str(backbone) if backbone else None), str(directory))
+    model = load_released(str(side_network), str(backbone) if backbone else None)
+    with whole_directory(directory) as temporary:
+        write_directory(model, str(temporary))
     logger.info("wrote %s", directory)
 
 

@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from longmem_fairseq.files import write_whole
+from longmem_fairseq.files import require_writable
 from longmem_fairseq.hub import LongMem
-from longmem_fairseq.models.model_directory import write_directory
+from longmem_fairseq.memory.container import crc32, write_container
+from longmem_fairseq.models.model_directory import read_language_model, write_directory
 from longmem_fairseq.safe_load import load_safely
 from longmem_fairseq.text import TOKENIZER_FILES
 from preprocess.checkpoint_file import write_checkpoint
+from preprocess.destination import whole_directory
 
 PROG = "python -m preprocess.convert_safetensors"
 DATA_FILES = ("dict.txt", *TOKENIZER_FILES)
@@ -49,7 +49,9 @@ def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
     Raises:
         FileNotFoundError: The checkpoint does not exist.
         ValueError: The checkpoint is not one of fairseq, or holds code.
+        OSError: The file cannot be written.
     """
+    require_writable(path)
     try:
         state = load_safely(checkpoint)
     except ValueError as error:
@@ -69,7 +71,8 @@ def to_safetensors(checkpoint: str, path: str, half: bool = False) -> None:
     if half:
         weights = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
     metadata = {"format": "fairseq", "model": json.dumps(config, default=str), "tied": json.dumps(tied)}
-    write_whole(Path(path), lambda part: save_file(weights, part, metadata=metadata))
+    weights = {name: x.contiguous() for name, x in weights.items()}
+    write_container(path, weights, metadata, crc32)
 
 
 def to_fairseq(path: str, checkpoint: str) -> None:
@@ -81,19 +84,11 @@ def to_fairseq(path: str, checkpoint: str) -> None:
 
     Raises:
         ValueError: The file was not written by :func:`to_safetensors`.
+        OSError: The checkpoint cannot be written.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if metadata.get("format") != "fairseq":
-        raise ValueError(f"{path} was not written by {PROG}: its header has no fairseq model")
-    weights = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
-    for name, other in json.loads(metadata["tied"]).items():
-        weights[name] = weights[other]
-    write_checkpoint(Path(checkpoint), json.loads(metadata["model"]), {"_name": "language_modeling"}, weights, {})
+    require_writable(checkpoint)
+    settings, weights = read_language_model(path)
+    write_checkpoint(Path(checkpoint), settings, {"_name": "language_modeling"}, weights, {})
 
 
 def to_directory(checkpoint: str, directory: str, half: bool = False) -> None:
@@ -109,11 +104,11 @@ def to_directory(checkpoint: str, directory: str, half: bool = False) -> None:
         ValueError: The checkpoint is not one of a LongMem model, or holds code.
     """
     longmem = LongMem.from_pretrained(checkpoint, device="cpu")
-    write_directory(longmem.model, directory, half, longmem.task.args.tokens_per_sample)
-    for name in DATA_FILES:
-        source, destination = Path(longmem.task.args.data, name), Path(directory, name)
-        if source.is_file() and not (destination.exists() and source.samefile(destination)):
-            write_whole(destination, lambda path, source=source: shutil.copyfile(source, path))
+    with whole_directory(Path(directory)) as temporary:
+        write_directory(longmem.model, str(temporary), half, longmem.task.args.tokens_per_sample)
+        for name in DATA_FILES:
+            if (source := Path(longmem.task.args.data, name)).is_file():
+                shutil.copyfile(source, temporary / name)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from preprocess.errors import InputError, require_package
+from preprocess.compressed_files import COMPRESSED, ERRORS, compression_of, decompressed
+from preprocess.errors import InputError
+from preprocess.file_contents import SUFFIXES, TEXT, content_by_name, content_of
 
-COMPRESSED = (".gz", ".zst")
-JSON_LINES = (".jsonl", ".ndjson")
+_EXTENSIONS = re.compile(
+    rf"({'|'.join(map(re.escape, SUFFIXES))})?({'|'.join(map(re.escape, COMPRESSED))})?$", flags=re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class DocumentFormat:
+    """How the documents of an input are marked.
+
+    Args:
+        text_key: Key of the text in JSON lines, or name of its column in Parquet files.
+        separator: Mark between the documents of a text file; if empty, a text file is one document.
+    """
+
+    text_key: str = "text"
+    separator: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,57 +41,81 @@ class DocumentSource:
         name: Path of the file inside the input directory, or its name if the file itself is the input.
         subset: Name of the subset that its documents belong to, unless they name one.
         size: Size of the file on disk, in bytes.
+        compression: Suffix of its compression, empty for an uncompressed file.
+        content: Kind of its content, one of those of ``file_contents``.
+        unsupported: Description of its content if that is not supported, otherwise empty.
+        format: Marks of its documents.
     """
 
     path: Path
     name: str
     subset: str
     size: int
-
-    @property
-    def is_json_lines(self) -> bool:
-        """Return whether the file holds one document per line."""
-        suffixes = self.path.suffixes[-2:] if self.compression else self.path.suffixes[-1:]
-        return any(suffix in JSON_LINES for suffix in suffixes)
+    compression: str = ""
+    content: str = TEXT
+    unsupported: str = ""
+    format: DocumentFormat = DocumentFormat()
 
     @property
     def key(self) -> str:
         """Return the file's place in the input, without the directories of this machine."""
         return f"{self.subset}/{self.name}"
 
-    @property
-    def compression(self) -> str:
-        """Return the suffix of a compressed file, empty for an uncompressed one."""
-        return self.path.suffix if self.path.suffix in COMPRESSED else ""
+    def require_supported(self) -> None:
+        """Refuse a file that does not contain text.
+
+        Raises:
+            InputError: The content is not supported.
+        """
+        if self.unsupported:
+            raise InputError(
+                f"{self.path} is {self.unsupported}: give UTF-8 text, JSON lines or Parquet, or leave such files out "
+                "with --bad-documents skip"
+            )
 
 
-def list_sources(paths: Iterable[str | os.PathLike]) -> list[DocumentSource]:
-    """List the files of the input.
+def list_sources(paths: Iterable[str | os.PathLike], form: DocumentFormat | None = None) -> list[DocumentSource]:
+    """List the files of the input. A path that is named twice is read twice.
 
     Args:
         paths: Paths of files and directories.
+        form: Marks of the documents; if None, the defaults.
 
     Returns:
         The files in the order of the paths, those of a directory in sorted order.
 
     Raises:
-        InputError: A path does not exist, or a directory holds no visible file.
+        InputError: A path does not exist or cannot be read, or a directory holds no visible file.
     """
+    form = form or DocumentFormat()
     sources = []
     for path in paths:
         root = Path(path)
-        subset = re.sub(r"(\.(jsonl|ndjson|txt))?(\.(gz|zst))?$", "", root.resolve().name)
+        subset = _EXTENSIONS.sub("", root.resolve().name)
         if root.is_dir():
             files = _visible_files(root)
             if not files:
                 raise InputError(f"the directory {root} holds no visible file: give text files or JSON lines")
-            for file in files:
-                sources.append(DocumentSource(file, file.relative_to(root).as_posix(), subset, file.stat().st_size))
+            sources += [_source(file, file.relative_to(root).as_posix(), subset, form) for file in files]
         elif root.is_file():
-            sources.append(DocumentSource(root, root.name, subset, root.stat().st_size))
+            sources.append(_source(root, root.name, subset, form))
         else:
             raise InputError(f"there is no file or directory {root}")
     return sources
+
+
+def _source(path: Path, name: str, subset: str, form: DocumentFormat) -> DocumentSource:
+    """Describe one file by its name and its first bytes."""
+    suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
+    try:
+        with open(path, "rb") as raw:
+            compression = compression_of(path.suffix.lower(), raw.peek(16))
+            content, unsupported = content_of(suffix.lower(), decompressed(raw, compression), form.text_key)
+    except ERRORS as error:
+        if getattr(error, "errno", None) is not None:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        content, unsupported = content_by_name(suffix.lower()), ""  # damaged, which is reported when it is read
+    return DocumentSource(path, name, subset, path.stat().st_size, compression, content, unsupported, form)
 
 
 def _visible_files(root: Path) -> list[Path]:
@@ -104,55 +142,7 @@ def open_source(source: DocumentSource) -> Iterator[tuple[io.BufferedIOBase, Cal
         InputError: While it is open, the file cannot be read to its end.
     """
     try:
-        with open(source.path, "rb") as raw:
-            if source.compression == ".gz":
-                with gzip.GzipFile(fileobj=raw) as stream:
-                    yield stream, raw.tell
-            elif source.compression == ".zst":
-                with io.BufferedReader(_ZstdReader(raw), 1 << 20) as stream:
-                    yield stream, raw.tell
-            else:
-                yield raw, raw.tell
-    except (EOFError, OSError, zlib.error) as error:
+        with open(source.path, "rb") as raw, decompressed(raw, source.compression) as stream:
+            yield stream, raw.tell
+    except ERRORS as error:
         raise InputError(f"{source.path} cannot be read to its end: {error}") from None
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a zstd file of any number of frames; reports a cut file, as zstandard's own does not.
-
-    Args:
-        raw: Stream of the compressed bytes.
-    """
-
-    def __init__(self, raw: io.BufferedIOBase):
-        zstandard = require_package("zstandard", f"the compressed file {raw.name}")
-        self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._error = zstandard.ZstdError
-        self._frame = None
-        self._pending = b""
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._output:
-            data = self._pending or self._raw.read(1 << 17)
-            self._pending = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("compressed file ended before the end-of-stream marker was reached")
-                return 0
-            if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
-            try:
-                self._output = memoryview(self._frame.decompress(data))
-            except self._error as error:
-                raise OSError(str(error)) from None
-            if self._frame.eof:
-                self._pending, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._output))
-        buffer[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size

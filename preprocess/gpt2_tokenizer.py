@@ -49,7 +49,7 @@ class GPT2Tokenizer(Tokenizer):
         regex = require_package("regex", "--tokenizer gpt2")
         tokenizers = require_package("tokenizers", "--tokenizer gpt2")
         models, pre_tokenizers, decoders = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders
-        vocabulary, merges = _read_files(encoder_json, vocab_bpe)
+        vocabulary, merges = read_gpt2_files(encoder_json, vocab_bpe)
         try:
             self._bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, cache_capacity=0))
         except Exception as error:  # the library raises Exception itself
@@ -131,8 +131,19 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _read_files(encoder_json: Path, vocab_bpe: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Read the ids of the tokens, and the merges."""
+def read_gpt2_files(encoder_json: Path, vocab_bpe: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Read GPT-2's two files.
+
+    Args:
+        encoder_json: Path of the JSON object of tokens and their GPT-2 ids.
+        vocab_bpe: Path of the merges.
+
+    Returns:
+        The id of each token, and the merges, best first.
+
+    Raises:
+        InputError: A file is missing or of another format.
+    """
     try:
         vocabulary = json.loads(encoder_json.read_text(encoding="utf-8"))
         ids = list(vocabulary.values())

@@ -13,6 +13,10 @@ from preprocess.errors import InputError
 from preprocess.huggingface_tokenizer import JsonTokenizer, dictionary_symbols
 from preprocess.huggingface_weights import Config, Weights
 
+_MOST = 2**31 - 1  # of a size
+_PROBABILITIES = ("resid_pdrop", "attn_pdrop", "dropout", "attention_dropout")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+
 
 class Conversion(ABC):
     """One kind of Hugging Face model.
@@ -110,7 +114,7 @@ class Conversion(ABC):
 
     def vocabulary(self, config: Config) -> int:
         """Return the number of rows of the embedding, V, from the content of config.json."""
-        return config.get("vocab_size", self.default_vocabulary)
+        return config.get("vocab_size") or self.default_vocabulary
 
     def end_of_text(self, config: Config) -> int:
         """Return the token that ends a text, whose embedding ``</s>`` gets, from the content of config.json.
@@ -148,3 +152,29 @@ def check_settings(config: Config, required: Config, supported: str) -> None:
                 f"{name}={config[name]} in config.json cannot be expressed by fairseq's decoder, which has {value}; "
                 f"supported are {supported}"
             )
+
+
+def check_numbers(config: Config, sizes: Sequence[str], optional_sizes: Sequence[str] = ()) -> None:
+    """Refuse sizes and probabilities that are not numbers in their range.
+
+    Args:
+        config: Content of config.json.
+        sizes: Names of the sizes that it must have.
+        optional_sizes: Names of the sizes that it may leave out.
+
+    Raises:
+        InputError: A value is of another type, or outside its range.
+    """
+    for name in (*sizes, *optional_sizes):
+        size = config.get(name)
+        if size is None and name in optional_sizes:
+            continue
+        if type(size) is not int or not 0 < size <= _MOST:
+            raise InputError(f"{name}={size!r:.40} in config.json is not a number from 1 to {_MOST}")
+    for name in _PROBABILITIES:
+        value = config.get(name, 0)
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise InputError(f"{name}={value!r:.40} in config.json is not a number from 0 to 1")
+    for name in _FLAGS:
+        if not isinstance(config.get(name) or False, bool):
+            raise InputError(f"{name}={config[name]!r:.40} in config.json is not true or false")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from preprocess.errors import InputError
-from preprocess.huggingface_conversion import Conversion, check_settings
+from preprocess.huggingface_conversion import Conversion, check_numbers, check_settings
 from preprocess.huggingface_weights import Config, WeightReader, Weights, order_rows
 
 SUPPORTED = "gpt2 of any size, also distilgpt2"
@@ -58,7 +58,7 @@ def activation(config: Config, default: str) -> str:
         InputError: fairseq does not have the function.
     """
     name = config.get("activation_function", default)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise InputError(
             f"activation_function={name} in config.json is not supported; supported are {', '.join(ACTIVATIONS)}"
         )
@@ -73,14 +73,15 @@ class Gpt2Conversion(Conversion):
 
     def settings(self, config: Config) -> Config:
         check_settings(config, _REQUIRED, SUPPORTED)
-        width, positions = config.get("n_embd", 768), config.get("n_positions", 1024)
+        check_numbers(config, (), ("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "n_positions"))
+        width, positions = config.get("n_embd") or 768, config.get("n_positions") or 1024
         return {
             "decoder_embed_dim": width,
             "decoder_input_dim": width,
             "decoder_output_dim": width,
             "decoder_ffn_embed_dim": config.get("n_inner") or 4 * width,
-            "decoder_layers": config.get("n_layer", 12),
-            "decoder_attention_heads": config.get("n_head", 12),
+            "decoder_layers": config.get("n_layer") or 12,
+            "decoder_attention_heads": config.get("n_head") or 12,
             "activation_fn": activation(config, "gelu_new"),
             "dropout": config.get("resid_pdrop", 0.1),
             "attention_dropout": config.get("attn_pdrop", 0.1),

@@ -14,7 +14,7 @@ from torch import Tensor
 from longmem_fairseq.modules.rotary import RotaryPositions, rope_type
 from preprocess.dictionary import SPECIALS
 from preprocess.errors import InputError
-from preprocess.huggingface_conversion import Conversion, check_settings
+from preprocess.huggingface_conversion import Conversion, check_numbers, check_settings
 from preprocess.huggingface_weights import Config, WeightReader, Weights, order_rows
 
 SUPPORTED = "llama, mistral, qwen2 and qwen3 (dense)"
@@ -47,6 +47,10 @@ _DEFAULTS: Config = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"),
+)
 # What the family cannot express, by the setting of config.json that tells.
 _REFUSED = {
     "num_experts": "a mixture of experts",
@@ -70,6 +74,11 @@ class LlamaConversion(Conversion):
     def settings(self, config: Config) -> Config:
         check_settings(config, {}, SUPPORTED)
         kind = config["model_type"]
+        check_numbers(config, (), _SIZES)
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = config.get(name, 1.0)
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise InputError(f"{name}={value!r:.40} in config.json is not a positive number")
         known = {**_DEFAULTS, **MODEL_TYPES[kind], **config}
         for name, feature in _REFUSED.items():
             if config.get(name):

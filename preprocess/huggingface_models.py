@@ -38,8 +38,8 @@ def conversion_of(config: Config) -> Conversion:
         InputError: The kind of model is not supported; the message names the reason and the supported kinds.
     """
     kind = config.get("model_type")
-    if kind not in _CONVERSIONS:
-        reason = f" ({_REASONS[kind]})" if kind in _REASONS else ""
+    if not isinstance(kind, str) or kind not in _CONVERSIONS:
+        reason = f" ({_REASONS[kind]})" if isinstance(kind, str) and kind in _REASONS else ""
         raise InputError(f"model_type={kind} in config.json is not supported{reason}; supported are {SUPPORTED}")
     return _CONVERSIONS[kind]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from preprocess.dictionary import EOS, SPECIALS
 from preprocess.errors import InputError
-from preprocess.huggingface_conversion import Conversion, check_settings
+from preprocess.huggingface_conversion import Conversion, check_numbers, check_settings
 from preprocess.huggingface_gpt2 import DECODER, activation
 from preprocess.huggingface_tokenizer import JsonTokenizer, dictionary_symbols
 from preprocess.huggingface_weights import Config, WeightReader, Weights, order_rows
@@ -36,6 +36,8 @@ class OptConversion(Conversion):
 
     def settings(self, config: Config) -> Config:
         check_settings(config, _REQUIRED, SUPPORTED)
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "max_position_embeddings")
+        check_numbers(config, sizes, ("vocab_size", "word_embed_proj_dim"))
         width, positions = config["hidden_size"], config["max_position_embeddings"]
         symbol_width = config.get("word_embed_proj_dim") or width
         return {

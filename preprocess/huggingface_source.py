@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from longmem_fairseq.safe_load import load_safely
+from longmem_fairseq.safe_load import load_safely, refuse_adapter
+from longmem_fairseq.tensor_files import read_tensors
 from preprocess.errors import InputError
 from preprocess.gguf_model import GgufModel, read_gguf
 from preprocess.huggingface_weights import Config, Weights
@@ -38,8 +37,10 @@ class ModelDirectory:
         Raises:
             InputError: The file cannot be read, or the directory holds an adapter.
         """
-        if (self.path / "adapter_config.json").is_file():
-            raise InputError(f"{self.path} is an adapter (adapter_config.json): merge it into its model first")
+        try:
+            refuse_adapter(str(self.path))
+        except ValueError as error:
+            raise InputError(str(error)) from None
         return read_json(self.path / "config.json")
 
     @cached_property
@@ -112,9 +113,9 @@ def open_model(path: Path) -> ModelDirectory | GgufFile:
 def _read_safetensors(path: Path) -> Weights:
     """Read the weights in a safetensors file."""
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        return read_tensors(path)[1]
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
 
 
 def _read_pickle(path: Path) -> Weights:

@@ -19,6 +19,7 @@ from preprocess.errors import InputError
 from preprocess.package_modules import files
 from preprocess.selection import Selection
 from preprocess.survey import ENCODED_BYTES, Survey, read_survey, survey_identity
+from preprocess.text_document import valid_unicode
 
 
 def parse_weights(arguments: Sequence[str]) -> dict[str, float]:
@@ -35,7 +36,7 @@ def parse_weights(arguments: Sequence[str]) -> dict[str, float]:
     """
     weights = {}
     for argument in arguments:
-        name, equals, number = argument.rpartition("=")
+        name, equals, number = valid_unicode(argument).rpartition("=")
         try:
             weight = float(number)
         except ValueError:

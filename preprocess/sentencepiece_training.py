@@ -25,9 +25,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from preprocess.destination import check_output
 from preprocess.dictionary import SPECIALS
+from preprocess.document_source import list_sources
 from preprocess.documents import iter_documents
 from preprocess.errors import InputError
+from preprocess.format_options import add_format_options, check_sources, document_format
 from preprocess.package_modules import files
 
 logger = logging.getLogger("preprocess.sentencepiece_training")
@@ -225,17 +228,14 @@ def main(arguments: list[str] | None = None) -> None:
         help="bytes of text to train on, sampled from more (default: %(default)s)",
     )
     add("--seed", type=int, default=1, metavar="N", help="seed of the sample (default: %(default)s)")
-    add(
-        "--bad-documents",
-        choices=("refuse", "skip"),
-        default="refuse",
-        help="refuse empty or undecodable documents, or leave them out (default: %(default)s)",
-    )
+    add_format_options(parser)
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s | %(levelname)s | %(message)s", stream=sys.stderr)
     logging.getLogger("preprocess").setLevel(logging.INFO)
     try:
-        texts = (document.text for document in iter_documents(args.train, args.bad_documents, progress=True))
+        check_output(args.output, "--output")
+        check_sources(list_sources(args.train, form := document_format(args)), args)
+        texts = (document.text for document in iter_documents(args.train, args.bad_documents, True, form))
         model = train(texts, args.vocab_size, args.sample_bytes, args.seed)
         files.write_whole(args.output, lambda path: Path(path).write_bytes(model))
     except (InputError, OSError) as error:

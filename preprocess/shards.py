@@ -26,13 +26,12 @@ def shard(
     """
     if num_shards == 1:
         return list(sources), (0, 1), "files"
-    parts: list[list[DocumentSource]] = [[] for _ in range(num_shards)]
+    parts: list[list[int]] = [[] for _ in range(num_shards)]  # places in the input, where a file may be twice
     loads = [0] * num_shards
-    for source in sorted(sources, key=lambda source: -source.size):  # stable: equal files stay in input order
+    for place in sorted(range(len(sources)), key=lambda place: -sources[place].size):  # stable: input order
         lightest = loads.index(min(loads))
-        parts[lightest].append(source)
-        loads[lightest] += source.size
+        parts[lightest].append(place)
+        loads[lightest] += sources[place].size
     if min(map(len, parts)) > 0 and max(loads) * num_shards <= LARGEST_EXCESS * sum(loads):
-        part = set(parts[shard_id])
-        return [source for source in sources if source in part], (0, 1), "files"
+        return [sources[place] for place in sorted(parts[shard_id])], (0, 1), "files"
     return list(sources), (shard_id, num_shards), "documents"

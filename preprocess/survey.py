@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from preprocess.blocks import ParsedBlock
-from preprocess.document_source import DocumentSource
+from preprocess.document_source import DocumentFormat, DocumentSource
 from preprocess.errors import InputError
+from preprocess.package_modules import files
 from preprocess.selection import draw
 from preprocess.tokenizer import Tokenizer
 
@@ -147,11 +148,17 @@ class Survey:
 
         Returns:
             The survey.
+
+        Raises:
+            ValueError: A measurement is not a number that a survey can have.
         """
         survey = cls()
         for name, fields in record.items():
             histogram = np.array(fields["histogram"], dtype=np.int64)
-            survey.subsets[name] = SubsetSurvey(**{**fields, "histogram": histogram})
+            subset = survey.subsets[name] = SubsetSurvey(**{**fields, "histogram": histogram})
+            counts = [subset.documents, subset.characters, subset.sampled_characters, subset.sampled_tokens + 1]
+            if histogram.shape != (BINS,) or histogram.min() < 0 or set(map(type, counts)) != {int} or min(counts) < 1:
+                raise ValueError(f"the measurements of {name} are not positive numbers and a histogram of {BINS} bins")
         return survey
 
 
@@ -166,8 +173,9 @@ def survey_identity(sources: Sequence[DocumentSource], tokenizer_fingerprint: st
     Returns:
         A SHA-256 in hexadecimal.
     """
-    files = [[source.subset, source.name, source.size] for source in sources]
-    return hashlib.sha256(json.dumps([files, tokenizer_fingerprint, seed]).encode()).hexdigest()
+    entries = [[source.subset, source.name, source.size] for source in sources]
+    marks = [astuple(source.format) for source in sources[:1] if source.format != DocumentFormat()]
+    return hashlib.sha256(json.dumps([entries, tokenizer_fingerprint, seed, *marks]).encode()).hexdigest()
 
 
 def read_survey(path: Path, identity: str) -> Survey:
@@ -184,10 +192,10 @@ def read_survey(path: Path, identity: str) -> Survey:
         InputError: The file is damaged, or the survey of another collection.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = files.read_json(path)
         saved_identity = record["identity"]
         survey = Survey.from_json(record["subsets"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"--survey {path} cannot be read ({error}): delete it and run again to measure again"
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from preprocess.document_source import DocumentSource
 from preprocess.errors import InputError
@@ -39,13 +40,35 @@ def parse_text(source: DocumentSource, data: bytes) -> TextDocument:
     Raises:
         InputError: The file is empty or not UTF-8.
     """
+    return _decode(source, f"{source.path}", source.name, data)
+
+
+def parse_text_part(source: DocumentSource, number: int, data: bytes) -> TextDocument:
+    """Make a document of a part of a text file.
+
+    Args:
+        source: The file.
+        number: Number of the part, from 1.
+        data: Bytes of the part.
+
+    Returns:
+        The document, named after the file and the part.
+
+    Raises:
+        InputError: The part is not UTF-8.
+    """
+    return _decode(source, f"{source.path}, part {number},", f"{source.name}:{number}", data)
+
+
+def _decode(source: DocumentSource, where: str, name: str, data: bytes) -> TextDocument:
+    """Make a document of bytes; ``where`` names their place for messages."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{source.path} is not UTF-8 text (byte {error.start}): {_SKIP_HINT}") from None
+        raise InputError(f"{where} is not UTF-8 text (byte {error.start}): {_SKIP_HINT}") from None
     if not text:
-        raise InputError(f"{source.path} is an empty document: {_SKIP_HINT}")
-    return TextDocument(source.name, text, source.subset)
+        raise InputError(f"{where} is an empty document: {_SKIP_HINT}")
+    return TextDocument(valid_unicode(name), text, valid_unicode(source.subset))
 
 
 def parse_json_line(source: DocumentSource, number: int, line: bytes) -> TextDocument:
@@ -57,7 +80,7 @@ def parse_json_line(source: DocumentSource, number: int, line: bytes) -> TextDoc
         line: Bytes of the line.
 
     Returns:
-        The document: the string under ``text``, named after ``name`` or else the file and the line.
+        The document: the string under the key of the text, named after ``name`` or else the file and the line.
 
     Raises:
         InputError: The line is not a JSON object with a text, or the text is empty or not valid Unicode.
@@ -69,9 +92,29 @@ def parse_json_line(source: DocumentSource, number: int, line: bytes) -> TextDoc
         raise InputError(f"{where} is not UTF-8 text (byte {error.start}): {_SKIP_HINT}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}): {_SKIP_HINT}") from None
-    text = record.get("text") if isinstance(record, dict) else None
+    return parse_record(source, number, record, where)
+
+
+def parse_record(source: DocumentSource, number: int, record: Any, where: str = "") -> TextDocument:
+    """Make a document of a record with a text.
+
+    Args:
+        source: The file of the record.
+        number: Number of the record, from 1.
+        record: Value of a line of JSON, or row of a table.
+        where: Place of the record, for messages; by default that of a row.
+
+    Returns:
+        The document, as :func:`parse_json_line` makes it.
+
+    Raises:
+        InputError: The record is not an object with a text, or the text is empty or not valid Unicode.
+    """
+    where = where or f"{source.path}, row {number},"
+    key = source.format.text_key
+    text = record.get(key) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise InputError(f'{where} has no string under "text": {_SKIP_HINT}')
+        raise InputError(f'{where} has no string under "{key}": name its key with --text-key, {_SKIP_HINT}')
     if not text:
         raise InputError(f"{where} is an empty document: {_SKIP_HINT}")
     try:
@@ -83,7 +126,18 @@ def parse_json_line(source: DocumentSource, number: int, line: bytes) -> TextDoc
     meta = record.get("meta")
     subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
     return TextDocument(
-        name if isinstance(name, str) and name else f"{source.name}:{number}",
+        valid_unicode(name if isinstance(name, str) and name else f"{source.name}:{number}"),
         text,
-        subset if isinstance(subset, str) and subset else source.subset,
+        valid_unicode(subset if isinstance(subset, str) and subset else source.subset),
     )
+
+
+def valid_unicode(name: str) -> str:
+    """Spell lone surrogates in a name, which no UTF-8 file can hold, as ``\\udcff``.
+
+    A file name that is not UTF-8 reaches Python with lone surrogates, and JSON can spell them.
+
+    Args:
+        name: Name of a document or subset.
+    """
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import InputError, require_package
+from preprocess.package_modules import files
 
 TOKENIZER = "tokenizer.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
@@ -68,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: The file cannot be read or holds something else.
     """
     try:
-        content = json.loads(_read_bytes(path))
+        content = files.parse_json(_read_bytes(path))
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):

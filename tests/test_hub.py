@@ -1,8 +1,13 @@
 """LongMem from Python: what it says equals what the commands and the model say."""
 
+import copy
 import math
+import pickle
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -16,7 +21,7 @@ from tests.fairseq_runs import TASK, run
 from tests.repository import ROOT
 from tests.text_models import sentencepiece_model
 
-PAGE = ROOT / "docs" / "generation.md"
+PAGE, SHIPPED = ROOT / "docs" / "generation.md", ROOT / "examples" / "pretrained" / "mini"
 
 
 def words(*numbers):
@@ -38,7 +43,11 @@ def model(loaded):
     return loaded
 
 
-def test_generate_is_the_same_as_the_command(model, tiny_data, tiny_longmem, tmp_path):
+STOPS = ["--stop", "2 w", "--stop", " w17", "--repetition-penalty", 1.2, "--nbest", 2, "--min-len", 20]
+
+
+@pytest.mark.parametrize("options", [[], STOPS], ids=["plain", "stops and penalty"])
+def test_generate_is_the_same_as_the_command(model, tiny_data, tiny_longmem, tmp_path, options):
     (tmp_path / "book").write_text(BOOK)
     (tmp_path / "prompts").write_text(f"{TEXT}\n{words(1, 2)}\n")
     output = run(
@@ -51,16 +60,24 @@ def test_generate_is_the_same_as_the_command(model, tiny_data, tiny_longmem, tmp
         "--input",
         tmp_path / "prompts",
         *"--beam 3 --max-len-b 30".split(),
+        *options,
         "--memory-text",
         tmp_path / "book",
         cwd=tmp_path,
     )
     model.memorize(BOOK, name="book")
-    answers = model.generate([TEXT, words(1, 2)], beam=3, max_new_tokens=30)
-    assert [answer.split() for answer in answers] == [
-        text.split() for text in re.findall(r"^H-\d\t\S+\t(.*)$", output, re.MULTILINE)
-    ]
-    assert model.generate(TEXT, beam=3, max_new_tokens=30) == answers[0]
+    printed = re.findall(r"^D-\d\t(\S+)\t(.*)$", output, re.MULTILINE)
+    given = dict(beam=3, max_new_tokens=30)
+    if options:
+        given.update(stop=["2 w", " w17"], repetition_penalty=1.2, min_new_tokens=20)
+    best = model.generate([TEXT, words(1, 2)], **given, n_best=2 if options else 1)
+    assert [text.strip() for row in best for text, _, _ in row] == [text for _, text in printed]
+    for (_, score, _), (reported, _) in zip([result for row in best for result in row], printed):
+        assert score / math.log(2) == pytest.approx(float(reported), abs=1e-4)
+    assert model.generate(TEXT, **given) == best[0][0].text
+    if options:
+        stopped = [text for _, text in printed if len(text.split()) < 20]
+        assert stopped and any(re.search(r"w\d?$", text) for text in stopped), "within a word"
 
 
 def test_a_score_is_that_of_evaluation(model, tiny_data, tiny_longmem, tmp_path):
@@ -142,6 +159,186 @@ def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     assert len(answers) >= 2 and float(perplexity) > 1
 
 
+def test_a_list_of_texts_has_a_list_of_scores():
+    """By the shipped model; taken for one text of two words, the perplexity would be that of <unk>."""
+    model = LongMem.from_pretrained(SHIPPED, device="cpu")
+    texts = ["It was a dark night.", "The old man sat by the fire."]
+    scores = model.score(texts)
+    assert [score.perplexity for score in scores] == pytest.approx([116.598, 59.040], abs=1e-3)
+    for score, text in zip(scores, texts):
+        assert torch.equal(score.log_probabilities, model.score(text).log_probabilities)
+    assert model.score([]) == model.generate([]) == []
+    assert model.score(texts[:1])[0].perplexity == scores[0].perplexity
+    assert model.generate(tuple(texts), max_new_tokens=3) == [model.generate(text, max_new_tokens=3) for text in texts]
+
+
+WRONG_TYPES = [b"bytes", None, 3, 2.5, Path("novel.txt"), ["a", 3], [["a"]], {"a": "b"}, torch.tensor([4]), iter("ab")]
+
+
+@pytest.mark.parametrize("value", WRONG_TYPES, ids=lambda value: type(value).__name__)
+def test_what_is_not_text_is_refused_by_name(model, value):
+    calls = {
+        "memorize": model.memorize,
+        "score": model.score,
+        "generate": model.generate,
+        "stream": model.stream,
+        "trace": model.trace,
+        "encode": model.encode,
+        "stop": lambda value: model.generate("w1", stop=value),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"^{name} takes a .*\(str\), (not|but number \d of it is) \w+"):
+            call(value)
+    if value is not None:
+        with pytest.raises(TypeError, match="forget takes a name"):
+            model.forget(value)
+        with pytest.raises(TypeError, match="memorize takes a name"):
+            model.memorize(TEXT, value)
+    if not isinstance(value, Path):
+        for call in (model.save_memory, model.load_memory, LongMem.from_pretrained):
+            with pytest.raises(TypeError, match=f"{call.__name__} takes the path of a file"):
+                call(value)
+    if not isinstance(value, torch.Tensor):
+        for call in (model.decode, model.token_texts):
+            with pytest.raises(TypeError, match=f"{call.__name__} takes token ids as encode returns them"):
+                call(value)
+    assert model.documents == []
+
+
+@pytest.mark.parametrize("function", ["memorize", "encode", "trace", "stream"])
+def test_one_text_at_a_time(model, function):
+    with pytest.raises(TypeError, match=rf"{function} takes a text \(str\), not list .*: call it once for each text"):
+        getattr(model, function)([TEXT, TEXT])
+
+
+BAD_OPTIONS = {
+    "top_k=29 is more than the 28 symbols that can be chosen": dict(sampling=True, top_k=29),
+    "top_k=-2 is negative": dict(sampling=True, top_k=-2),
+    "top_p=1.5 is not above 0 and at most 1": dict(sampling=True, top_p=1.5),
+    "top_p=nan is not above 0": dict(sampling=True, top_p=math.nan),
+    "top_k=3 and top_p=0.5 are two ways": dict(sampling=True, top_k=3, top_p=0.5),
+    "temperature=nan is not above 0 and finite": dict(temperature=math.nan),
+    "temperature=inf is not above 0 and finite": dict(temperature=math.inf),
+    "repetition_penalty=0 is not above 0": dict(repetition_penalty=0),
+    "repetition_penalty=nan is not above 0": dict(repetition_penalty=math.nan),
+    "length_penalty=inf is not a finite number": dict(length_penalty=math.inf),
+    "no_repeat_ngram_size=-1 is negative": dict(no_repeat_ngram_size=-1),
+    "beam=28 is more than the 27 symbols": dict(beam=28),
+    "n_best=3 is more than the 2 hypotheses of beam: raise beam": dict(beam=2, n_best=3),
+    "n_best=0 is less than one": dict(n_best=0),
+    "min_new_tokens=9 is more than max_new_tokens=8 new tokens": dict(min_new_tokens=9, max_new_tokens=8),
+    "max_new_tokens is float .2.5.: it must be a whole number": dict(max_new_tokens=2.5),
+    "beam is bool": dict(beam=True),
+    "sampling is 'yes': it must be True or False": dict(sampling="yes"),
+    "stop has an empty text": dict(stop=["w1", ""]),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD_OPTIONS)
+def test_bad_options_of_generation_are_refused(model, sentence):
+    options, symbols = dict(BAD_OPTIONS[sentence]), len(model.task.dictionary)
+    for name in ("top_k", "beam"):  # written for 28 symbols
+        if options.get(name, 0) >= 28:
+            sentence = (
+                sentence.replace("29", str(symbols + 1)).replace("28", str(symbols)).replace("27", str(symbols - 1))
+            )
+            options[name] += symbols - 28
+    with pytest.raises((TypeError, ValueError), match=f"^{sentence}"):
+        model.generate(TEXT, **options)
+    if not {"beam", "n_best", "length_penalty"} & options.keys():
+        with pytest.raises((TypeError, ValueError), match=f"^{sentence}"):
+            model.stream(TEXT, **options)
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        (dict(memory_dtype="float8"), "memory_dtype='float8' does not fit: .*float32, float16, bfloat16"),
+        (dict(memory_size="large"), "memory_size='large' does not fit"),
+        (dict(k=3.5), "k=3.5 does not fit"),
+        (dict(memory_size=10**15), "no room for --memory-size 1,000,000,000,000,000 "),
+        (dict(memory_size=10**30), "no room for --memory-size 1,000,000,000,000,000,000,000,000,000,000 "),
+        (dict(device="gpu"), "device='gpu' is not available.*choose 'cpu'"),
+        (dict(device="cuda:99"), "device='cuda:99' is not available.*choose 'cpu'"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(tiny_data, tiny_longmem, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LongMem.from_pretrained(tiny_longmem.checkpoint, tiny_data, **{"device": "cpu", **settings})
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_can_be_copied_and_pickled(model, duplicate):
+    model.memorize(BOOK, name="book")
+    other = duplicate(model)
+    assert other.documents == ["book"]
+    for one in (other, other.without_memory()):
+        expected = (model if one is other else model.without_memory()).score(TEXT)
+        assert torch.equal(one.score(TEXT).log_probabilities, expected.log_probabilities)
+    assert other.generate(TEXT, max_new_tokens=20) == model.generate(TEXT, max_new_tokens=20)
+    if duplicate is not copy.copy:
+        other.forget()
+        assert model.documents == ["book"] and other.model is not model.model
+
+
+def test_an_interrupted_text_is_not_in_the_memory(model, monkeypatch):
+    model.memorize(BOOK, name="book")
+    before, encode, calls = model.score(TEXT).log_probabilities, model.model.decoder.backbone.encode_for_memory, []
+
+    def interrupted(tokens):
+        calls.append(tokens)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(tokens)
+
+    monkeypatch.setattr(model.model.decoder.backbone, "encode_for_memory", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.memorize(TEXT, name="text")
+    monkeypatch.undo()
+    assert model.documents == ["book"] and torch.equal(model.score(TEXT).log_probabilities, before)
+    model.memorize(TEXT, name="text")
+    assert model.documents[-1] == "text"
+
+
+def test_threads_take_turns(model):
+    """Several memories over one model, each written and read by several threads."""
+    others = [model, model.with_new_memory(), model.without_memory()]
+    for i, one in enumerate(others[:2]):
+        one.memorize(words(*(n * (i + 1) % 24 for n in range(90))), name="book")
+    texts = [words(*(n * k % 24 for n in range(40))) for k in range(1, 11)]
+    expected = {(i, text): one.score(text).log_probabilities for i, one in enumerate(others) for text in texts}
+    answers = {i: one.generate(texts[:2], beam=2, max_new_tokens=10) for i, one in enumerate(others)}
+
+    def use(number):
+        i, text = number % 3, texts[number % len(texts)]
+        if number % 10 == 9:
+            return others[i].generate(texts[:2], beam=2, max_new_tokens=10) == answers[i]
+        return torch.equal(others[i].score(text).log_probabilities, expected[i, text])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(use, range(300)))
+    assert model.documents == others[1].documents == ["book"]
+
+
+def test_other_calls_run_between_the_pieces_of_a_stream(model):
+    """A stream reads the memory as it was when it was asked for."""
+    model.memorize(BOOK, name="book")
+    lengths = dict(min_new_tokens=30, max_new_tokens=30)
+    expected, score = model.generate(TEXT, **lengths), model.score(TEXT).log_probabilities
+    stream = model.stream(TEXT, **lengths)
+    pieces = [next(stream) for _ in range(5)]
+    scores = []
+    thread = threading.Thread(target=lambda: scores.append(model.score(TEXT).log_probabilities))
+    thread.start()
+    thread.join(60)
+    assert torch.equal(scores[0], score)
+    model.memorize(words(*range(20, 0, -1)), name="other")
+    pieces += [next(stream) for _ in range(5)]
+    model.forget()
+    assert "".join([*pieces, *stream]) == expected
+    assert model.generate(TEXT, **lengths) != expected
+
+
 def test_errors_are_sentences(model, tiny_data, tiny_longmem, tiny_backbone, tmp_path):
     checkpoint, data = str(tiny_longmem.checkpoint), str(tiny_data)
     for error, sentence, call in (
@@ -153,6 +350,9 @@ def test_errors_are_sentences(model, tiny_data, tiny_longmem, tiny_backbone, tmp
         (ValueError, "document other: it has nothing", lambda: model.forget("other")),
         (ValueError, "nothing was memorized", lambda: model.save_memory(str(tmp_path / "empty"))),
         (ValueError, "set sampling=True", lambda: model.generate(TEXT, top_k=3)),
+        (ValueError, "dtype='float8' is unknown", lambda: model.save_memory(str(tmp_path / "empty"), "float8")),
+        (ValueError, "its character 1 is a lone surrogate", lambda: model.score("a\ud800")),
+        (ValueError, "outside the dictionary's 0 to", lambda: model.decode(torch.tensor([10**6]))),
         (ValueError, "beam=0 is less", lambda: model.generate(TEXT, beam=0)),
         (ValueError, "the text is empty", lambda: model.memorize(" ")),
         (ValueError, "the text is empty", lambda: model.score("")),

@@ -241,7 +241,8 @@ def test_examples_of_extending_are_those_that_are_tested():
 
 
 def test_fairseq_accepts_its_options():
-    fairseq = [list(words) for _, words in COMMANDS if words[0].startswith("fairseq-")]
+    # Hydra has no parser of options: tests/tasks/test_training.py runs that command with the file of the page.
+    fairseq = [list(words) for _, words in COMMANDS if words[0].startswith("fairseq-") and "hydra" not in words[0]]
     assert fairseq
     for words in fairseq:
         for i, word in enumerate(words[:-1]):

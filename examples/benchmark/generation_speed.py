@@ -40,8 +40,9 @@ from examples.benchmark.machine import describe_machine
 from examples.benchmark.tables import bullet_list, table
 from examples.quickstart.standard_library import standard_library
 from longmem_fairseq.files import write_json, write_text
-from longmem_fairseq.hub import LongMem, find_checkpoint
+from longmem_fairseq.hub import LongMem
 from longmem_fairseq.memory.document_memory import DocumentMemory
+from longmem_fairseq.tasks.pretrained import find_checkpoint
 from longmem_fairseq.text import read_text
 
 ROOT = Path(__file__).resolve().parents[2]

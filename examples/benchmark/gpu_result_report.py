@@ -14,7 +14,7 @@ import torch
 
 from examples.benchmark.machine import describe_machine
 from examples.benchmark.tables import bullet_list, table
-from examples.quickstart.demo_report import perplexity, plot
+from examples.quickstart.demo_report import by_text, perplexity, plot
 from longmem_fairseq.files import write_json, write_text
 
 
@@ -62,6 +62,10 @@ def collect(out: Path, tiny: bool) -> Dict:
         "copying": (out / "copying.log").read_text().splitlines()[-1],
         "backbone": perplexity(out / "eval-backbone.log"),
         "memory": by_size,
+        "by_text": {
+            "backbone": by_text(out / "eval-backbone.log"),
+            **{size: by_text(out / f"eval-memory-{size}.log") for size in by_size},
+        },
         "gates": torch.sigmoid(gates.float()).tolist(),
         "distance": last_figure(out / "adaptation.log", "mem_dist"),
         "documents": documents(out),
@@ -72,10 +76,18 @@ def collect(out: Path, tiny: bool) -> Dict:
 def markdown(report: Dict) -> str:
     """Format the report in Markdown."""
     off = report["memory"]["0"]
-    rows = [{"model": "backbone alone", "perplexity": f"{report['backbone']:.2f}"}]
+    text_figures = {
+        name: {"word": f"{figures['perplexity_per_word']:.2f}", "byte": f"{figures['bits_per_byte']:.4f}"}
+        for name, figures in report["by_text"].items()
+        if figures
+    }
+    rows = [{"model": "backbone alone", "perplexity": f"{report['backbone']:.2f}", **text_figures.get("backbone", {})}]
     for size, value in report["memory"].items():
         name = f"LongMem, memory of {int(size):,} tokens" if int(size) else "LongMem, memory off"
-        rows.append({"model": name, "perplexity": f"{value:.2f}", "gain": f"{100 * (value / off - 1):+.1f} %"})
+        gain = f"{100 * (value / off - 1):+.1f} %"
+        rows.append({"model": name, "perplexity": f"{value:.2f}", "gain": gain, **text_figures.get(size, {})})
+    heads = {"model": "model", "perplexity": "perplexity", "gain": "against memory off", "word": "per word"}
+    heads["byte"] = "bits per byte"
     text = ["# LongMem on a backbone trained from scratch", ""]
     if report["tiny"]:
         text += [
@@ -92,7 +104,7 @@ def markdown(report: Dict) -> str:
         for row in report["documents"]
     ]
     text += [
-        table(rows, {"model": "model", "perplexity": "perplexity", "gain": "against memory off"}),
+        table(rows, heads),
         "",
         f"Tokens: {data}. Backbone: {report['backbone_parameters']:,} parameters; {report['copying']}",
         f"Gates of the heads: {gates}. Tokens between a query and what it reads: {distance}.",

@@ -16,16 +16,16 @@ from typing import Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from examples.benchmark.command import require_at_least, stop
 from examples.quickstart.standard_library import standard_library
-from longmem_fairseq.files import write_whole
+from longmem_fairseq.files import printable, require_writable
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.factory import MemoryFactory
 from longmem_fairseq.memory.search.base import SearchBackend
+from longmem_fairseq.tensor_files import read_tensors, write_tensors
 from longmem_fairseq.text import read_text
 
 _CHUNKS_AT_ONCE = 1 << 13  # chunks written into a bank at a time
@@ -40,7 +40,7 @@ class RealKeys:
     """
 
     def __init__(self, path: str):
-        tensors = load_file(path)
+        _, tensors = read_tensors(path)
         self.means, self.queries = tensors["means"], tensors["queries"]
 
     def fill(self, bank: MemoryBank) -> None:
@@ -170,13 +170,14 @@ def main(arguments: Sequence[str]) -> None:
     if options.pretrained_model_path:
         settings["pretrained_model_path"] = options.pretrained_model_path
     try:
+        require_writable(options.output)
         model = LongMem.from_pretrained(options.path, options.data, device="cpu", **settings)
         means, queries = keys_and_queries(model, tokens_of(model, options), options)
         tensors = {"means": means, "queries": queries.contiguous()}
-        write_whole(options.output, lambda temporary: save_file(tensors, temporary))
+        write_tensors(options.output, tensors)
     except (ValueError, OSError) as error:
         stop(str(error))
-    print(f"{options.output}: {means.size(0)} heads, {means.size(1):,} chunks, {queries.size(1):,} queries")
+    print(f"{printable(options.output)}: {means.size(0)} heads, {means.size(1):,} chunks, {queries.size(1):,} queries")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from typing import Dict, List, NamedTuple, Sequence
 import torch
 
 from examples.quickstart.standard_library import standard_library
-from longmem_fairseq.files import write_json
+from longmem_fairseq.data.text_meter import figures_by_text, measure_text
+from longmem_fairseq.files import printable, require_writable, write_json
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.text import read_text
 
@@ -54,10 +55,19 @@ def pages(text: str, length: int) -> List[str]:
     return [*cut[:-2], cut[-2] + cut[-1]]
 
 
-def next_page_perplexity(model: LongMem, book: Book) -> float:
-    """Compute the perplexity of the page that follows, given the page and the model's memory."""
+def next_page_figures(model: LongMem, book: Book) -> Dict:
+    """Compute the perplexity of the page that follows, given the page and the model's memory.
+
+    Returns:
+        ``perplexity`` per token, and ``perplexity_per_word`` and ``bits_per_byte``, None where they are not known.
+    """
     score, first = model.score(book.page + book.following), len(model.encode(book.page))
-    return float(torch.exp(-score.log_probabilities[first:].mean()))
+    log_probabilities = score.log_probabilities[first:].double()
+    size = measure_text(score.tokens[first:], model.task.dictionary, model.bpe, continues=True)
+    return {
+        "perplexity": float(torch.exp(-log_probabilities.mean())),
+        **figures_by_text(-float(log_probabilities.sum()), size),
+    }
 
 
 def continue_page(model: LongMem, name: str, memory: str, book: Book, options: Dict) -> Dict[str, object]:
@@ -83,7 +93,7 @@ def continue_page(model: LongMem, name: str, memory: str, book: Book, options: D
     start = time.perf_counter()
     row["continuation"] = model.generate(book.page, **options)
     row["generate_seconds"] = time.perf_counter() - start
-    row["perplexity"] = next_page_perplexity(model, book)
+    row.update(next_page_figures(model, book))
     return row
 
 
@@ -93,12 +103,15 @@ def report(rows: Sequence[Dict], book: Book) -> str:
     for row in rows:
         lines += [f"--- memory: {row['memory']}", str(row["continuation"]).rstrip(), ""]
     lines += ["--- the book continues", book.following[:400].rstrip(), ""]
-    lines += ["| memory | tokens in it | memorizing | generating | perplexity of the next page |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    heads = ["memory", "tokens in it", "memorizing", "generating", "perplexity of the next page"]
+    heads += ["per word", "bits per byte"]
+    lines += [f"| {' | '.join(heads)} |", "| ---" + " | ---:" * (len(heads) - 1) + " |"]
     for row in rows:
+        by_text = [row["perplexity_per_word"], row["bits_per_byte"]]
         lines.append(
             f"| {row['memory']} | {row['memory_tokens']:,} | {row['memorize_seconds']:.1f} s | "
-            f"{row['generate_seconds']:.1f} s | {row['perplexity']:.2f} |"
+            f"{row['generate_seconds']:.1f} s | {row['perplexity']:.2f} | "
+            f"{' | '.join('' if figure is None else f'{figure:.3f}' for figure in by_text)} |"
         )
     return "\n".join(lines)
 
@@ -165,6 +178,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.top_p is not None:
         generation.update(sampling=True, top_p=options.top_p)
     try:
+        if options.json:
+            require_writable(options.json)
         book = open_book(options)
         model = LongMem.from_pretrained(options.path, options.data, memory_size=options.memory_size, **settings)
         rows = [
@@ -172,7 +187,7 @@ def main(arguments: Sequence[str]) -> None:
             continue_page(model, "the pages before", book.before, book, generation),
             continue_page(model, "the whole book", book.text, book, generation),
         ]
-        print(report(rows, book))
+        print(printable(report(rows, book)))
         if options.json:
             write_json(options.json, {"book": book.name, "rows": rows})
     except (ValueError, OSError) as error:

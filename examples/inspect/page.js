@@ -189,6 +189,8 @@
   facts.append(
     element("b", document.title), ` · tokens ${whole(data.begin)} to ${whole(data.begin + data.length - 1)} · perplexity `,
     element("b", figure(s.perplexity, 2)), ", without memory ", element("b", figure(s.without, 2)),
+    s.perplexity_per_word === null ? "" : ` · per word ${figure(s.perplexity_per_word, 1)}`,
+    s.bits_per_byte === null ? "" : ` · bits per byte ${figure(s.bits_per_byte, 3)}`,
     ` · read ${whole(s.distance)} tokens back on average · window ${whole(s.window)}, memory ${whole(s.memory)}, ` +
     `${whole(s.k)} tokens per query and head in chunks of ${data.chunk}, layer ${s.layer}, ${H} heads`,
   );

@@ -22,7 +22,8 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from longmem_fairseq.files import write_text
+from longmem_fairseq.data.text_meter import figures_by_text, measure_text
+from longmem_fairseq.files import printable, require_writable, write_text
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.models.trace import Trace
 from longmem_fairseq.text import read_text
@@ -162,7 +163,9 @@ def summary(trace: Trace, model: LongMem) -> Dict[str, object]:
     places = trace.position + trace.begin + 1 + torch.arange(len(trace.tokens))[:, None]
     weights = trace.masses * trace.gates[trace.heads.clamp(min=0)] * read
     distance = float(((places - trace.chunks) * weights).sum() / weights.sum()) if read.any() else 0.0
+    size = measure_text(trace.tokens, model.task.dictionary, model.bpe, continues=trace.begin > 0)
     return {
+        **figures_by_text(-float(trace.log_probabilities.double().sum()), size),
         "perplexity": round(math.exp(-float(trace.log_probabilities.mean())), 3),
         "without": round(math.exp(-float(trace.without_memory.mean())), 3),
         "distance": round(distance),
@@ -237,6 +240,7 @@ def main(arguments: Sequence[str]) -> None:
     names = ("memory_size", "pretrained_model_path")
     settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     try:
+        require_writable(options.output)
         model = LongMem.from_pretrained(options.path, options.data, device="cpu" if options.cpu else None, **settings)
         text = read_text(options.text)
         length = len(model.encode(text)) - options.begin
@@ -258,7 +262,7 @@ def main(arguments: Sequence[str]) -> None:
         write_text(options.output, content)
     except (ValueError, OSError) as error:
         sys.exit(f"page.py: {error}")
-    print(f"{options.output}: {len(content.encode()) / 2**20:.1f} MiB")
+    print(f"{printable(options.output)}: {os.path.getsize(options.output) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,19 @@ def perplexity(log: Path) -> float:
     return round(2 ** float(losses[-1]), 3)
 
 
+def by_text(log: Path) -> dict:
+    """Read the perplexity per word and the bits per byte at the end of a log of fairseq-eval-lm.
+
+    Args:
+        log: Path of the log.
+
+    Returns:
+        ``perplexity_per_word`` and ``bits_per_byte``; empty if the log does not have them.
+    """
+    match = re.search(r"Perplexity per word: ([0-9.]+), Bits per byte: ([0-9.]+)", log.read_text())
+    return {"perplexity_per_word": float(match[1]), "bits_per_byte": float(match[2])} if match else {}
+
+
 def collect(demo: Path, seconds: int) -> dict:
     """Collect all results, in the form of report.json.
 
@@ -42,6 +55,7 @@ def collect(demo: Path, seconds: int) -> dict:
     return {
         "backbone": perplexity(demo / "eval/backbone.log"),
         "memory": {str(size): memory[size] for size in sorted(memory)},
+        "by_text": {log.stem: by_text(log) for log in sorted(demo.glob("eval/*.log"))},
         "gain_percent": {str(size): round(100 * (1 - memory[size] / memory[0]), 1) for size in sorted(memory) if size},
         "source": (demo / "source").read_text().strip(),
         "copying": (demo / "copying.txt").read_text().strip(),
@@ -55,12 +69,17 @@ def collect(demo: Path, seconds: int) -> dict:
 
 def results_table(report: dict) -> str:
     """Format the results as a table in Markdown."""
-    rows = [("backbone alone", report["backbone"], "")]
+    rows = [("backbone alone", report["backbone"], "", report["by_text"]["backbone"])]
     for size, value in report["memory"].items():
         gain = f"-{report['gain_percent'][size]} %" if size in report["gain_percent"] else ""
-        rows.append((f"LongMem, memory of {int(size):,} tokens" if int(size) else "LongMem, memory off", value, gain))
-    lines = ["| model | perplexity | against memory off |", "| --- | ---: | ---: |"]
-    return "\n".join(lines + [f"| {name} | {value:.2f} | {gain} |" for name, value, gain in rows])
+        name = f"LongMem, memory of {int(size):,} tokens" if int(size) else "LongMem, memory off"
+        rows.append((name, value, gain, report["by_text"][f"memory-{size}"]))
+    lines = ["| model | perplexity | against memory off | per word | bits per byte |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: |"]
+    for name, value, gain, text in rows:
+        figures = f"{text['perplexity_per_word']:.1f} | {text['bits_per_byte']:.3f}" if text else "| "
+        lines.append(f"| {name} | {value:.2f} | {gain} | {figures} |")
+    return "\n".join(lines)
 
 
 def plot(report: dict, path: Path) -> None:

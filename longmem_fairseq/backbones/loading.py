@@ -1,6 +1,5 @@
 """Reading a backbone from a checkpoint: a language model's own, or one that a LongMem model was saved with."""
 
-import json
 import logging
 import os
 from typing import Any, Dict, Tuple
@@ -11,8 +10,9 @@ from fairseq.utils import safe_getattr
 from torch import Tensor
 
 from ..data.manifest import dictionary_fingerprint
+from ..files import parse_json, printable
 from ..modules.mixed_precision import compute_products_in
-from ..safe_load import load_safely, settings
+from ..safe_load import load_safely, refuse_adapter, settings
 from .base import Backbone, BackboneError, backbone_family
 from .checkpoint_formats import checkpoint_formats
 from .fingerprint import backbone_fingerprint
@@ -61,12 +61,20 @@ def build_backbone(config: Dict[str, Any], dictionary, memory_layer: int = 0) ->
     Raises:
         BackboneError: The dictionary does not fit, or there is no such layer.
     """
-    if config["vocabulary"] != len(dictionary):
+    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
+        raise BackboneError("its description does not name a model: write the checkpoint again")
+    if config.get("vocabulary") != len(dictionary):
         raise BackboneError(
-            f"the backbone has {config['vocabulary']} symbols and the dictionary of the data has {len(dictionary)}: "
-            "preprocess the data with the backbone's dict.txt"
+            f"the backbone has {config.get('vocabulary')} symbols and the dictionary of the data has "
+            f"{len(dictionary)}: preprocess the data with the backbone's dict.txt"
         )
-    backbone = backbone_family(config["model"]).build(config, dictionary)
+    family = backbone_family(config["model"])
+    try:
+        backbone = family.build(config, dictionary)
+    except ValueError:
+        raise
+    except Exception as error:  # a malformed description makes fairseq's decoders raise anything
+        raise BackboneError(f"its description does not make a {config['model']} ({error!r}): write it again") from error
     backbone.select_memory_layer(memory_layer)
     return backbone
 
@@ -102,7 +110,7 @@ def load_backbone(path: str, dictionary, memory_layer: int = 0, dtype: torch.dty
         compute_products_in(backbone, dtype)
     logger.info(
         "backbone %s: %s, %d layers of width %d, %d heads, %d symbols",
-        path,
+        printable(path),
         config["model"],
         backbone.num_layers,
         backbone.width,
@@ -133,6 +141,10 @@ def read_backbone(path: str) -> Tuple[Dict[str, Any], Dict[str, Tensor]]:
 
 def _read_checkpoint(path: str) -> Dict[str, Any]:
     """Return the contents of a checkpoint, which may hold only tensors and plain data."""
+    try:
+        refuse_adapter(path)
+    except ValueError as error:
+        raise BackboneError(str(error)) from error
     if not os.path.isfile(path):
         problem = "is a directory" if os.path.isdir(path) else "does not exist"
         raise BackboneError(f"the backbone {path} {problem}: name its checkpoint {HOW_TO_NAME}")
@@ -162,7 +174,7 @@ def _describe(state: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Tensor]]
         weights = {name[len(_IN_LONGMEM) :]: x for name, x in model.items() if name.startswith(_IN_LONGMEM)}
         if not weights:
             raise BackboneError("it is a longmem_lm saved without --save-backbone: name the checkpoint of its backbone")
-        return json.loads(description), weights
+        return parse_json(description), weights
     weights = {name: x for name, x in model.items() if name.startswith("decoder.")}
     embedding = weights.get("decoder.embed_tokens.weight")
     return describe_backbone(cfg, 0 if embedding is None else embedding.size(0)), weights

@@ -16,6 +16,7 @@ from fairseq.modules import LayerNorm
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from fairseq.utils import safe_getattr
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from ..modules.joint_attention import JointAttention
@@ -125,6 +126,12 @@ class TransformerBackbone(Backbone):
         )  # settings that the description leaves out keep their defaults
         OmegaConf.set_struct(cfg, False)
         args = SimpleNamespace(**{key: None if OmegaConf.is_interpolation(cfg, key) else cfg[key] for key in cfg})
+        for key, value in config.items():
+            try:
+                if value is not None:
+                    cfg[key] = value
+            except OmegaConfBaseException as error:
+                raise BackboneError(f"its description is malformed: {key}: {str(error).splitlines()[0]}") from error
         vars(args).update({key: value for key, value in config.items() if key not in ("model", "vocabulary")})
         args.tokens_per_sample = args.max_target_positions
         args.dropout = args.attention_dropout = args.activation_dropout = args.relu_dropout = 0.0

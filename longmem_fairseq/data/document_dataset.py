@@ -1,12 +1,12 @@
 """The documents of one split of the data, read by slices of token files."""
 
-import json
 import os
-from typing import List
+from typing import Any, List
 
 import numpy as np
 from fairseq.data import Dictionary, FairseqDataset
 
+from ..files import parse_json
 from .token_file import TokenFile
 
 
@@ -110,7 +110,7 @@ def _names_of_file(file: TokenFile, common: str) -> List[str]:
         return [f"{place}:{item}" for item in range(len(file))]
     try:
         with open(path, encoding="utf-8") as stream:
-            names = [json.loads(line)["name"] for line in stream]
+            names = [_name_in(parse_json(line)) for line in stream]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): write the data again") from error
     if len(names) != len(file):
@@ -118,3 +118,10 @@ def _names_of_file(file: TokenFile, common: str) -> List[str]:
             f"{path} names {len(names)} documents, but {file.prefix}.bin holds {len(file)}: write both again"
         )
     return names
+
+
+def _name_in(record: Any) -> str:
+    """Return the name in a line of ``documents.jsonl``."""
+    if not isinstance(record["name"], str):
+        raise TypeError(f"the name {record['name']!r:.40} is not text")
+    return record["name"]

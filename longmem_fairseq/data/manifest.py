@@ -7,19 +7,23 @@ A directory without a manifest, as stock ``fairseq-preprocess`` writes it, is no
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..files import write_json
+from ..files import read_json, write_json
 from .mmap_index import MmapIndexError, read_index
 
 MANIFEST = "manifest.json"
 FORMAT = "longmem documents, version 1"
 _READ_BYTES = 1 << 22
+# Types of the entries that are read here.
+_ENTRIES = {"tokenizer": dict, "dictionary": dict, "splits": dict}
+_DICTIONARY = {"fingerprint": str, "sha256": str}
+_SPLIT = {"documents": int, "tokens": int, "files": dict}
+_FILE = {"bytes": int, "sha256": str}
 
 
 class ManifestError(ValueError):
@@ -68,15 +72,33 @@ def read_manifest(directory: str | os.PathLike) -> dict | None:
     """
     path = Path(directory, MANIFEST)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path} cannot be read ({error}): make the data again") from None
-    required = {"tokenizer", "dictionary", "splits"}
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not required <= manifest.keys():
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ManifestError(f'{path} is not of the format "{FORMAT}": make the data again with this version')
+    _require_types(path, "", manifest, _ENTRIES)
+    _require_types(path, "tokenizer.", manifest["tokenizer"], {"fingerprint": str})
+    _require_types(path, "dictionary.", manifest["dictionary"], _DICTIONARY)
+    for split, described in manifest["splits"].items():
+        _require_types(path, "splits.", manifest["splits"], {split: dict})
+        _require_types(path, f"splits.{split}.", described, _SPLIT)
+        for name, file in described["files"].items():
+            _require_types(path, f"splits.{split}.files.", described["files"], {name: dict})
+            _require_types(path, f"splits.{split}.files.{name}.", file, _FILE)
     return manifest
+
+
+def _require_types(path: Path, place: str, entries: dict, types: dict[str, type]) -> None:
+    """Refuse a manifest in which an entry at a place is missing or has another type."""
+    for name, expected in types.items():
+        if type(entries.get(name)) is not expected:
+            raise ManifestError(
+                f"{path} is malformed: {place}{name} is {entries.get(name)!r:.40}, not a {expected.__name__}: make the "
+                "data again"
+            )
 
 
 def write_manifest(path: str | os.PathLike, manifest: dict) -> None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.text_meter import TextSize
+from ..files import printable
 from .base import Evaluation
 from .command_line import add_memory_sizes, memory_sizes, name_of
 from .reporting.statistic import PERPLEXITY
 from .reporting.system_scores import SystemScores
-from .reporting.table import Table
+from .reporting.table import Table, TextLoss, text_tables
 from .scoring.document_stream import DocumentStream
 from .scoring.systems import BACKBONE, OFF, with_cache, with_memory, with_window
 from .words import KINDS, MOST, count_words, kinds_of_characters
@@ -34,11 +36,13 @@ class Book(NamedTuple):
     Attributes:
         name: Name of the document.
         tokens: Token ids with the end-of-sentence, shape (length,), int64.
+        sizes: Words and bytes of each block of its tokens; None where they are not known.
         kinds: Kind of the word that each token ends in, shape (length,), uint8; None where words cannot be located.
     """
 
     name: str
     tokens: Tensor
+    sizes: Optional[List[TextSize]]
     kinds: Optional[np.ndarray]
 
 
@@ -95,7 +99,7 @@ class Books(Evaluation):
         texts = list(self.read_texts(args.data))
         if len({name for name, _ in texts}) < len(texts):
             raise ValueError(f"--data has two documents of the name {_repeated_name(texts)}: rename one")
-        self.digest = hashlib.sha256("".join(name + text for name, text in texts).encode()).hexdigest()
+        self.digest = hashlib.sha256("".join(printable(name) + text for name, text in texts).encode()).hexdigest()
         reference = None if args.reference is None else count_words(text for _, text in self._reference())
         counts = {name: count_words([text]) for name, text in texts} if reference is None else {}
         total = sum(counts.values(), count_words([]))
@@ -116,7 +120,9 @@ class Books(Evaluation):
         kinds = None
         if ends is not None:
             kinds = np.append(kinds_of_characters(text, reference)[np.maximum(ends - 1, 0)], 0)
-        return Book(name, torch.cat([tokens, torch.tensor([tokenizer.eos])]), kinds)
+        tokens = torch.cat([tokens, torch.tensor([tokenizer.eos])])
+        blocks = tokens[: self.args.document_tokens].split(self.block)
+        return Book(name, tokens, tokenizer.measure(blocks), kinds)
 
     def describe(self) -> Dict[str, Any]:
         return {
@@ -141,14 +147,18 @@ class Books(Evaluation):
 
     def score(self, item: str) -> Dict[str, Any]:
         name, begin, end = _parse(item)
-        tokens, kinds = self.books[name].tokens, self.books[name].kinds
+        _, tokens, sizes, kinds = self.books[name]
         if self._position != (name, begin):  # the first block of a document, or where an earlier run stopped
             self.stream = DocumentStream(self.scorer, self.sizes, self.windows)
             self.stream.replay(tokens[:begin])
         block = tokens[begin:end]
         losses = {system: -x.double().numpy() for system, x in self.stream.read(block).items()}
         self._position = (name, end)
-        result = {"tokens": len(block), "loss": {system: float(x.sum()) for system, x in losses.items()}}
+        result = {
+            "tokens": len(block),
+            "size": None if sizes is None else list(sizes[begin // self.block]),
+            "loss": {system: float(x.sum()) for system, x in losses.items()},
+        }
         for kind, title in enumerate(KINDS if kinds is not None else ()):
             here = kinds[begin:end] == kind
             if here.any():
@@ -184,6 +194,7 @@ class Books(Evaluation):
             (on + with_cache(last), on),
             *((on, with_window(window)) for window in self.windows),
         ]
+        text_losses = [TextLoss(item, result["loss"], result.get("size")) for item, result in results.items()]
         tables = []
         for title, columns, plot in (
             ("by length of the document", lengths, "bars"),
@@ -194,7 +205,7 @@ class Books(Evaluation):
             scored = {column: rows for column, rows in columns.items() if rows}
             if scored:
                 tables.append(Table(f"Perplexity {title}", scored, plot, pairs, upright=columns is documents))
-        return tables
+        return tables + text_tables("All documents", text_losses, pairs)
 
     def notes(self) -> List[str]:
         tokens = sum(len(book.tokens[: self.args.document_tokens]) for book in self.books.values())

@@ -4,14 +4,15 @@ The answer is the candidate with the likeliest tokens behind the context (Sun, T
 """
 
 import glob
-import json
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from torch import Tensor
 
+from ..files import parse_json
 from .base import Evaluation
 from .command_line import name_of
+from .records import read_file, text_of, texts_of
 from .reporting.finished_items import digest
 from .reporting.statistic import ACCURACY
 from .reporting.system_scores import SystemScores
@@ -50,17 +51,16 @@ def read_boundaries(path: str, books: Optional[Sequence[str]] = None) -> List[Ch
         ValueError: The file has neither layout.
         FileNotFoundError: A book is missing.
     """
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    text = read_file(path)
     try:
         if path.endswith(".jsonl"):
-            return _from_books(list(map(json.loads, text.splitlines())), path, books)
+            return _from_books(list(map(parse_json, filter(None, text.split("\n")))), path, books)
         boundaries = []
-        for split, works in json.loads(text).items():
+        for split, works in parse_json(text).items():
             for work, rows in works.items():
                 for i, row in enumerate(rows):
-                    suffixes = [row["pos"], *row["negs"]]
-                    boundaries.append(ChapterBoundary(f"{split} {work} {i}", work, row["ctx"], suffixes))
+                    suffixes = [text_of(row["pos"]), *texts_of(row["negs"])]
+                    boundaries.append(ChapterBoundary(f"{split} {work} {i}", work, text_of(row["ctx"]), suffixes))
         return boundaries
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -72,16 +72,16 @@ def read_boundaries(path: str, books: Optional[Sequence[str]] = None) -> List[Ch
 def _from_books(rows: List[Dict[str, Any]], path: str, books: Optional[Sequence[str]]) -> List[ChapterBoundary]:
     texts: Dict[str, str] = {}
     siblings = os.path.join(os.path.dirname(os.path.abspath(path)), "..", "*")
-    for name in {row["book"] for row in rows}:
+    for name in {text_of(row["book"]) for row in rows}:
         matches = [match for directory in books or [siblings] for match in glob.glob(os.path.join(directory, name))]
         if not matches:
             raise FileNotFoundError(f"{path} refers to {name}: name its directory with --books")
-        with open(matches[0], encoding="utf-8", newline="") as file:
-            texts[name] = file.read()
+        texts[name] = read_file(matches[0])
     boundaries = []
     for row in rows:
         name, context = f"{row['book']} {row['boundary']}", texts[row["book"]][: row["ctx_end"]]
-        boundaries.append(ChapterBoundary(name, row["book"], context, [row["gold"], *row["negatives"]]))
+        suffixes = [text_of(row["gold"]), *texts_of(row["negatives"])]
+        boundaries.append(ChapterBoundary(name, row["book"], context, suffixes))
     return boundaries
 
 

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 import torch
 from tqdm import tqdm
 
+from ..files import printable
 from ..memory.cache import CacheSettings
 from .base import Evaluation
 from .command_line import check, model_overrides, parser_of
@@ -117,7 +118,7 @@ def run(evaluation: Evaluation, args: argparse.Namespace) -> Outcome:
 def _report(evaluation: Evaluation, scorer: Scorer, description, tuning, results, directory: str) -> Outcome:
     tables = evaluation.tables(results)
     notes = [*evaluation.notes(), *_cache_notes(tuning, scorer)]
-    text = "\n\n".join([f"# {evaluation.title}", bullets(notes), *map(as_markdown, tables), BRACKETS])
+    text = printable("\n\n".join([f"# {evaluation.title}", bullets(notes), *map(as_markdown, tables), BRACKETS]))
     report = {
         "evaluation": evaluation.name,
         "title": evaluation.title,

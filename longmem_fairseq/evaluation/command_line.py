@@ -24,8 +24,8 @@ def parser_of(evaluation: Evaluation) -> argparse.ArgumentParser:
     model.add_argument(
         "--tokenizer",
         metavar="DIR",
-        help="directory of dict.txt and sentencepiece.model, or encoder.json and vocab.bpe (default: that of the "
-        "checkpoint, then that of its training data)",
+        help="directory of dict.txt and tokenizer.json, sentencepiece.model, or encoder.json and vocab.bpe "
+        "(default: that of the checkpoint, then that of its training data)",
     )
     model.add_argument("--backbone", metavar="FILE", help="checkpoint of the LongMem's backbone, if it has moved")
     model.add_argument("--tokens-per-sample", type=int, metavar="N", help="tokens of the window (default: as trained)")

@@ -1,15 +1,16 @@
 """All evaluations for several checkpoints, in one report with paired differences between them."""
 
 import argparse
-import json
 import logging
 import os
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from ..files import printable, read_json
 from .base import Evaluation
 from .command import BRACKETS, Outcome, bullets, configure_logging, interrupted, run, sentence
 from .command_line import parser_of
+from .records import text_of, texts_of
 from .reporting.markdown import as_markdown, markdown_table
 from .reporting.report_files import as_json, write_report
 from .reporting.system_scores import SystemScores
@@ -54,14 +55,13 @@ def read_plan(
         ValueError: The file is not a plan, or lacks a name of ``only``.
         FileNotFoundError: The data of an evaluation do not exist.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            plan = [
-                PlannedEvaluation(name, row["evaluation"], list(row["arguments"]))
-                for name, row in json.load(file).items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"--plan {path} is not a plan: it must name evaluations with their arguments") from error
+    try:
+        plan = [
+            PlannedEvaluation(name, text_of(row["evaluation"]), texts_of(row["arguments"]))
+            for name, row in read_json(path).items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--plan {path} is not a plan: it must name evaluations with their arguments") from error
     names = [planned.name for planned in plan]
     for name in only or []:
         if name not in names:
@@ -214,7 +214,7 @@ def _report(directory: str, outcomes: Dict[str, Dict[str, Outcome]]) -> str:
             "seconds": {checkpoint: outcome.report["seconds"] for checkpoint, outcome in runs.items()},
             "devices": {checkpoint: outcome.report["device"] for checkpoint, outcome in runs.items()},
         }
-    text = "\n\n".join([*parts, BRACKETS])
+    text = printable("\n\n".join([*parts, BRACKETS]))
     write_report(directory, {"models": models, "evaluations": evaluations, "markdown": text}, text, plots)
     return text
 
@@ -263,14 +263,17 @@ def merge(outcomes: Dict[str, Outcome]) -> List[Table]:
         return f"{name}: {row}"
 
     merged = []
-    for i, main_table in enumerate(next(iter(outcomes.values())).tables):
-        if i and not main_table.plot:
+    main_tables = {table.title: table for outcome in outcomes.values() for table in outcome.tables}
+    for i, (title, main_table) in enumerate(main_tables.items()):
+        if i and not (main_table.plot or main_table.compared):
             continue
         columns: Dict[str, Dict[str, SystemScores]] = {}
         pairs: Dict[Tuple[str, str], None] = {}  # in order, each once
         before: Dict[str, List[str]] = {}  # rows of a system in the checkpoints before
         for name, outcome in outcomes.items():
-            table = outcome.tables[i]
+            table = next((table for table in outcome.tables if table.title == title), None)
+            if table is None:  # the text of this checkpoint's tokens is not known
+                continue
             for column, rows in table.columns.items():
                 for row, scores in rows.items():
                     columns.setdefault(column, {}).setdefault(label(name, row), scores)
@@ -280,5 +283,5 @@ def merge(outcomes: Dict[str, Outcome]) -> List[Table]:
                 labeled = label(name, row)
                 pairs.update({(labeled, other): None for other in before.get(row, []) if other != labeled})
                 before.setdefault(row, []).append(labeled)
-        merged.append(Table(main_table.title, columns, main_table.plot, list(pairs)))
+        merged.append(Table(title, columns, main_table.plot, list(pairs)))
     return merged

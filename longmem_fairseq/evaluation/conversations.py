@@ -1,8 +1,10 @@
 """Conversations of several sessions, from the files of MSC, LoCoMo and Conversation Chronicles, or our JSON lines."""
 
-import json
 import re
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional
+
+from ..files import parse_json
+from .records import read_file, text_of
 
 _ORDINALS = ("first", "second", "third", "fourth", "fifth")  # Conversation Chronicles' sessions
 
@@ -59,11 +61,10 @@ def read_conversations(path: str) -> List[Conversation]:
     Raises:
         ValueError: The file has none of these layouts, or two conversations of one name.
     """
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    text = read_file(path)
     conversations: List[Conversation] = []
     try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else map(json.loads, filter(None, text.split("\n")))
+        rows = parse_json(text) if text.lstrip().startswith("[") else map(parse_json, filter(None, text.split("\n")))
         for row in rows:
             conversations.append(_read(row, len(conversations)))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -96,7 +97,7 @@ def _turns(rows: Iterable[Dict[str, Any]]) -> List[Turn]:
     for row in rows:
         caption = row.get("image_caption") or row.get("blip_caption")
         text = " ".join(filter(None, [row["text"].strip(), f"(shows {caption.strip()})" if caption else None]))
-        turns.append(Turn(row["speaker"], " ".join(text.split())))  # a turn is one line
+        turns.append(Turn(text_of(row["speaker"]), " ".join(text.split())))  # a turn is one line
     return [turn for turn in turns if turn.text]
 
 

@@ -12,7 +12,7 @@ from .conversations import Conversation, Session, read_conversations
 from .reporting.finished_items import digest
 from .reporting.statistic import PERPLEXITY
 from .reporting.system_scores import SystemScores
-from .reporting.table import Table
+from .reporting.table import Table, TextLoss, text_tables
 from .scoring.generate import generate
 from .scoring.text_state import TextState
 
@@ -107,7 +107,8 @@ class Dialogue(Evaluation):
             response = pieces[2 * i + 2][: self.scorer.size // 2]
             (scores,) = self.scorer.window(state, prompt, len(response)).score([response])
             losses = {system: round(-float(x.double().sum()), 4) for system, x in scores.items()}
-            turns.append({"reference": turn.text, "tokens": len(response), "loss": losses})
+            size = self.scorer.tokenizer.measure([response], continues=True)
+            turns.append({"reference": turn.text, "tokens": len(response), "size": size and size[0], "loss": losses})
             prompts.append(prompt)
         if self.args.generate == "all" or (self.args.generate == "last" and number == len(conversation.sessions) - 1):
             for system in self.scorer.systems:
@@ -122,9 +123,11 @@ class Dialogue(Evaluation):
         perplexity: Dict[str, SystemScores] = {}
         bleu: Dict[str, SystemScores] = {}
         distances: Dict[str, Dict[str, SystemScores]] = {title: {} for _, title in DISTANCES}
+        text_losses = []
         for item, result in results.items():
             distance = [title for begin, title in DISTANCES if result["earlier_sessions"] >= begin][-1]
             for i, turn in enumerate(result["turns"]):
+                text_losses.append(TextLoss(f"{item} {i}", turn["loss"], turn.get("size")))
                 for system, loss in turn["loss"].items():
                     for column in (perplexity, distances[distance]):
                         scores = column.setdefault(system, SystemScores({}, PERPLEXITY))
@@ -137,6 +140,7 @@ class Dialogue(Evaluation):
         return [
             Table("Responses", columns),
             Table("Perplexity of the true response by earlier sessions", by_distance, "lines"),
+            *text_tables("True response", text_losses),
         ]
 
     def notes(self) -> List[str]:

@@ -1,7 +1,6 @@
 """In-context learning: sentences are classified after demonstrations, some in the window and many in the memory."""
 
 import csv
-import json
 import os
 from typing import Any, Dict, List, NamedTuple, Tuple
 
@@ -9,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import parse_json
 from .base import Evaluation
+from .records import text_of
 from .reporting.finished_items import digest
 from .reporting.statistic import ACCURACY
 from .reporting.system_scores import SystemScores
@@ -93,7 +94,7 @@ def read_sentences(path: str, labels: Tuple[str, ...]) -> List[LabeledSentence]:
     kind, sentences = os.path.splitext(path)[1], []
     with open(path, encoding="utf-8", newline="") as file:
         if kind == ".jsonl":
-            rows = ((row["text"], row["label"]) for row in map(json.loads, file))
+            rows = ((row["text"], row["label"]) for row in map(parse_json, file))
         elif kind == ".tsv":
             next(file)  # the names of the columns
             rows = (line.rstrip("\r\n").rsplit("\t", 1) for line in file)
@@ -101,8 +102,8 @@ def read_sentences(path: str, labels: Tuple[str, ...]) -> List[LabeledSentence]:
             rows = (row[::-1] for row in csv.reader(file))
         try:
             for text, label in rows:
-                number = labels.index(label) if label in labels else int(label)
-                sentences.append(LabeledSentence(text.strip(), range(len(labels))[number]))
+                number = labels.index(label) if label in labels else int(str(label))
+                sentences.append(LabeledSentence(text_of(text).strip(), range(len(labels))[number]))
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{path}, example {len(sentences) + 1}, is not a sentence with a label ({', '.join(labels)}) or its "

@@ -1,6 +1,5 @@
 """Open-book question answering (SQuAD): the passages are in the memory, or the right one is in the window."""
 
-import json
 import re
 import string
 from collections import Counter
@@ -9,12 +8,14 @@ from typing import Any, Dict, List, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from ..files import parse_json
 from .base import Evaluation
 from .command_line import check_max_new_tokens, name_of
+from .records import read_file, text_of, texts_of
 from .reporting.finished_items import digest
 from .reporting.statistic import ACCURACY, PERPLEXITY
 from .reporting.system_scores import SystemScores
-from .reporting.table import Table
+from .reporting.table import Table, TextLoss, text_tables
 from .scoring.generate import generate
 from .scoring.text_state import TextState
 
@@ -63,18 +64,22 @@ def read_articles(path: str) -> List[Article]:
     Raises:
         ValueError: The file has another layout, or a question without an answer (SQuAD 2.0 has some).
     """
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    text = read_file(path)
     try:
-        rows = list(map(json.loads, text.splitlines())) if path.endswith(".jsonl") else _official(json.loads(text))
+        rows = (
+            list(map(parse_json, filter(None, text.split("\n"))))
+            if path.endswith(".jsonl")
+            else _official(parse_json(text))
+        )
         articles: Dict[str, Article] = {}
         for row in rows:
             article = articles.setdefault(row["title"], Article(row["title"].replace("_", " "), [], []))
-            if row["context"] not in article.passages:
-                article.passages.append(row["context"])
+            context = text_of(row["context"])
+            if context not in article.passages:
+                article.passages.append(context)
             if row["question"] is not None:
-                question = Question(str(row["id"]), row["context"], row["question"].strip(), list(row["answers"]))
-                article.questions.append(question)
+                question = row["question"].strip()
+                article.questions.append(Question(str(row["id"]), context, question, texts_of(row["answers"])))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} has neither SQuAD's layout (data, paragraphs, qas) nor lines of id, title, context, question and "
@@ -211,7 +216,8 @@ class QuestionAnswering(Evaluation):
             for row, question, prompt in zip(rows, questions, prompts):
                 truth = self.scorer.tokenizer.encode_continuation(f" {question.answers[0]}\n")[: self.scorer.size // 2]
                 (scores,) = self.scorer.window(state, prompt, len(truth)).score([truth])
-                row["tokens"] = len(truth)
+                size = self.scorer.tokenizer.measure([truth], continues=True)
+                row.update(tokens=len(truth), size=size and size[0])
                 row["loss"][place] = {system: round(-float(x.double().sum()), 4) for system, x in scores.items()}
         return {"questions": rows}
 
@@ -243,7 +249,12 @@ class QuestionAnswering(Evaluation):
                 for system, loss in row["loss"][place].items():
                     scores = losses[place].setdefault(system, SystemScores({}, PERPLEXITY))
                     scores.items[row["name"]] = (loss, row["tokens"])
-        return [Table("Answers", answers, "bars"), Table("Perplexity of the right answer", losses, "bars")]
+        tables = [Table("Answers", answers, "bars"), Table("Perplexity of the right answer", losses, "bars")]
+        for place in (MEMORY, WINDOW):
+            rows = [row for result in results.values() for row in result["questions"]]
+            text_losses = [TextLoss(row["name"], row["loss"][place], row.get("size")) for row in rows]
+            tables += text_tables(f"Right answer, {place}", text_losses)
+        return tables
 
     def notes(self) -> List[str]:
         questions = sum(map(len, self.groups.values()))

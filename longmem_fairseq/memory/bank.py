@@ -39,6 +39,7 @@ class MemoryBank:
         keys: Keys, shape (L, H, N, C, d).
         values: Values, shape (L, H, N, C, d).
         means: Mean key of each chunk, shape (L, H, N, d), float32.
+        tail: Keys and values of tokens that do not fill a chunk yet, shape (2, L, H, C, d).
         first: Number of the first chunk that each lane was given since its reset, shape (L,), int64.
         written: One past the number of the last chunk of each lane, shape (L,), int64.
         position: Number of tokens of each lane's stream so far, shape (L,), int64.
@@ -78,7 +79,7 @@ class MemoryBank:
         self.values = placement.new_tokens(shape, dtype)
         self.means = placement.new_means((lanes, heads, self.chunks, head_dim))
         tail = torch.float32 if exact_means else dtype
-        self._tail = torch.zeros(2, lanes, heads, chunk_size, head_dim, dtype=tail, device=placement.tokens)
+        self.tail = torch.zeros(2, lanes, heads, chunk_size, head_dim, dtype=tail, device=placement.tokens)
         self.first = np.zeros(lanes, dtype=np.int64)
         self.written = np.zeros(lanes, dtype=np.int64)
         self.position = np.zeros(lanes, dtype=np.int64)
@@ -93,7 +94,7 @@ class MemoryBank:
     @property
     def nbytes(self) -> int:
         """Number of bytes of the buffers."""
-        return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.means, self._tail))
+        return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.means, self.tail))
 
     def reset(self, lane: int, position: int = 0) -> None:
         """Empty a lane.
@@ -116,7 +117,7 @@ class MemoryBank:
         for name in ("keys", "values", "means"):
             for begin, end in other.spans(0):
                 getattr(self, name)[lane, :, begin:end] = getattr(other, name)[0, :, begin:end]
-        self._tail[:, lane] = other._tail[:, 0]  # noqa: SLF001  (of the same class)
+        self.tail[:, lane] = other.tail[:, 0]
         for name in ("first", "written", "position"):
             getattr(self, name)[lane] = getattr(other, name)[0]
         self.resets[lane] += 1
@@ -143,12 +144,12 @@ class MemoryBank:
         skip = min(T, max(0, int(self.written[lane]) * C - int(self.position[lane])))
         waiting = max(0, int(self.position[lane]) - int(self.written[lane]) * C)
         self.position[lane] += T
-        new = torch.stack([keys[:, skip:], values[:, skip:]]).to(self._tail)  # (2, H, T, d)
+        new = torch.stack([keys[:, skip:], values[:, skip:]]).to(self.tail)  # (2, H, T, d)
         if waiting:
-            new = torch.cat([self._tail[:, lane, :, :waiting], new], dim=2)
+            new = torch.cat([self.tail[:, lane, :, :waiting], new], dim=2)
         chunks, rest = divmod(new.size(2), C)
         if rest:
-            self._tail[:, lane, :, :rest] = new[:, :, chunks * C :]
+            self.tail[:, lane, :, :rest] = new[:, :, chunks * C :]
         if not chunks:
             return
         kept = min(chunks, N)  # a segment longer than the memory leaves only its end
@@ -179,7 +180,7 @@ class MemoryBank:
 
     def state(self) -> Tuple[Dict[str, Tensor], Dict[str, List[int]]]:
         """Return all that the bank holds, bit by bit: tensors by name, without those of empty lanes, and counters."""
-        tensors = {"tail": self._tail}
+        tensors = {"tail": self.tail}
         for lane in np.flatnonzero(self.held).tolist():
             tensors.update((f"{name}.{lane}", x) for name, x in zip(("keys", "values", "means"), self.contents(lane)))
         return tensors, {name: getattr(self, name).tolist() for name in ("first", "written", "position")}
@@ -191,7 +192,7 @@ class MemoryBank:
             tensors: Tensors of its :meth:`state`; it had the same sizes and precision, on any device.
             counters: Counters of its state.
         """
-        self._tail.copy_(tensors["tail"])
+        self.tail.copy_(tensors["tail"])
         for name, values in counters.items():
             getattr(self, name)[:] = values
         self.resets += 1
@@ -211,10 +212,10 @@ class MemoryBank:
             self.chunks * self.chunk_size,
             self.chunk_size,
             self.keys.dtype,
-            exact_means=self._tail.dtype != self.keys.dtype,
+            exact_means=self.tail.dtype != self.keys.dtype,
             placement=self.placement,
         )
-        other._tail = self._tail.clone()
+        other.tail = self.tail.clone()
         for name in ("first", "written", "position", "resets"):
             setattr(other, name, getattr(self, name).copy())
         for lane in range(self.lanes):
@@ -223,6 +224,12 @@ class MemoryBank:
                     getattr(other, name)[lane, :, begin:end] = getattr(self, name)[lane, :, begin:end]
         other.indices = copy.deepcopy(self.indices, memo)
         return other
+
+    def __reduce__(self):
+        """Pickle what the bank holds, without its indices and empty slots."""
+        sizes = (self.lanes, self.heads, self.head_dim, self.chunks * self.chunk_size, self.chunk_size)
+        exact_means = self.tail.dtype != self.keys.dtype
+        return _restored, (sizes, self.keys.dtype, exact_means, self.placement, *self.state())
 
     def tokens(self, lane: int, dtype: Optional[torch.dtype] = None) -> Tuple[Tensor, Tensor]:
         """Return a copy of all tokens of a lane, oldest first, those that do not fill a chunk yet included.
@@ -239,7 +246,7 @@ class MemoryBank:
         begin = (int(self.written[lane]) - held) % self.chunks
         first = min(held, self.chunks - begin)  # chunks before the ring closes
         copies = []
-        for buffer, tail in zip((self.keys, self.values), self._tail):
+        for buffer, tail in zip((self.keys, self.values), self.tail):
             x = buffer.new_empty(self.heads, held * C + waiting, self.head_dim, dtype=dtype or buffer.dtype)
             x[:, : first * C].copy_(buffer[lane, :, begin : begin + first].flatten(1, 2))
             x[:, first * C : held * C].copy_(buffer[lane, :, : held - first].flatten(1, 2))
@@ -267,3 +274,10 @@ class MemoryBank:
         newest = torch.from_numpy(self.written[lanes] - 1).to(slots.device, non_blocking=True)
         newest = newest.view(-1, *([1] * (slots.dim() - 1)))
         return newest - (newest - slots) % self.chunks
+
+
+def _restored(sizes, dtype, exact_means, placement, tensors, counters) -> MemoryBank:
+    """Return a bank that was pickled."""
+    bank = MemoryBank(*sizes, dtype, exact_means=exact_means, placement=placement)
+    bank.restore(tensors, counters)
+    return bank

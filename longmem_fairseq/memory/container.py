@@ -2,19 +2,15 @@
 
 import hashlib
 import json
-import os
-import tempfile
 import zlib
-from typing import Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import write_whole
+from ..files import parse_json
+from ..tensor_files import Header, read_tensors, write_tensors
 
-Header = Dict[str, str]
 Checksum = Callable[[Header, Dict[str, Tensor]], str]
 
 
@@ -55,20 +51,7 @@ def write_container(path: str, tensors: Dict[str, Tensor], header: Header, check
     Raises:
         OSError: The file cannot be written.
     """
-    header = {**header, checksum.__name__: checksum(header, tensors)}
-
-    def write(temporary: str) -> None:
-        folder, name = os.path.split(os.path.abspath(path))
-        # The library has a temporary file of its own, which stays where a process is killed: give it a known place.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}.tmp") as inner:
-            written = os.path.join(inner, name)
-            try:
-                save_file(tensors, written, metadata=header)
-            except SafetensorError as error:  # so the library reports that a disk is full
-                raise OSError(str(error)) from error
-            os.replace(written, temporary)
-
-    write_whole(path, write)
+    write_tensors(path, tensors, {**header, checksum.__name__: checksum(header, tensors)})
 
 
 def read_container(path: str, file_format: str, checksum: Checksum, kind: str) -> Tuple[Header, Dict[str, Tensor]]:
@@ -86,21 +69,48 @@ def read_container(path: str, file_format: str, checksum: Checksum, kind: str) -
     Raises:
         SnapshotError: The file is missing, damaged, changed, or of another format.
     """
-    if not os.path.isfile(path):
-        raise SnapshotError(f"the {kind} {path} does not exist")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != file_format:
-                raise SnapshotError(
-                    f"the {kind} {path} has the format {header.get('format')}, but this version reads {file_format}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise SnapshotError(f"the {kind} {path} is damaged, or not a safetensors file: {error}") from error
+        header, tensors = read_tensors(path)
+    except (ValueError, OSError) as error:
+        raise SnapshotError(f"the {kind} {error}") from error
+    if header.get("format") != file_format:
+        raise SnapshotError(
+            f"the {kind} {path} has the format {header.get('format')}, but this version reads {file_format}"
+        )
     if header.get(checksum.__name__) != checksum(header, tensors):
         raise SnapshotError(f"the {kind} {path} is not as it was written: its checksum ({checksum.__name__}) differs")
     return header, tensors
+
+
+def parse_entry(path: str, kind: str, header: Header, name: str) -> Any:
+    """Parse an entry of a container's header.
+
+    Args:
+        path: Path of the file, for messages.
+        kind: Kind of the file, as for :func:`read_container`.
+        header: Header of the file.
+        name: Name of an entry that is JSON.
+
+    Raises:
+        SnapshotError: The entry is missing, or not JSON.
+    """
+    try:
+        return parse_json(header[name])
+    except KeyError:
+        raise malformed(path, kind, f"it lacks {name}") from None
+    except ValueError as error:
+        raise malformed(path, kind, f"{name} is not JSON ({error})") from error
+
+
+def malformed(path: str, kind: str, reason: str) -> SnapshotError:
+    """Return the exception for a file whose checksum is right and whose content is not what this package writes.
+
+    Args:
+        path: Path of the file.
+        kind: Kind of the file, as for :func:`read_container`.
+        reason: Clause that names what is wrong.
+    """
+    return SnapshotError(f"the {kind} {path} was not written by this package: {reason}")
 
 
 def _header_bytes(header: Header) -> bytes:

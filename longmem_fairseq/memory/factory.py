@@ -16,6 +16,8 @@ from .search.index import IndexSearch
 from .settings import MemorySettings
 from .stream_memory import StreamMemory
 
+_SIZES_KEPT = 16  # factories of other sizes that are kept
+
 
 class MemoryFactory:
     """Builds the memories of a model, and their search and attention.
@@ -52,6 +54,8 @@ class MemoryFactory:
         if settings == self.settings:
             return self
         if settings.size not in self._sizes:
+            if len(self._sizes) >= _SIZES_KEPT:  # an evaluation may ask for another size for every text
+                del self._sizes[next(iter(self._sizes))]
             self._sizes[settings.size] = MemoryFactory(settings, self.kv_heads, self.head_dim, self.attention)
         return self._sizes[settings.size]
 
@@ -81,7 +85,19 @@ class MemoryFactory:
             lanes: Number of lanes.
             dtype: Precision of the model's activations, which the bank takes unless ``--memory-dtype`` sets another.
             device: Device of the model.
+
+        Raises:
+            ValueError: There is no room for it.
         """
+        try:
+            return self._new_bank(lanes, dtype, device)
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # whatever PyTorch raises for this size
+            size = self.settings.size
+            raise ValueError(
+                f"there is no room for --memory-size {size:,} (tokens of each of {lanes} lanes): lower it"
+            ) from error
+
+    def _new_bank(self, lanes: int, dtype: torch.dtype, device: torch.device) -> MemoryBank:
         settings = self.settings
         return MemoryBank(
             lanes,

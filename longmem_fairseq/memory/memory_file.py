@@ -4,12 +4,13 @@ Legend: H_kv key/value heads, d width of a head.
 """
 
 import json
-from typing import Dict
+from typing import Any, Dict, List
 
 import torch
 from torch import Tensor
 
-from .container import SnapshotError, read_container, sha256, write_container
+from ..tensor_files import Header
+from .container import SnapshotError, malformed, parse_entry, read_container, sha256, write_container
 from .document_memory import DocumentMemory, MemorizedDocument
 
 FORMAT = "longmem memory 1"
@@ -34,8 +35,7 @@ def save_memory(path: str, memory: DocumentMemory, backbone: str, layer: int, dt
         raise ValueError(f"nothing was memorized, so there is nothing to save in {path}")
     keys, values = (x.cpu() for x in memory.bank.tokens(0, DTYPES[dtype]))  # (H_kv, tokens, d)
     for x in (keys, values):
-        # A number that is not finite makes an extreme not finite, and extremes cost a fraction of testing every number.
-        if not torch.isfinite(torch.stack(x.aminmax())).all():
+        if not largest(x) < float("inf"):
             raise ValueError(f"the memory has values that do not fit {dtype}: save it in bfloat16 or float32")
     oldest = memory.oldest
     documents = [[name, max(0, begin - oldest), end - oldest] for name, begin, end in memory.documents]
@@ -63,15 +63,20 @@ def load_memory(path: str, memory: DocumentMemory, backbone: str, layer: int) ->
         SnapshotError: The file is missing, damaged, changed, or of another model.
     """
     header, tensors = read_container(path, FORMAT, sha256, "memory")
-    _check(path, header, tensors, memory, backbone, layer)
-    documents = [MemorizedDocument(*entry) for entry in json.loads(header["documents"])]
+    _check_model(path, header, backbone, layer)
+    _check_tensors(path, tensors, memory)
+    documents = _read_documents(path, header, tensors["keys"].size(1))
     device = memory.bank.keys.device
     memory.replace(tensors["keys"].to(device), tensors["values"].to(device), documents)
 
 
-def _check(
-    path: str, header: Dict[str, str], tensors: Dict[str, Tensor], memory: DocumentMemory, backbone: str, layer: int
-) -> None:
+def largest(x: Tensor) -> float:
+    """Return the largest magnitude in a tensor, 0 where it is empty; not a number if one in it is not."""
+    # Extremes cost a fraction of testing every number, and one that is not finite makes an extreme not finite.
+    return float(torch.stack(x.aminmax()).abs().max()) if x.numel() else 0.0
+
+
+def _check_model(path: str, header: Header, backbone: str, layer: int) -> None:
     """Refuse a file of another model."""
     if header.get("backbone") != backbone:
         raise SnapshotError(
@@ -83,8 +88,48 @@ def _check(
             f"the memory {path} is of layer {header.get('layer')}, but the model's memory layer is {layer} "
             "(--retrieval-layer-index): memorize the documents again"
         )
-    keys, values, bank = tensors["keys"], tensors["values"], memory.bank
-    if keys.shape != values.shape or keys.shape[::2] != (bank.heads, bank.head_dim):
+
+
+def _check_tensors(path: str, tensors: Dict[str, Tensor], memory: DocumentMemory) -> None:
+    """Refuse keys and values that are not numbers of the right shape, or that the memory's precision cannot hold."""
+    bank = memory.bank
+    if tensors.keys() != {"keys", "values"}:
+        raise malformed(path, "memory", f"it holds {', '.join(sorted(tensors)) or 'nothing'}, not keys and values")
+    keys, values = tensors["keys"], tensors["values"]
+    if keys.dim() != 3 or keys.shape != values.shape:
+        shapes = f"{list(keys.shape)} and {list(values.shape)}"
+        raise malformed(path, "memory", f"the shapes {shapes} are not (heads, tokens, width)")
+    if keys.shape[::2] != (bank.heads, bank.head_dim):
         raise SnapshotError(
             f"the memory {path} has {keys.shape[0]} heads of width {keys.shape[2]}, not {bank.heads} of {bank.head_dim}"
         )
+    for name, x in tensors.items():
+        if x.dtype not in DTYPES.values():
+            raise malformed(path, "memory", f"its {name} are {x.dtype}, not {', '.join(DTYPES)}")
+        most = largest(x)
+        if not most < float("inf"):
+            raise malformed(path, "memory", f"its {name} are not all finite numbers")
+        if most > torch.finfo(bank.keys.dtype).max:
+            raise SnapshotError(
+                f"the {name} of the memory {path} reach {most:.4g}, more than {bank.keys.dtype} holds: load the "
+                "model with --memory-dtype bfloat16 or float32"
+            )
+
+
+def _read_documents(path: str, header: Header, tokens: int) -> List[MemorizedDocument]:
+    """Return the documents of a file, in order and apart, each with a name of its own."""
+    entries = parse_entry(path, "memory", header, "documents")
+    if not isinstance(entries, list) or not all(map(_is_document, entries)):
+        raise malformed(path, "memory", "its documents are not a list of [name, begin, end]")
+    documents = [MemorizedDocument(*entry) for entry in entries]
+    ends = [0, *(document.end for document in documents)]
+    in_order = all(end <= document.begin < document.end for end, document in zip(ends, documents))
+    if not in_order or ends[-1] > tokens:
+        raise malformed(path, "memory", f"the places of its documents do not fit its {tokens:,} tokens")
+    if len({document.name for document in documents}) < len(documents):
+        raise malformed(path, "memory", "two of its documents have the same name")
+    return documents
+
+
+def _is_document(entry: Any) -> bool:
+    return isinstance(entry, list) and list(map(type, entry)) == [str, int, int]

@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.segments import Segments
+from ..files import printable
 from .bank import MemoryBank
 from .factory import MemoryFactory
 from .stream_memory import StreamMemory
@@ -59,7 +60,7 @@ class SplitMemories:
             memory.bank.lanes,
             self.factory.settings.size,
             str(memory.bank.keys.dtype).split(".")[-1],
-            memory.bank.placement,
+            printable(str(memory.bank.placement)),
             memory.bank.nbytes / 2**20,
             memory.chunk_reader.search.name,
         )

@@ -7,7 +7,7 @@ match is a place in the data, the backbone, and the settings of the memory.
 import json
 from typing import Any, Dict, Optional
 
-from .container import SnapshotError, crc32, read_container, write_container
+from .container import SnapshotError, crc32, malformed, parse_entry, read_container, write_container
 from .stream_memory import StreamMemory
 
 FORMAT = "longmem training memory 1"
@@ -47,13 +47,35 @@ def load_training_memory(path: str, memory: StreamMemory, place: Dict[str, Any])
         SnapshotError: The file is missing, damaged, changed, or of another place, backbone or setting.
     """
     header, tensors = read_container(path, FORMAT, crc32, "snapshot")
-    saved, current = json.loads(header["about"]), {**place, **_sizes(memory)}
+    saved, current = parse_entry(path, "snapshot", header, "about"), {**place, **_sizes(memory)}
+    if not isinstance(saved, dict):
+        raise malformed(path, "snapshot", "it does not state its place in the data")
     changed = [f"{name} was {x} and is {current.get(name)}" for name, x in saved.items() if x != current.get(name)]
     if changed:
         raise SnapshotError(f"the snapshot {path} does not fit: {'; '.join(changed)}")
-    state = json.loads(header["state"])
-    if state is not None:
+    state = parse_entry(path, "snapshot", header, "state")
+    if state is None:
+        return
+    if not _is_state(state, memory.bank.lanes):
+        raise malformed(path, "snapshot", "its counters are not those of a memory")
+    try:
         memory.restore(tensors, state)
+    except (IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise malformed(path, "snapshot", f"it cannot be put into a memory ({error})") from error
+
+
+def _is_state(state: Any, lanes: int) -> bool:
+    """Return whether a value has the form of a memory's state: counters of its bank's lanes, and its streams."""
+    try:
+        bank = state["bank"]
+        counters, streams = [bank["first"], bank["written"], bank["position"]], [state["streams"], state["ends"]]
+    except (KeyError, TypeError):
+        return False
+    if not all(isinstance(x, list) and set(map(type, x)) <= {int} for x in (*counters, *streams)):
+        return False
+    if len(bank) != len(counters) or set(map(len, counters)) != {lanes} or len(streams[0]) != len(streams[1]):
+        return False
+    return all(0 <= first <= written and 0 <= position for first, written, position in zip(*counters))
 
 
 def _sizes(memory: StreamMemory) -> Dict[str, Any]:

@@ -159,6 +159,13 @@ def with_defaults(cfg: Any) -> Any:
     return cfg
 
 
+def plain(cfg: Any) -> Any:
+    """Return a configuration that can be pickled: fairseq's choices, which are classes without a name, as strings."""
+    if not OmegaConf.is_config(cfg):
+        return cfg
+    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+
+
 def default_memory_layer(num_layers: int, reduction: int) -> int:
     """Return the memory layer of a backbone for which the user named none.
 

@@ -18,6 +18,7 @@ from ..memory.reader import MemoryReader
 from ..memory.split_memories import SplitMemories
 from ..modules.side_layer import SideNetworkOptions
 from .live_window import WINDOW, new_window
+from .longmem_config import plain
 
 
 class LongMemDecoder(FairseqIncrementalDecoder):
@@ -51,6 +52,9 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         self.layer_norm = backbone.side_norm(options)
         self.memories = SplitMemories(memory_factory)
         self.stateful = False
+
+    def __getstate__(self):
+        return {**self.__dict__, "cfg": plain(self.cfg)}
 
     def forward(
         self,

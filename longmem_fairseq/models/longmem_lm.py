@@ -16,6 +16,7 @@ from ..backbones.base import Backbone, BackboneError
 from ..backbones.checkpoint_formats import CheckpointFormat, checkpoint_formats
 from ..backbones.loading import HOW_TO_NAME, build_backbone, load_backbone
 from ..data.segments import Segments
+from ..files import parse_json
 from ..memory.factory import MemoryFactory
 from ..memory.settings import MemorySettings
 from .longmem_config import (
@@ -24,6 +25,7 @@ from .longmem_config import (
     check_options,
     check_task,
     default_memory_layer,
+    plain,
     with_defaults,
 )
 from .longmem_decoder import LongMemDecoder
@@ -55,6 +57,9 @@ class LongMemModel(FairseqLanguageModel):
         self.score_without_memory = False
         self.num_updates = 0
         self.autocast_dtype: Optional[torch.dtype] = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "cfg": plain(self.cfg)}
 
     @classmethod
     def add_args(cls, parser):
@@ -249,7 +254,7 @@ def _check_fingerprint(saved: Optional[str], backbone: Backbone, path: Optional[
 def _find_backbone(cfg, dictionary) -> Backbone:
     """Return the backbone that a self-contained checkpoint describes, else that of --pretrained-model-path."""
     if cfg.save_backbone and cfg.backbone_config:
-        return build_backbone(json.loads(cfg.backbone_config), dictionary)
+        return build_backbone(parse_json(cfg.backbone_config), dictionary)
     return _load_named(cfg, dictionary)
 
 

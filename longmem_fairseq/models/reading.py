@@ -113,6 +113,8 @@ class DocumentReader:
     def memorize(self, memory: DocumentMemory, name: str, tokens: Tensor) -> None:
         """Encode a document and write it into a memory; a progress bar shows from the first second on.
 
+        An exception, or an interruption by the user, leaves the memory as it was.
+
         Args:
             memory: Memory to write into.
             name: Name of the document.
@@ -121,16 +123,13 @@ class DocumentReader:
         Raises:
             ValueError: The memory has a document of this name.
         """
-        memory.require_new(name)
         eos = tokens.new_tensor([self.decoder.dictionary.eos()])
         inputs = torch.cat([eos, tokens]).to(self.decoder.device)  # the last token too: later text can read it
-        begin = memory.end
-        with token_bar(len(inputs), f"memorizing {name}") as progress:
+        with memory.writing(name, len(inputs)) as bank, token_bar(len(inputs), f"memorizing {name}") as progress:
             for part, encoded in encode_document(self.decoder.backbone, inputs, self.segment):
                 for keys, values in zip(encoded.keys, encoded.values):
-                    memory.bank.append(0, keys, values)
+                    bank.append(0, keys, values)
                 progress.update(part.numel())
-        memory.add(name, begin)
 
     @torch.no_grad()
     def read(self, inputs: Tensor, branches: Optional[MemoryBranches] = None, begin: int = 0) -> Iterator[ReadSegment]:

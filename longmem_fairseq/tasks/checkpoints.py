@@ -5,10 +5,8 @@ import collections
 import glob
 import logging
 import os
-import pickle
 import shutil
 import typing
-import zipfile
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple
 
@@ -18,19 +16,18 @@ from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 
 from ..data.manifest import dictionary_fingerprint
-from ..files import write_whole
-from ..safe_load import load_safely, namespaces_allowed, settings, why_unreadable
+from ..files import printable, remove_tree, write_whole
+from ..safe_load import load_safely, settings
 
 logger = logging.getLogger(__name__)
 
 LAST = "checkpoint_last.pt"  # fairseq's default of --restore-file; it may be missing
 
-# Names of files that a killed process leaves: fairseq's checkpoints, and files of write_whole.
+# Names of what a killed process leaves: fairseq's files of checkpoints, and the directories of write_whole.
 _UNFINISHED = (
     "checkpoint*.pt.tmp",
-    "checkpoint*.part.*.pt",
-    "memory_epoch*.safetensors.tmp*",
-    "memory_epoch*.part.*.safetensors",
+    "checkpoint*.pt.part",
+    "memory_epoch*.safetensors.part",
 )
 
 
@@ -125,8 +122,8 @@ def place_in(checkpoint: str) -> Optional[Tuple[int, int]]:
         Epoch and batch, or None if the file cannot be read.
     """
     try:
-        return _place_of(_map(checkpoint))
-    except Exception:  # a damaged file makes its reader raise anything
+        return _place_of(load_safely(checkpoint, mapped=True, checked=False))
+    except (ValueError, OSError, AttributeError):  # the last: it does not hold what a checkpoint does
         return None
 
 
@@ -188,33 +185,17 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
         DamagedCheckpoint: The file is truncated or was changed.
     """
     try:
-        if not zipfile.is_zipfile(path):  # a file of torch before 1.6, or a truncated one
-            return load_safely(path)
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-        if wrong is not None:
-            raise zipfile.BadZipFile(f"checksum of {wrong} is wrong")
-        return _map(path)
-    except Exception as error:  # a damaged file makes its reader raise anything
-        reason = why_unreadable(error) if isinstance(error, pickle.UnpicklingError) else str(error) or repr(error)
-        raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({reason.splitlines()[0]})") from error
-
-
-def _map(path: str) -> Dict[str, Any]:
-    """Read a checkpoint without its tensors, which stay on disk."""
-    with namespaces_allowed():
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return load_safely(path, mapped=True)
+    except (ValueError, OSError) as error:
+        raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({error})") from error
 
 
 def _remove_unfinished(save_dir: str) -> None:
     """Remove the files of runs that ended while they wrote a checkpoint or a snapshot of the memory."""
     for pattern in _UNFINISHED:
         for path in glob.glob(os.path.join(glob.escape(save_dir), pattern)):
-            logger.info(f"{path} was never finished, and is removed")
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            else:
-                os.remove(path)
+            logger.info(f"{printable(path)} was never finished, and is removed")
+            remove_tree(path)
 
 
 def _repair(last: str) -> None:
@@ -233,7 +214,7 @@ def _repair(last: str) -> None:
         if state["optimizer_history"][-1]["num_updates"] > updates:
             newest, updates = path, state["optimizer_history"][-1]["num_updates"]
     if newest is not None:
-        logger.warning(f"{damage}; it is made again from {newest} of update {updates}")
+        logger.warning(printable(f"{damage}; it is made again from {newest} of update {updates}"))
         write_whole(last, lambda temporary: shutil.copyfile(newest, temporary))
 
 

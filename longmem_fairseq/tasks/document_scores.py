@@ -1,5 +1,7 @@
 """Perplexity of every document: summed while fairseq-eval-lm runs, over ranks and shards, then written.
 
+Per token it depends on the tokenizer; per word (PG-19's convention) and in bits per byte it does not.
+
 Legend: B rows of a batch, T tokens of a segment, V symbols of the dictionary.
 """
 
@@ -8,12 +10,13 @@ import io
 import json
 import math
 import os
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..data.text_meter import TextSize, figures_by_text
 from ..files import write_text
 
 FILES = ("documents.jsonl", "documents.csv")
@@ -50,7 +53,9 @@ class DocumentScores:
         self.sums = np.zeros((3, documents))
 
     @torch.no_grad()
-    def add(self, sample: Dict[str, Any], logits: torch.Tensor, without_memory: torch.Tensor) -> None:
+    def add(
+        self, sample: Dict[str, Any], logits: torch.Tensor, without_memory: torch.Tensor, normalized: bool = False
+    ) -> None:
         """Add a batch.
 
         Args:
@@ -58,11 +63,12 @@ class DocumentScores:
             logits: Logits of the model, shape (B, T, V).
             without_memory: Logits of the model that reads no memory, shape (B, T, V); the same tensor if they are the
                 same.
+            normalized: If true, these are log-probabilities, of which only those of the targets need be right.
         """
         for row, pieces in enumerate(sample["pieces"]):
             target = sample["target"][row, : sum(map(len, pieces))]
-            losses = [_losses(logits[row], target)]
-            losses.append(losses[0] if without_memory is logits else _losses(without_memory[row], target))
+            losses = [_losses(logits[row], target, normalized)]
+            losses.append(losses[0] if without_memory is logits else _losses(without_memory[row], target, normalized))
             at = 0
             for piece in pieces:
                 n = len(piece)
@@ -109,36 +115,58 @@ class DocumentScores:
         """
         return float(self.sums[1 + without_memory].sum() / self.sums[0].sum() / math.log(2))
 
-    def rows(self, names: List[str]) -> List[Dict[str, Any]]:
+    def by_text(self, sizes: Sequence[Optional[TextSize]]) -> Dict[str, Optional[float]]:
+        """Return the figures of all documents by word and byte; None where the size of a scored one is not known.
+
+        Args:
+            sizes: Size of the text of each document, None where it is not known.
+
+        Returns:
+            ``perplexity_per_word`` and ``bits_per_byte``.
+        """
+        scored = [sizes[document] for document in np.flatnonzero(self.sums[0])]
+        total = None if None in scored else TextSize(*map(sum, zip(*scored)))
+        return figures_by_text(self.sums[1].sum(), total)
+
+    def rows(self, names: Sequence[str], sizes: Sequence[Optional[TextSize]]) -> List[Dict[str, Any]]:
         """Make one row of results for each document that was scored.
 
         Args:
             names: Name of each document.
+            sizes: Size of the text of each document, None where it is not known.
 
         Returns:
-            Rows with ``name``, ``tokens``, ``perplexity`` and ``perplexity_without_memory``.
+            Rows with ``name``, ``tokens``, ``words``, ``bytes``, and ``perplexity``, ``perplexity_per_word`` and
+            ``bits_per_byte``, each also with ``_without_memory``; what needs a size that is not known is None.
         """
-        return [
-            {
+        rows = []
+        for document in np.flatnonzero(self.sums[0]):
+            tokens, *losses = self.sums[:, document]
+            size = sizes[document]
+            row = {
                 "name": names[document],
-                "tokens": int(self.sums[0, document]),
-                "perplexity": _perplexity(self.sums[1, document], self.sums[0, document]),
-                "perplexity_without_memory": _perplexity(self.sums[2, document], self.sums[0, document]),
+                "tokens": int(tokens),
+                "words": None if size is None else size.words,
+                "bytes": None if size is None else size.bytes,
             }
-            for document in np.flatnonzero(self.sums[0])
-        ]
+            for loss, suffix in zip(losses, ("", "_without_memory")):
+                row[f"perplexity{suffix}"] = _perplexity(loss, tokens)
+                row.update({f"{name}{suffix}": value for name, value in figures_by_text(loss, size).items()})
+            rows.append(row)
+        return rows
 
-    def write(self, directory: str, names: List[str]) -> None:
+    def write(self, directory: str, names: Sequence[str], sizes: Sequence[Optional[TextSize]]) -> None:
         """Write ``documents.jsonl`` and ``documents.csv``.
 
         Args:
             directory: Path of an existing directory.
             names: Name of each document.
+            sizes: Size of the text of each document, None where it is not known.
 
         Raises:
             OSError: A file cannot be written.
         """
-        rows = self.rows(names)
+        rows = self.rows(names, sizes)
         table = io.StringIO()
         writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
@@ -148,10 +176,11 @@ class DocumentScores:
             write_result(os.path.join(directory, file), text)
 
 
-def _losses(logits: torch.Tensor, target: torch.Tensor) -> np.ndarray:
+def _losses(logits: torch.Tensor, target: torch.Tensor, normalized: bool) -> np.ndarray:
     """Compute the loss of each token, shape (n,), float64, from logits (T, V) with T >= n and target (n,)."""
-    return F.cross_entropy(logits[: len(target)].float(), target, reduction="none").double().cpu().numpy()
+    loss = F.nll_loss if normalized else F.cross_entropy
+    return loss(logits[: len(target)].float(), target, reduction="none").double().cpu().numpy()
 
 
-def _perplexity(loss: float, tokens: float) -> float:
-    return math.exp(min(loss / tokens, 700.0))  # above it, a float would be infinite
+def _perplexity(loss: float, units: float) -> float:
+    return math.exp(min(loss / units, 700.0))  # above it, a float would be infinite

@@ -7,6 +7,7 @@ from fairseq.data import Dictionary
 
 from ..data.directories import has_split, open_split
 from ..data.document_dataset import DocumentDataset
+from ..files import printable
 from ..memory.policies import memory_policy
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,10 @@ def load_documents(cfg, dictionary: Dictionary, split: str, epoch: int = 1, comb
         if split != cfg.train_subset and len(having) > 1:
             others = ", ".join(path for path in having if path != paths[0])
             logger.warning(
-                "%s is read from %s alone, as fairseq does it; there is also one in %s", split, paths[0], others
+                "%s is read from %s alone, as fairseq does it; there is also one in %s",
+                split,
+                printable(paths[0]),
+                printable(others),
             )
         paths = [paths[(epoch - 1) % len(paths)]]
     documents = DocumentDataset(open_split(paths, split, dictionary, combine), dictionary, split)

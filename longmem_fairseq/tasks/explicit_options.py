@@ -11,7 +11,8 @@ _FLAGS: Dict[str, Dict[str, Any]] = {
     "store_true": {"nargs": 0, "const": True},
     "store_false": {"nargs": 0, "const": False},
 }
-_REPEATABLE = {"--memory-text": {"repeatable": True, "type": str}}  # fairseq's parser would take a list in one word
+# fairseq's parser would take a list in one word.
+_REPEATABLE = {option: {"repeatable": True, "type": str} for option in ("--memory-text", "--stop")}
 
 
 def command_of(parser) -> str:

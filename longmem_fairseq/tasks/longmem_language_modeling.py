@@ -5,17 +5,15 @@ import logging
 import os
 from typing import Any, Dict, Optional
 
-import torch
 from fairseq import utils
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from ..data.document_dataset import DocumentDataset
 from ..data.manifest import dictionary_fingerprint
-from ..models.longmem_lm import LongMemModel
-from ..modules.mixed_precision import compute_products_in
-from ..safe_load import allow_namespaces
-from ..text import encode_text, one_line
+from ..data.text_meter import find_meter
+from ..safe_load import allow_plain_data
+from ..text import encode_text
 from .batch_memory import BatchMemory
 from .checkpoints import Restored, check_dictionary, check_space, read_checkpoint
 from .data_tokenizer import bpe_of_data
@@ -25,12 +23,14 @@ from .explicit_options import ExplicitOptions
 from .generation_options import check_generation
 from .generator import LongMemGenerator
 from .lane_batches import LaneBatches
-from .memory_session import MemorySession, memory_of_evaluation, refuse_memory_options
+from .memory_session import MemorySession, memory_of_evaluation, memory_options, refuse_memory_options
+from .model_setup import prepare_model
 from .option_table import TABLE as OPTIONS
 from .options import LongMemLanguageModelingConfig, check_options
 from .prompt_dataset import PromptDataset, document_prompts
 from .run_description import describe_run
 from .saved_settings import SavedSettings
+from .stop_rule import answers_in_lines
 from .training_setup import prepare_training
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
     @classmethod
     def setup_task(cls, args, **kwargs):
         """Check the options, the checkpoint and the data before anything is built."""
-        allow_namespaces()  # fairseq reads its checkpoints after this
+        allow_plain_data()  # fairseq reads its checkpoints after this
         from_checkpoint = bool(kwargs.get("from_checkpoint"))
         check_options(args, from_checkpoint)
         saved = SavedSettings.of_command(args, from_checkpoint)
@@ -113,23 +113,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         elif self.restored is not None and "backbone_fingerprint" in args:
             args.backbone_fingerprint = self.restored.backbone  # the model compares it with its backbone's
         model = super().build_model(args, from_checkpoint)
-        if not from_checkpoint and str(self.args.train_dtype) != "float32":
-            if not isinstance(model, LongMemModel):
-                raise ValueError(f"--train-dtype {self.args.train_dtype} is for longmem_lm: use --amp for other models")
-            model.autocast_dtype = getattr(torch, str(self.args.train_dtype))
-        if from_checkpoint and str(self.args.inference_dtype) != "float32":
-            compute_products_in(model, getattr(torch, str(self.args.inference_dtype)))
-        if not from_checkpoint and hasattr(model, "memorize") and self.args.max_target_positions is not None:
-            raise ValueError(
-                f"--max-target-positions {self.args.max_target_positions} is not supported by a model with a memory: "
-                "its positions are the backbone's; leave it out"
-            )
-        positions = model.max_positions()
-        if positions is not None and self.args.tokens_per_sample > positions:
-            raise ValueError(
-                f"--tokens-per-sample {self.args.tokens_per_sample} exceeds the {positions} positions of the model: "
-                "lower it"
-            )
+        prepare_model(model, self.args, from_checkpoint)
         self._model = self.memory.model = model
         self._model_cfg = args
         if self.memory.snapshots is not None:
@@ -173,13 +157,15 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             refuse_memory_options(self.args)
         if not has_memory or seq_gen_cls is not None:
             return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
-        check_generation(args, models)
+        check_generation(args, models, len(self.dictionary))
         options = {key: value for key, value in (extra_gen_cls_kwargs or {}).items() if value is not None}
         if "lm_model" not in options:
             options.pop("lm_weight", None)
+        options.setdefault("repetition_penalty", self.args.repetition_penalty)
         generator_class = functools.partial(LongMemGenerator, segment=self.args.tokens_per_sample)
         generator = super().build_generator(models, args, generator_class, options, prefix_allowed_tokens_fn)
-        self.session = MemorySession(generator, self.args, self._encode_text)
+        if "document_memories" not in options:  # a command, whose memory the task's options fill
+            self.session = MemorySession(generator, self.args, self._encode_text)
         return generator
 
     def build_tokenizer(self, args):
@@ -191,7 +177,7 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         self._bpe = bpe_of_data(self.args.data) if args is None else super().build_bpe(args)
         if self.session is not None:
             self.session.start()
-        return one_line(self._bpe)
+        return answers_in_lines(self.session, self.args, self._bpe, self._tokenizer)
 
     def _encode_text(self, text: str):
         return encode_text(text, self.dictionary, self._bpe, self._tokenizer)
@@ -245,10 +231,11 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             )
         options.pop("max_positions", None)
         iterator = self.get_batch_iterator(dataset, max_tokens, batch_size, **options)
-        args, lanes = self.args, iterator.dataset
-        self.build_tokenizer(args.tokenizer_settings)
-        self.build_bpe(args.bpe_settings)
-        memory = memory_of_evaluation(self._model, args, self.dictionary, self._encode_text, lanes.n_ranks)
+        args, lanes, memory = self.args, iterator.dataset, None
+        if memory_options(args):
+            self.build_tokenizer(args.tokenizer_settings)
+            self.build_bpe(args.bpe_settings)
+            memory = memory_of_evaluation(self._model, args, self.dictionary, self._encode_text, lanes.n_ranks)
         return EvaluationBatches(
             iterator.next_epoch_itr(shuffle=False),
             lanes,
@@ -258,4 +245,5 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
             run=describe_run(args, self._model_cfg, lanes, memory),
             bar=args.log_format == "tqdm" or (args.log_format is None and not args.no_progress_bar),
             log_interval=args.log_interval,
+            find_meter=functools.partial(find_meter, utils.split_paths(args.data), self.dictionary),
         )

@@ -6,11 +6,12 @@ Options: ``--memory-text``, ``--memory-load``, ``--memory-save`` and ``--memoriz
 import logging
 import os
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 from torch import Tensor
 
+from ..files import printable, require_writable
 from ..memory.document_memory import DocumentMemory
 from ..memory.memory_file import load_memory, save_memory
 from ..memory.policies import memory_policy
@@ -56,6 +57,7 @@ class MemorySession:
 
     Raises:
         ValueError: An option is not supported by the models.
+        OSError: No file can be written at --memory-save.
     """
 
     def __init__(self, generator: LongMemGenerator, cfg, encode: Callable[[str], Tensor]):
@@ -68,6 +70,11 @@ class MemorySession:
             )
         if (cfg.memory_load or cfg.memory_save) and len(generator.document_memories) > 1:
             raise ValueError("--memory-load and --memory-save support one model: name one in --path")
+        if cfg.memory_save:
+            try:
+                require_writable(cfg.memory_save)
+            except OSError as error:
+                raise OSError(f"--memory-save {error}") from error
 
     def start(self) -> None:
         """Load the memory and memorize the documents that the options name, and save the memory with --memory-save.
@@ -126,7 +133,7 @@ class MemorySession:
     def _load(self, path: str, memory: DocumentMemory) -> None:
         start = time.time()
         load_memory(path, memory, *self._identity())
-        names = ", ".join(document.name for document in memory.documents)
+        names = printable(", ".join(document.name for document in memory.documents))
         logger.info("loaded %s tokens (%s) in %.1f s", f"{memory.tokens:,}", names, time.time() - start)
 
     def _memorize_file(self, path: str, memory: DocumentMemory) -> None:
@@ -138,7 +145,7 @@ class MemorySession:
         self.generator.memorize("standard input" if path == "-" else path, tokens)
         logger.info(
             "memorized %s: %s tokens in %.1f s; the memory has %s of at most %s",
-            path,
+            printable(path),
             f"{len(tokens):,}",
             time.time() - start,
             f"{memory.tokens:,}",
@@ -150,15 +157,14 @@ class MemorySession:
         dtype = str(self.cfg.memory_save_dtype or DEFAULT_DTYPE)
         save_memory(path, memory, *self._identity(), dtype=dtype)
         size = os.path.getsize(path) / 2**20
-        logger.info("saved %s tokens in %s (%.1f MiB) in %.1f s", f"{memory.tokens:,}", path, size, time.time() - start)
+        seconds = time.time() - start
+        logger.info("saved %s tokens in %s (%.1f MiB) in %.1f s", f"{memory.tokens:,}", printable(path), size, seconds)
 
     def _identity(self):
         return backbone_identity(self.generator.model.single_model.decoder)
 
 
-def memory_of_evaluation(
-    model, cfg, dictionary, encode: Callable[[str], Tensor], ranks: int
-) -> Optional[DocumentMemory]:
+def memory_of_evaluation(model, cfg, dictionary, encode: Callable[[str], Tensor], ranks: int) -> DocumentMemory:
     """Make the memory that each document of a split starts with in ``fairseq-eval-lm``.
 
     Args:
@@ -169,13 +175,11 @@ def memory_of_evaluation(
         ranks: Number of ranks or shards of the evaluation.
 
     Returns:
-        The memory, which the model's streams of evaluation now start with; None if the options ask for none.
+        The memory, which the model's streams of evaluation now start with.
 
     Raises:
         ValueError: An option is not supported by the model or the evaluation.
     """
-    if not memory_options(cfg):
-        return None
     if not hasattr(model, "memorize"):
         refuse_memory_options(cfg)
     if memory_policy(cfg.memory_scope).shares_memory:

@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 
 from ..data.lane_iterator import LaneIterator
+from ..files import printable
 from ..memory.container import SnapshotError
 from ..memory.policies import memory_policy
 from ..memory.training_snapshot import load_training_memory, save_training_memory
@@ -155,7 +156,7 @@ class MemorySnapshots:
             raise OSError(
                 f"{failure}: make room and start the same command again, or leave out --memory-snapshot"
             ) from failure
-        logger.info("memory saved to %s: %.1f MiB in %.1f s", path, size / 2**20, time.time() - start)
+        logger.info("memory saved to %s: %.1f MiB in %.1f s", printable(path), size / 2**20, time.time() - start)
 
     def expect(self, model) -> None:
         """Refuse at the start what could not be saved or read later.
@@ -218,7 +219,7 @@ class MemorySnapshots:
             raise SnapshotError(f"{error}: {_REPLAY}") from error
         if model.needs_replay(segments).any():
             raise SnapshotError(f"the memory in {path} does not reach the batch that comes next: {_REPLAY}")
-        logger.info("memory of %d lanes read from %s in %.1f s", rows.sum(), path, time.time() - start)
+        logger.info("memory of %d lanes read from %s in %.1f s", rows.sum(), printable(path), time.time() - start)
 
     def remove_unused(self) -> None:
         """Remove the snapshots of places at which there is no checkpoint any more."""

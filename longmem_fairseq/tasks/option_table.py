@@ -47,6 +47,8 @@ TABLE: Dict[str, OptionUse] = {
     "memory_save_dtype": OptionUse((EVAL_LM, *_PROMPTS), "no memory is saved; leave it out"),
     "memorize_turns": OptionUse(_PROMPTS, "there are no prompts and answers; leave it out"),
     "prompt_tokens": OptionUse((GENERATE,), "it cuts the prompts of fairseq-generate from documents; leave it out"),
+    "stop": OptionUse(_PROMPTS, "no text is generated; leave it out"),
+    "repetition_penalty": OptionUse(_PROMPTS, "no text is generated; leave it out"),
     "train_dtype": OptionUse((TRAIN,), "nothing is trained; leave it out, and set --inference-dtype"),
     "inference_dtype": OptionUse(
         (VALIDATE, EVAL_LM, *_PROMPTS),

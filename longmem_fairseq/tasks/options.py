@@ -12,6 +12,7 @@ from omegaconf import II
 
 from ..memory.memory_file import DTYPES
 from ..memory.policies import memory_policy
+from .generation_options import check_stops, check_values
 from .option_table import INTERACTIVE, TRAIN, check_use
 
 
@@ -78,6 +79,19 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
         default=None,
         metadata={"help": "fairseq-generate: continue the first tokens, this many, of each document of --gen-subset"},
     )
+    stop: Optional[List[str]] = field(
+        default=None,
+        metadata={
+            "help": "generation: end an answer at this text and cut it before (repeatable; a newline is written <0x0A>)"
+        },
+    )
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata={
+            "help": "generation: divide positive and multiply negative logits of the tokens in prompt and answer by "
+            "this; above 1 against repetition"
+        },
+    )
     train_dtype: ChoiceEnum(["float32", "bfloat16"]) = field(
         default="float32",
         metadata={
@@ -117,6 +131,7 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
     log_format: Optional[str] = II("common.log_format")
     log_interval: int = II("common.log_interval")
     no_progress_bar: bool = II("common.no_progress_bar")
+    post_process: Optional[str] = II("common_eval.post_process")
 
 
 def check_options(cfg: LongMemLanguageModelingConfig, from_checkpoint: bool = False) -> None:
@@ -147,6 +162,8 @@ def check_options(cfg: LongMemLanguageModelingConfig, from_checkpoint: bool = Fa
     _check_memory_files(cfg)
     if cfg.prompt_tokens is not None and cfg.prompt_tokens < 0:
         raise ValueError(f"--prompt-tokens {cfg.prompt_tokens} is negative: set it to 0 or more")
+    check_stops(cfg.stop or [], "--stop")
+    check_values({"repetition_penalty": cfg.repetition_penalty})
 
 
 def _check_precision(cfg: LongMemLanguageModelingConfig) -> None:

@@ -6,7 +6,7 @@ each symbol stands for.
 
 from .bpe_files import TOKENIZER_FILES, find_bpe
 from .encoding import decode_text, encode_text, token_texts
-from .one_line_bpe import OneLineBPE, one_line, text_codec
+from .one_line_bpe import OneLineBPE, in_line, of_line, one_line, text_codec
 from .text_codec import TextCodec
 from .text_file import read_text
 
@@ -17,6 +17,8 @@ __all__ = [
     "decode_text",
     "encode_text",
     "find_bpe",
+    "in_line",
+    "of_line",
     "one_line",
     "read_text",
     "text_codec",

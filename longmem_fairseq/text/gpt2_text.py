@@ -13,7 +13,9 @@ class Gpt2Text(TextCodec):
         return self.bpe.encode(text).split()
 
     def decode(self, symbols: Sequence[str]) -> str:
-        return self.bpe.decode(" ".join(symbols))
+        # fairseq's own method fails for symbols that are not in the BPE, such as the dictionary's madeupword0000.
+        text = b"".join(self.symbol_bytes.get(symbol, symbol.encode()) for symbol in symbols)
+        return text.decode("utf-8", errors="replace")
 
     @cached_property
     def symbol_bytes(self) -> Dict[str, bytes]:

@@ -21,8 +21,8 @@ class JsonTokenizer:
     """The tokenizer of a ``tokenizer.json``, and the symbols of its ids in a fairseq dictionary.
 
     The symbol of a token is its id in decimal, as in GPT-2's dictionaries, since a token may contain whitespace. Only
-    the text is encoded: what transformers adds with ``add_special_tokens=True``, such as a token at the beginning, is
-    left to fairseq's end-of-sentence.
+    the text is encoded. Tokens that transformers adds with ``add_special_tokens=True``, such as one at the beginning,
+    are left to fairseq's end-of-sentence.
 
     Args:
         content: Bytes of the file.

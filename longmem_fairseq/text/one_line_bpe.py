@@ -70,9 +70,7 @@ class OneLineBPE:
         Returns:
             Symbols between spaces.
         """
-        for char, spelling in _LINE_ENDS.items():
-            line = line.replace(spelling, char)
-        return " ".join(self.codec.encode(line))
+        return " ".join(self.codec.encode(of_line(line)))
 
     def decode(self, symbols: str) -> str:
         """Decode a line of symbols.
@@ -83,10 +81,21 @@ class OneLineBPE:
         Returns:
             Text with line ends written as ``<0x0A>`` and ``<0x0D>``.
         """
-        line = "".join(self.codec.texts(symbols.split()))
-        for char, spelling in _LINE_ENDS.items():
-            line = line.replace(char, spelling)
-        return line
+        return in_line("".join(self.codec.texts(symbols.split())))
+
+
+def in_line(text: str) -> str:
+    """Spell a text in the lines that fairseq's commands read and print: line ends are ``<0x0A>`` and ``<0x0D>``."""
+    for char, spelling in _LINE_ENDS.items():
+        text = text.replace(char, spelling)
+    return text
+
+
+def of_line(line: str) -> str:
+    """Return the text that :func:`in_line` spells."""
+    for char, spelling in _LINE_ENDS.items():
+        line = line.replace(spelling, char)
+    return line
 
 
 def one_line(bpe):

@@ -122,12 +122,13 @@ def test_unknown_split_and_damaged_manifest(data):
     with pytest.raises(ManifestError, match="is not of the format"):
         verify(data, "train")
     (data / MANIFEST).write_text(json.dumps({"format": FORMAT}))
-    with pytest.raises(ManifestError, match="is not of the format"):
+    with pytest.raises(ManifestError, match="is malformed: tokenizer is None, not a dict: make the data again"):
         verify(data, "train")
 
 
 def test_a_manifest_is_written_whole_or_not_at_all(tmp_path):
-    contents = {"tokenizer": {}, "dictionary": {}, "splits": {}}
+    fingerprints = {"fingerprint": "0", "sha256": "0"}
+    contents = {"tokenizer": fingerprints, "dictionary": fingerprints, "splits": {}}
     write_manifest(tmp_path / MANIFEST, contents)
     with pytest.raises(TypeError):
         write_manifest(tmp_path / MANIFEST, {**contents, "splits": object()})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from longmem_fairseq.evaluation.books import Books
 from longmem_fairseq.evaluation.command import main, run
 from longmem_fairseq.evaluation.command_line import parser_of
+from longmem_fairseq.files import printable
 from longmem_fairseq.hub import LongMem
 from preprocess.documents import iter_documents
+
+SHORT = os.fsdecode(b"sh\xf6rt.txt")  # not UTF-8
 
 
 def books():
@@ -22,7 +26,7 @@ def books():
 def data(tmp_path_factory, text):
     directory = tmp_path_factory.mktemp("books")
     (directory / "long.txt").write_text(text * 3)  # 2,048 to 4,096 tokens
-    (directory / "short.txt").write_text(text[300:1500])
+    (directory / SHORT).write_text(text[300:1500])
     return directory
 
 
@@ -36,7 +40,7 @@ def arguments(files, data):
         "--data",
         data,
         "--valid",
-        data / "short.txt",
+        data / SHORT,
         *"--cpu --memory-sizes 64 128 --tuning-tokens 150".split(),
     ]
 
@@ -57,9 +61,9 @@ def test_report(outcome, data, files):
     report = json.loads((directory / "report.json").read_text())
     assert report == json.loads(json.dumps(finished.report)) and (directory / "report.png").stat().st_size > 10_000
     assert (directory / "report.md").read_text() == report["markdown"]
-    lengths, kinds, positions, documents = report["tables"]
+    lengths, kinds, positions, documents, by_text = report["tables"]
     assert list(lengths["figures"]) == ["all", "< 5k"] and list(positions["figures"]) == ["0-1k", "1-4k"]
-    assert list(documents["figures"]) == ["long.txt", "short.txt"]
+    assert list(documents["figures"]) == ["long.txt", SHORT]
     assert list(lengths["figures"]["all"]) == [
         "backbone",
         "backbone, window 64",
@@ -72,7 +76,8 @@ def test_report(outcome, data, files):
         "memory 128 + cache 128",
     ]
     model = LongMem.from_pretrained(str(files.longmem), data=str(files.directory), device="cpu")
-    for name in ("long.txt", "short.txt"):
+    assert SHORT in documents["figures"] and printable(SHORT) in report["markdown"]
+    for name in ("long.txt", SHORT):
         tokens = torch.cat([model.encode((data / name).read_text()), torch.tensor([2])])
         model.encode = lambda text, tokens=tokens: tokens
         expected = model.score("").perplexity  # with the checkpoint's memory of 128 tokens
@@ -92,6 +97,21 @@ def test_figures_add_up(outcome):
         assert sums == pytest.approx(expected)
     value = finished.tables[0].columns["all"]["memory 64"].interval().value
     assert value == pytest.approx(math.exp(expected[0] / expected[1]))
+
+
+def test_per_word_and_byte(outcome, data):
+    """All tokens, end-of-sentences included, over the words and bytes of the files."""
+    directory, finished = outcome
+    table = finished.tables[-1]
+    losses = sum(loss for loss, _ in finished.tables[0].columns["all"]["memory 64"].items.values())
+    texts = [(data / name).read_text() for name in ("long.txt", SHORT)]
+    words, size = (sum(map(len, parts)) for parts in ([t.split() for t in texts], [t.encode() for t in texts]))
+    assert table.title == "All documents, by word and byte"
+    figures = {column: rows["memory 64"].interval().value for column, rows in table.columns.items()}
+    assert figures == {
+        "perplexity per word": pytest.approx(math.exp(losses / words)),
+        "bits per byte": pytest.approx(losses / math.log(2) / size),
+    }
 
 
 def test_it_goes_on_where_it_was_interrupted(outcome, arguments, tmp_path):

@@ -106,10 +106,18 @@ def test_figures(outcome):
     items = items_of(directory)
     turns = [turn for item in items.values() for turn in item["turns"]]
     assert finished.report["items"] == 3 and len(turns) == 8
-    table, by_distance = finished.tables
+    table, by_distance, by_text = finished.tables
     value = table.columns["perplexity of the true response"]["memory on"].interval().value
     loss = sum(turn["loss"]["memory on"] for turn in turns) / sum(turn["tokens"] for turn in turns)
     assert value == pytest.approx(math.exp(loss))
+    # A response is " text\n".
+    nats, words = sum(turn["loss"]["memory on"] for turn in turns), sum(len(t["reference"].split()) for t in turns)
+    size = sum(len(turn["reference"].encode()) + 2 for turn in turns)
+    figures = {column: rows["memory on"].interval().value for column, rows in by_text.columns.items()}
+    assert figures == {
+        "perplexity per word": pytest.approx(math.exp(nats / words)),
+        "bits per byte": pytest.approx(nats / math.log(2) / size),
+    }
     assert list(by_distance.columns) == ["0", "1", "2"] and len(by_distance.columns["2"]["memory on"]) == 3
     assert "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in finished.report["markdown"]
     assert finished.report["examples"][0]["reference"] == "Rex ran away today ."

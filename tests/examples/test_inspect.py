@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import resource
 
 import pytest
 import torch
@@ -75,6 +77,8 @@ def test_the_data_is_the_trace(gpt2, trace):
     data = data_of((gpt2 / "page.html").read_text(encoding="utf-8"))
     assert (data["begin"], data["length"], data["reads"]) == (30, 60, 3)
     assert data["settings"]["perplexity"] == pytest.approx(math.exp(-result.log_probabilities.mean()), rel=1e-3)
+    nats, shown_text = -float(result.log_probabilities.sum()), "".join(model.token_texts(result.tokens))
+    assert data["settings"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(shown_text.encode()), rel=0.01)
     assert data["documents"] == [[str(gpt2 / "book"), 0, result.position]]
     stream = page.StreamTexts(model)
     stream.add(0, model.encode(BOOK))
@@ -164,6 +168,32 @@ def test_refusals(gpt2, tmp_path):
     )
     assert done.returncode == 1 and "none of them between 5000" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_written(gpt2, tmp_path, capsys):
+    """A full disk, a device, and no directory; then a text and a page with names that are not UTF-8."""
+
+    def refusal(output):
+        with pytest.raises(SystemExit) as refused:
+            page.main(["--path", str(gpt2), "--text", str(text), "--output", str(output), "--cpu"])
+        return str(refused.value)
+
+    text = tmp_path / os.fsdecode(b"t\xe9xt")
+    text.write_text("some words")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        assert refusal(tmp_path / "a.html") == f"page.py: {tmp_path / 'a.html'} cannot be written: File too large"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "/dev/full is a device, not a regular file: name another path" in refusal("/dev/full")
+    assert "does not exist" in refusal(tmp_path / "none" / "a.html")
+    assert [path.name for path in tmp_path.iterdir()] == [text.name]
+    output = tmp_path / os.fsdecode(b"p\xe4ge.html")
+    page.main(["--path", str(gpt2), "--text", str(text), "--output", str(output), "--cpu"])
+    assert "p\\udce4ge.html: 0." in capsys.readouterr().out
+    html = output.read_text(encoding="utf-8")
+    assert "What t\\udce9xt reads" in html and data_of(html)["settings"]["bits_per_byte"] > 0
 
 
 @pytest.mark.parametrize(

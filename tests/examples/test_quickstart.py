@@ -1,6 +1,7 @@
 """Test every step and the report of the quick start, on a few small documents and for a few updates."""
 
 import json
+import math
 import os
 import subprocess
 import sysconfig
@@ -39,6 +40,13 @@ def test_report(demo):
     # No document is longer than 4,096 tokens, so a larger memory makes no difference.
     assert report["memory"]["4096"] == report["memory"]["65536"]
     assert "LongMem, memory of 16,384 tokens" in (demo / "report.md").read_text()
+    # The same losses over the bytes and words of the same text: those of all systems differ by one factor.
+    factors = []
+    for name, value in zip(["backbone", *(f"memory-{size}" for size in report["memory"])], values):
+        text, nats = report["by_text"][name], math.log(value)
+        factors.append((nats / text["bits_per_byte"], math.log(text["perplexity_per_word"]) / nats))
+    for per_byte, per_word in factors:
+        assert per_byte == pytest.approx(factors[0][0], rel=1e-3) and per_word == pytest.approx(factors[0][1], rel=1e-3)
     assert (demo / "report.png").stat().st_size > 1000
 
 

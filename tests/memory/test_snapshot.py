@@ -24,11 +24,10 @@ def encode(tokens):
 
 def write(memory, name, tokens):
     """Write a document in segments of T tokens, as a reader of documents does."""
-    begin = memory.end
-    for piece in tokens.split(T):
-        encoded = encode(piece[None])
-        memory.bank.append(0, encoded.keys[0], encoded.values[0])
-    memory.add(name, begin)
+    with memory.writing(name, len(tokens)) as bank:
+        for piece in tokens.split(T):
+            encoded = encode(piece[None])
+            bank.append(0, encoded.keys[0], encoded.values[0])
 
 
 def make_memory(*lengths, memory_size=60, dtype=torch.float32):
@@ -154,7 +153,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         open(name, "wb").write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("longmem_fairseq.memory.container.save_file", fail)
+    monkeypatch.setattr("longmem_fairseq.tensor_files.save_file", fail)
     with pytest.raises(OSError, match="no space"):
         save(tmp_path / "memory", make_memory(5))
     assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["memory"]

@@ -164,7 +164,7 @@ def test_a_failed_save_leaves_the_old_file(path, tmp_path, monkeypatch):
         open(name, "wb").write(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("longmem_fairseq.memory.container.save_file", fail)
+    monkeypatch.setattr("longmem_fairseq.tensor_files.save_file", fail)
     with pytest.raises(OSError, match="memory cannot be written: No space left on device"):
         save_training_memory(path, make_memory(), ABOUT)
     assert open(path, "rb").read() == before and os.listdir(tmp_path) == ["memory"]

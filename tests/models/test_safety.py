@@ -1,4 +1,4 @@
-"""No file that is given as a checkpoint can run code, whatever reads it."""
+"""No file that is given as a checkpoint can run code, and none that is damaged is read, whatever reads it."""
 
 import os
 import pickle
@@ -9,6 +9,7 @@ import torch
 from fairseq import checkpoint_utils
 
 from longmem_fairseq.backbones.loading import load_backbone
+from longmem_fairseq.evaluation.scoring.scorer import Scorer
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.released.released_model import load_released
 from longmem_fairseq.tasks.checkpoints import DamagedCheckpoint, prepare_restore, read_checkpoint
@@ -61,6 +62,7 @@ READERS = {
     "--pretrained-model-path": lambda path, _: load_backbone(path, VOCABULARY, 1),
     "load_released": lambda path, _: load_released(path),
     "the hub": lambda path, _: LongMem.from_pretrained(path),
+    "evaluations": lambda path, _: Scorer.load(path),
     "convert_released.py": convert(convert_released),
     "convert_safetensors.py": convert(convert_safetensors),
     "convert_huggingface.py --export": convert(convert_huggingface, "--export"),
@@ -73,3 +75,20 @@ def test_code_is_not_run(malicious, monkeypatch, reader):
         READERS[reader](malicious, monkeypatch)
     assert "posix.mkdir" in str(caught.value) or isinstance(caught.value, DamagedCheckpoint)
     assert os.listdir(os.path.dirname(malicious)) == ["malicious.pt"], "nothing is left half-written"
+
+
+# fairseq's own functions compare no checksums; its commands set up a task, which reads --path before they do.
+@pytest.mark.parametrize("reader", [reader for reader in READERS if not reader.startswith("fairseq")])
+def test_a_flipped_bit_is_refused(tmp_path, monkeypatch, reader):
+    model = stock_model()
+    path = write_checkpoint(tmp_path / "model.pt", model, stock_config())
+    with open(path, "r+b") as file:
+        weights = model.state_dict()["decoder.layers.1.fc1.weight"].numpy().tobytes()
+        place = file.read().index(weights) + 401
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 2]))
+    with pytest.raises((ValueError, SystemExit), match="it is damaged: the checksum of its part .+ is wrong"):
+        READERS[reader](path, monkeypatch)
+    assert os.listdir(tmp_path) == ["model.pt"]

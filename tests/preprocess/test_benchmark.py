@@ -12,7 +12,7 @@ def test_same_data_as_fairseqs_own_tools(source_files, tmp_path, capsys):
     main(["--documents", *documents, "--output", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["documents"] == 30 and report["tokens"] > 50_000
-    assert len(report["steps"]) == 4 and all(step["seconds"] > 0 for step in report["steps"].values())
+    assert len(report["steps"]) == 5 and all(step["seconds"] > 0 for step in report["steps"].values())
     assert report["times_fairseq_preprocess"] > 0  # how fast is for the benchmark to measure, not for a test
     assert "times the documents/s of fairseq-preprocess" in capsys.readouterr().out
 

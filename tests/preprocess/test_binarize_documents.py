@@ -15,6 +15,7 @@ import pytest
 import zstandard
 from fairseq.data import Dictionary, data_utils
 
+from longmem_fairseq.data.document_dataset import DocumentDataset
 from longmem_fairseq.data.manifest import read_manifest, verify
 from preprocess.binarize_documents import main
 from preprocess.split_writer import smallest_dtype, write_index
@@ -191,7 +192,7 @@ ERRORS = {
     "no input": ([], "no input: give --train, --valid or --test"),
     "missing path": (["--train", "{tmp}/nowhere"], "there is no file or directory {tmp}/nowhere"),
     "empty document": (["--train", "{tmp}/empty"], "{tmp}/empty/b.txt is an empty document: repair it, or"),
-    "not text": (["--train", "{tmp}/latin.txt"], "{tmp}/latin.txt is not UTF-8 text (byte 1)"),
+    "not UTF-8": (["--train", "{tmp}/latin.txt"], "{tmp}/latin.txt is not UTF-8 text (byte 1)"),
     "nothing left": (
         ["--test", "{tmp}/latin.txt", "--bad-documents", "skip", "--tokenizer", "{model}"],
         "there is not one --test document",
@@ -221,6 +222,11 @@ ERRORS = {
         ["--train", "{tmp}/a.txt", "--tokenizer", "{model}", "--subset-weights", "b=1"],
         "--subset-weights names b, the --train documents are of a",
     ),
+    "not text": (["--train", "{tmp}/latin.txt", "{tmp}/paper.pdf"], "{tmp}/paper.pdf is a PDF document: give UTF-8"),
+    "separator": (["--train", "{tmp}/a.jsonl", "--document-separator", "|"], "--document-separator is for text files"),
+    "key": (["--train", "{tmp}/a.txt", "--text-key", "body"], "--text-key body is for JSON lines and Parquet, but"),
+    "another key": (["--train", "{tmp}/a.jsonl", "--text-key", "body"], 'line 1, has no string under "body": name its'),
+    "not a tokenizer": (["--train", "{tmp}/a.txt", "--tokenizer", "{tmp}/t.json"], "{tmp}/t.json is not a tokenizer"),
     "budget": (
         ["--train", "{tmp}/a.txt", "--tokenizer", "{model}", "--token-budget", "1000"],
         "--token-budget 1000 is more than the",
@@ -233,7 +239,9 @@ def test_an_error_is_one_sentence_and_leaves_nothing(name, tmp_path, model_file)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").write_text("text")
     (tmp_path / "empty" / "b.txt").write_text("")
-    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 2)
+    (tmp_path / "paper.pdf").write_bytes(b"%PDF-1.7\n")
+    (tmp_path / "t.json").write_text("{}")
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n')
     (tmp_path / "latin.txt").write_bytes(b"a\xe9a")
     (tmp_path / "a.txt").write_text("some words\n" * 20)
     (tmp_path / "dict.txt").write_text("a 1\n")
@@ -249,6 +257,37 @@ def test_an_error_is_one_sentence_and_leaves_nothing(name, tmp_path, model_file)
     )
     assert "\n" not in sentence
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_marks_of_documents(model_file, tmp_path):
+    """Keys and separators are part of the request, by which a run recognizes finished data."""
+    (tmp_path / "a.json").write_text('{"body": "one", "text": "other"}\n{"body": "two", "text": "other"}\n')
+    (tmp_path / "b.txt").write_text("three###four\n###")
+    given = ["--train", str(tmp_path / "a.json"), str(tmp_path / "b.txt"), "--tokenizer", str(model_file)]
+    given += ["--destdir", str(tmp_path / "made")]
+    main([*given, "--text-key", "body", "--document-separator", "###"])
+    items = data_utils.load_indexed_dataset(str(tmp_path / "made" / "train"), None, "mmap")
+    tokenizer = load_tokenizer(tmp_path / "made")
+    assert [tokenizer.decode(item.tolist()) for item in items] == ["one", "two", "three", "four\n"]
+    with pytest.raises(SystemExit, match="already holds manifest.json, made from other input or with other settings"):
+        main([*given, "--text-key", "body"])
+
+
+def test_names_that_are_not_unicode(model_file, tmp_path):
+    """Half of a surrogate pair in a name or a subset, and a file name that is not UTF-8."""
+    directory = tmp_path / "d"
+    directory.mkdir()
+    (directory / "a.jsonl").write_text(r'{"text": "one", "name": "\ud800", "meta": {"pile_set_name": "\udfff"}}')
+    with open(os.path.join(os.fsencode(directory), b"caf\xe9.txt"), "w") as file:
+        file.write("two")
+    given = ["--train", str(directory), "--tokenizer", str(model_file), "--token-budget", "4"]
+    main([*given, "--subset-weights", "d=1", "\udfff=1", "--destdir", str(tmp_path / "made")])
+    assert set(read_manifest(tmp_path / "made")["splits"]["train"]["subsets"]) <= {"d", r"\udfff"}
+    main([*given[:4], "--destdir", str(tmp_path / "all")])
+    records = map(json.loads, (tmp_path / "all" / "train.documents.jsonl").read_text("utf-8").splitlines())
+    described = [(record["name"], record["subset"]) for record in records]
+    assert described == [(r"\ud800", r"\udfff"), (r"caf\udce9.txt", "d")]
+    assert set(read_manifest(tmp_path / "all")["splits"]["train"]["subsets"]) == {"d", r"\udfff"}
 
 
 def test_data_is_only_replaced_with_overwrite(inputs, model_file, tmp_path, caplog):
@@ -411,6 +450,51 @@ def test_unfinished_work_is_not_mixed_with_other_settings(inputs, model_file, tm
     partial.write_bytes(content + b"written after the journal")
     main([*given, "--tokenizer", str(model_file), "--bad-documents", "skip"])
     verify(tmp_path / "made", "train", full=True)
+
+
+def test_links_are_not_followed_and_only_files_are_replaced(inputs, model_file, tmp_path):
+    made, kept = tmp_path / "made", tmp_path / "kept"
+    kept.mkdir()
+    (kept / "journal.json").write_text("mine")
+    made.mkdir()
+    command = ["--train", str(inputs / "test.txt"), "--tokenizer", str(model_file), "--destdir", str(made)]
+    command.append("--overwrite")
+
+    def refused(sentence):
+        with pytest.raises(SystemExit, match=sentence):
+            main(command)
+        assert os.listdir(kept) == ["journal.json"] and (kept / "journal.json").read_text() == "mine"
+
+    (made / ".partial").symlink_to(kept)
+    refused(".partial is not a directory of unfinished data: remove it")
+    (made / ".partial").unlink()
+    (made / ".partial").mkdir()
+    for name in ("lock", "journal.json", "train.bin", "x.part"):
+        (made / ".partial" / name).symlink_to(kept / "journal.json" if name != "x.part" else kept)
+        refused(f".partial/{name} is not a file of unfinished data: remove it")
+        (made / ".partial" / name).unlink()
+    os.mkfifo(made / "train.bin")
+    refused("train.bin is a named pipe, not a regular file")
+    (made / "train.bin").unlink()
+    (made / "train.bin").symlink_to(kept / "journal.json")
+    main(command)
+    assert (kept / "journal.json").read_text() == "mine" and not (made / "train.bin").is_symlink()
+    verify(made, "train", full=True)
+
+
+def test_names_that_are_not_utf_8(model_file, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / os.fsdecode(b"caf\xe9.txt")).write_text("one")
+    record = {"text": "two", "name": "\ud800", "meta": {"pile_set_name": "\udcff"}}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(record) + "\n")
+    train = ["--train", str(tmp_path / "texts"), str(tmp_path / "lines.jsonl"), "--tokenizer", str(model_file)]
+    mixture = ["--token-budget", "5", "--survey", str(tmp_path / "survey.json")]
+    for name, options in (("all", []), ("mixture", mixture)):
+        main([*train, *options, "--destdir", str(tmp_path / name)])
+    manifest = verify(tmp_path / "all", "train", full=True)
+    assert list(manifest["splits"]["train"]["subsets"]) == ["texts", "\udcff"]
+    documents = DocumentDataset([str(tmp_path / "all" / "train")], load_tokenizer(tmp_path / "all").dictionary)
+    assert documents.names() == [os.fsdecode(b"caf\xe9.txt"), "\ud800"]
 
 
 def test_two_runs_do_not_write_the_same_data(inputs, model_file, tmp_path):

@@ -394,7 +394,7 @@ def test_refused_files(tmp_path, capsys):
     directory = tmp_path / "hf"
     tiny_gpt2().save_pretrained(directory)
     (directory / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(InputError, match="model.safetensors cannot be read"):
+    with pytest.raises(InputError, match="model.safetensors is damaged"):
         from_huggingface(directory, tmp_path / "fs")
     (directory / "model.safetensors").unlink()
     with pytest.raises(InputError, match="holds neither model.safetensors nor pytorch_model.bin"):

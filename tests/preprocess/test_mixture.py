@@ -121,6 +121,20 @@ def test_shards_divide_the_collection(run, shards, divided):
     verify_shards(parts, "train", full=True)
 
 
+@pytest.mark.parametrize("files, shards", [(2, 2), (3, 2), (1, 2)])
+def test_a_file_that_is_named_twice_is_written_twice(pile, model_file, tmp_path, caplog, files, shards):
+    """By one run and by shards, whether these are whole files or not."""
+    given = ["--train", *[str(pile / "00.jsonl")] * files, "--tokenizer", str(model_file)]
+    main([*given, "--destdir", str(tmp_path / "whole")])
+    assert ("is named" in caplog.text) == (files > 1)
+    parts = []
+    for i in range(shards):
+        main([*given, "--shard-id", str(i), "--num-shards", str(shards), "--destdir", str(tmp_path / str(i))])
+        parts += names(tmp_path / str(i))
+    whole = Counter(names(tmp_path / "whole"))
+    assert Counter(parts) == whole and set(whole.values()) == {files}
+
+
 def test_shards_of_a_mixture_share_one_survey(run, tmp_path):
     weights = ["--subset-weights", "Books3=3", "PubMed=1", "--token-budget", 20_000]
     whole = names(run(*weights))
@@ -201,8 +215,8 @@ def test_draws_are_uniform_and_independent():
 class Letters:
     """A tokenizer of pairs of letters."""
 
-    def encode_array(self, text):
-        return list(text[::2])
+    def encode_arrays(self, texts):
+        return [text[::2] for text in texts]
 
 
 def survey_of(texts_by_subset, rate):

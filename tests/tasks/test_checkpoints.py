@@ -71,7 +71,7 @@ def test_a_damaged_last_checkpoint_is_made_again_from_the_newest_whole_one(tmp_p
     cut(tmp_path / LAST, share)
     assert prepare(tmp_path) == str(tmp_path / LAST)
     assert read_checkpoint(str(tmp_path / LAST))["optimizer_history"][-1]["num_updates"] == 20
-    assert not [*tmp_path.glob("*.tmp"), *tmp_path.glob("*.part.*")]
+    assert not [*tmp_path.glob("*.tmp"), *tmp_path.glob("*.part*")]
 
 
 def test_a_damaged_checkpoint_without_another_is_refused_and_kept(tmp_path):
@@ -131,10 +131,14 @@ def test_checkpoints_of_other_tasks_name_no_dictionary():
 def test_unfinished_checkpoints_are_removed(tmp_path):
     save(tmp_path / LAST)
     (tmp_path / "checkpoint_1_5.pt.tmp").write_bytes(b"PK")
-    (tmp_path / "checkpoint_last.part.123.pt").write_bytes(b"PK")
+    (tmp_path / "checkpoint_last.pt.part").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("mine")
+    (tmp_path / "memory_epoch1_batch2.rank0of1.safetensors.part").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "notes.tmp").write_text("mine")
     prepare(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, "notes.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LAST, "elsewhere", "notes.tmp"]
+    assert (tmp_path / "elsewhere" / "kept").read_text() == "mine"
 
 
 def test_a_checkpoint_needs_room(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import os
 import re
 import sys
 
@@ -11,15 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fairseq import checkpoint_utils, tasks
+from fairseq.data import Dictionary
 from omegaconf import OmegaConf
 
 from longmem_fairseq.data.lane_dataset import LaneDataset
 from longmem_fairseq.data.lane_iterator import LaneIterator
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.tasks.evaluation_batches import EvaluationBatches
+from longmem_fairseq.text import encode_text, find_bpe
 from tests.conftest import VALID_LENGTHS
 from tests.data.test_lane_dataset import Documents
-from tests.fairseq_runs import TASK, finish, random_documents, run, run_ranks, start, write_data
+from tests.fairseq_runs import TASK, finish, random_documents, run, run_ranks, start, write_data, write_split
+from tests.text_models import sentencepiece_model
 
 TOKENS = sum(VALID_LENGTHS)
 
@@ -74,7 +78,7 @@ def test_order_lanes_and_workers_do_not_matter(reference, options, tmp_path):
     options = [data, *options[1:], "--batch-size", 1, "--num-workers", 3, "--results-path", tmp_path / "new"]
     run("eval_lm", *options, cwd=tmp_path)
     with open(tmp_path / "new" / "documents.csv", newline="") as f:
-        table = [{k: v if k == "name" else float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+        table = [{k: v if k == "name" or not v else float(v) for k, v in row.items()} for row in csv.DictReader(f)]
     assert same_documents({f"valid:{i}": row for i, row in enumerate(table[::-1])}, reference[1])
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["documents.csv", "documents.jsonl"]
 
@@ -174,6 +178,36 @@ def test_the_backbone_alone(reference, options, tiny_backbone, tmp_path):
     output = run("eval_lm", *options, "--tokens-per-sample", 16, "--results-path", tmp_path, cwd=tmp_path)
     assert reported(output)[0] == TOKENS
     assert [row["tokens"] for row in documents(tmp_path).values()] == VALID_LENGTHS
+
+
+def test_per_word_and_byte_with_names_that_are_not_utf_8(tmp_path):
+    texts = {
+        os.fsdecode(b"caf\xe9.txt"): "It was a dark night.\n\n  déjà vu 🎉\n" * 3,
+        "\ud800": "x",
+        "plain": "two words " * 20,
+    }
+    data = sentencepiece_model(tmp_path)
+    dictionary, bpe = Dictionary.load(str(data / "dict.txt")), find_bpe(str(data))
+    ids = [encode_text(text, dictionary, bpe).tolist() + [dictionary.eos()] for text in texts.values()]
+    write_split(data / "test", ids)
+    (data / "test.documents.jsonl").write_text("".join(json.dumps({"name": name}) + "\n" for name in texts))
+    options = [data, *TASK, "--path", data / "model.pt", "--gen-subset", "test", "--cpu", "--results-path"]
+    output = run("eval_lm", *options, tmp_path / os.fsdecode(b"r\xe9sults"), cwd=tmp_path)
+    rows = documents(tmp_path / os.fsdecode(b"r\xe9sults"))
+    assert list(rows) == list(texts)
+    total = 0.0
+    for row, text in zip(rows.values(), texts.values()):
+        nats = row["tokens"] * math.log(row["perplexity"])
+        total += nats
+        assert (row["words"], row["bytes"]) == (len(text.split()), len(text.encode()))
+        assert row["perplexity_per_word"] == pytest.approx(math.exp(nats / len(text.split())))
+        assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()))
+    joined = " ".join(texts.values())
+    per_word, per_byte = re.search(r"Perplexity per word: ([\d.]+), Bits per byte: ([\d.]+)$", output, re.M).groups()
+    assert float(per_word) == pytest.approx(math.exp(total / len(joined.split())), abs=6e-3)
+    assert float(per_byte) == pytest.approx(total / math.log(2) / (len(joined.encode()) - 2), abs=6e-5)
+    assert "r\\udce9sults" in output and "Logging error" not in output
+    assert f"Perplexity per word: {per_word}, Bits per byte: {per_byte}" in run("eval_lm", *options[:-1], cwd=tmp_path)
 
 
 def test_a_damaged_checkpoint_is_refused(options, tiny_longmem, tmp_path):

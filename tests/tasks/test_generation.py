@@ -248,14 +248,21 @@ def test_text_as_tokens(monkeypatch, tmp_path):
         (dict(memory_load="missing"), "--memory-load missing does not exist, or is not a file"),
         (dict(memory_save="no/such/place"), "--memory-save no/such/place cannot be written"),
         (dict(prompt_tokens=-1), "--prompt-tokens -1 is negative"),
-        (dict(memory_text=["-"], input="-"), "no prompt is left in it: name a file of prompts with --input"),
+        (
+            dict(memory_text=["-"], input="-", fairseq_command="fairseq-interactive"),
+            "no prompt is left in it: name a file of prompts with --input",
+        ),
     ],
 )
 def test_paths_are_checked_before_anything_is_read(options, sentence):
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        check_options(config(**options))
+        check_options(config(path="model.pt", **options))
 
 
 def test_a_document_by_pipe():
-    check_options(config(memory_text=["-"], input="prompts.txt"))
-    check_options(config(memory_text=["-"], input="-", prompt_tokens=10))
+    """Prompts then come from a file, or in other commands than fairseq-interactive from the data."""
+    check_options(
+        config(path="model.pt", memory_text=["-"], input="prompts.txt", fairseq_command="fairseq-interactive")
+    )
+    for command in ("fairseq-generate", "fairseq-eval-lm"):
+        check_options(config(path="model.pt", memory_text=["-"], input="-", fairseq_command=command))

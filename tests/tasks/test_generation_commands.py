@@ -116,8 +116,13 @@ def test_generate_continues_documents(tiny_data, tiny_longmem, prompt_files):
     options = arguments(tiny_data, tiny_longmem, "--gen-subset", "valid", "--batch-size", 3, "--max-len-b", 10)
     good = start("generate", *options, "--beam", 2, "--prompt-tokens", 20, cwd=prompt_files)
     bad = start("generate", *options, cwd=prompt_files)
+    device = [*options, "--prompt-tokens", 20, "--memory-text", "book.txt", "--memory-save", "/dev/full"]
+    device = start("generate", *device, cwd=prompt_files)
     assert sorted({index for index, _, _ in hypotheses_of(finish(good))}) == ["0", "1", "3"]  # number 2 has one token
     assert "--prompt-tokens N" in finish(bad, succeeds=False).splitlines()[-1]
+    output = finish(device, succeeds=False)
+    assert "--memory-save /dev/full is a device, not a regular file: name another path" in output.splitlines()[-1]
+    assert "memorized" not in output, "it is refused before any work is done"
 
 
 def test_bad_memories_are_one_sentence(tiny_data, tiny_longmem, with_book, prompt_files, tmp_path):
@@ -167,7 +172,7 @@ def start_with_text(directory, tokenizer, *options, **kwargs):
 
 
 def test_tokenizers(tmp_path):
-    """Texts of several lines, by a named tokenizer.json and by the data's sentencepiece; in two ways of generation."""
+    """Texts of several lines, by a tokenizer.json, as named, and by the data's sentencepiece; in two ways."""
     huggingface, spm = tmp_path / "huggingface", tmp_path / "sentencepiece"
     for directory in (huggingface, spm):
         directory.mkdir()

@@ -93,7 +93,9 @@ def test_command_lines_refuse_options_that_do_not_act(command, tmp_path, monkeyp
         "inference_dtype": "bfloat16",
         "train_dtype": "bfloat16",
     }
-    values.update(memory_save_dtype="float32", sample_break_mode="eos", shorten_method="truncate")
+    values.update(
+        repetition_penalty="2.0", memory_save_dtype="float32", sample_break_mode="eos", shorten_method="truncate"
+    )
     for name, use in TABLE.items():
         if name == "data":
             continue
@@ -106,7 +108,9 @@ def test_command_lines_refuse_options_that_do_not_act(command, tmp_path, monkeyp
         if command in use.commands:
             parsed = options.parse_args_and_arch(parser, line[1:])
             assert parsed.explicit_options == [name] and parsed.fairseq_command == command
-            assert str(getattr(parsed, name)) == str(["7"] if name == "memory_text" else True if is_flag else words[1])
+            assert str(getattr(parsed, name)) == str(
+                ["7"] if name in ("memory_text", "stop") else True if is_flag else words[1]
+            )
         else:
             with pytest.raises(SystemExit):
                 options.parse_args_and_arch(parser, line[1:])

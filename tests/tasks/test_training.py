@@ -1,14 +1,19 @@
 """fairseq-train as users run it: what it reads, killing and resuming it, two ranks, what it refuses."""
 
+import os
 import re
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from longmem_fairseq.hub import LongMem
 from longmem_fairseq.tasks.checkpoints import place_in
 from tests.conftest import TRAIN_LENGTHS, VALID_LENGTHS, T
 from tests.fairseq_runs import (
@@ -22,6 +27,7 @@ from tests.fairseq_runs import (
     weights,
     write_data,
 )
+from tests.repository import ROOT
 
 UPDATES = 21  # of an epoch on four lanes: the longest document has 21 segments
 
@@ -290,6 +296,67 @@ def test_a_moving_average_and_another_backbone(tiny_data, tiny_options, tiny_bac
     torch.save(state, tmp_path / "other.pt")
     output = run("train", *options, "--pretrained-model-path", tmp_path / "other.pt", cwd=tmp_path, succeeds=False)
     assert re.search(r"trained on a backbone with fingerprint \w{12}, but \S+other.pt has", output.splitlines()[-1])
+
+
+def documented(heading, language):
+    """The first block of a language below a heading of docs/training.md."""
+    section = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split(f"## {heading}\n")[1]
+    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
+
+
+def test_fine_tuning_starts_with_the_weights_alone(tiny_data, tiny_options, tiny_longmem, tmp_path):
+    command = documented("Fine-tuning a trained side network", "bash")
+    resets = re.findall(r"--reset-\S+", command)
+    assert len(resets) == 4 and "--finetune-from-model" not in command
+    options = [write_data(tmp_path / "data", train=random_documents([40], seed=5)), *tiny_options[1:]]
+    options += "--batch-size 2 --num-workers 0 --max-update 1 --lr 1e-30 --disable-validation --save-dir".split()
+    checkpoint = tiny_longmem.checkpoint
+    runs = {
+        "reset": ["--restore-file", checkpoint, *resets],
+        "model": ["--finetune-from-model", checkpoint],
+    }
+    processes = [start("train", *options, tmp_path / name, *more, cwd=tmp_path) for name, more in runs.items()]
+    for name, process in zip(runs, processes):
+        assert figures(finish(process), "train_inner", "num_updates") == [1]
+        assert place_in(tmp_path / name / "checkpoint_last.pt") == (1, 1)
+        assert same_weights(tmp_path / name / "checkpoint_last.pt", checkpoint)
+
+
+def test_an_average_of_checkpoints_is_a_checkpoint(tiny_data, tiny_longmem, tmp_path):
+    code = documented("Averaging checkpoints", "python")
+    (tmp_path / "CHECKPOINTS").mkdir()
+    names = re.findall(r"CHECKPOINTS/checkpoint_\d\S+?\.pt", code)
+    for number, name in enumerate(names):
+        state = torch.load(tiny_longmem.checkpoint, weights_only=False)
+        state["model"] = {key: x + number if x.is_floating_point() else x for key, x in state["model"].items()}
+        torch.save(state, tmp_path / name)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    average = weights(tmp_path / "CHECKPOINTS" / "checkpoint_average.pt")
+    for key, x in weights(tiny_longmem.checkpoint).items():
+        torch.testing.assert_close(average[key], x + 1 if x.is_floating_point() else x)  # the mean of 0, 1 and 2 more
+    model = LongMem.from_pretrained(str(tmp_path / "CHECKPOINTS/checkpoint_average.pt"), str(tiny_data), device="cpu")
+    assert torch.equal(model.model.decoder.layer_norm.weight, average["decoder.layer_norm.weight"])
+
+
+def test_hydra_trains_as_documented(tiny_data, tiny_backbone, tmp_path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "longmem.yaml").write_text(documented("With hydra", "yaml"))
+    words = shlex.split(documented("With hydra", "bash").replace("\\\n", " "))
+    assert words[:5] == "fairseq-hydra-train --config-dir config --config-name longmem".split()
+    values = {
+        "common.user_dir": ROOT / "longmem_fairseq",
+        "task.data": tiny_data,
+        "model.pretrained_model_path": tiny_backbone,
+        "checkpoint.save_dir": tmp_path / "CHECKPOINTS",
+    }
+    assert [word.split("=")[0] for word in words[5:]] == list(values)
+    tiny = ["task.tokens_per_sample=16", "model.memory_size=64", "model.k=8", "+model.retrieval_layer_index=1"]
+    tiny += ["optimization.max_update=2", "optimization.update_freq=[1]", "dataset.batch_size=4", "common.cpu=true"]
+    given = [f"{name}={value}" for name, value in values.items()]
+    output = run("hydra_train", *words[1:5], *given, *tiny, cwd=tmp_path)
+    assert "memory for training: 4 lanes x 64 tokens" in output and "num_updates: 2 >= max_update: 2" in output
+    state = torch.load(tmp_path / "CHECKPOINTS" / "checkpoint_last.pt", weights_only=False)
+    assert state["cfg"]["model"]["_name"] == "longmem_lm" and state["optimizer_history"][-1]["num_updates"] == 2
 
 
 def test_a_missing_restore_file_is_an_error(tiny_options, tmp_path):

@@ -5,6 +5,8 @@ import json
 import os
 from typing import Any, Dict, Iterable, Iterator, Tuple
 
+from ...files import parse_json, require_file_place
+
 FILE = "items.jsonl"
 
 
@@ -26,6 +28,7 @@ class FinishedItems:
         self.path = os.path.join(directory, FILE)
         self._results: Dict[str, Any] = {}
         os.makedirs(directory, exist_ok=True)
+        require_file_place(self.path)
         # Written with the first result, so that a run that fails before leaves no file.
         self._unwritten_run = json.loads(json.dumps(run))
         if os.path.exists(self.path):
@@ -39,8 +42,8 @@ class FinishedItems:
             with open(self.path, "r+b") as file:
                 file.truncate(whole)
         try:
-            first, *entries = map(json.loads, data[:whole].splitlines())
-            saved_run = first["run"]
+            first, *entries = map(parse_json, data[:whole].split(b"\n")[:-1])
+            saved_run = dict(first["run"])
             self._results = {entry["item"]: entry["result"] for entry in entries}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -72,7 +75,7 @@ class FinishedItems:
 
     def _append(self, entry: Dict[str, Any]) -> None:
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         except OSError as error:
             raise OSError(

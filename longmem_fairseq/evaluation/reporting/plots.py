@@ -6,7 +6,7 @@ import math
 import textwrap
 from typing import Sequence
 
-from ...files import write_whole
+from ...files import printable, write_whole
 from .table import Table
 
 
@@ -62,9 +62,9 @@ def draw(tables: Sequence[Table], path: str) -> None:
 
 def _plot(table: Table, axes) -> None:
     intervals, rows, columns = table.intervals, table.rows, list(table.columns)
-    axes.set_title(table.title, fontsize=10)
+    axes.set_title(printable(table.title), fontsize=10)
     width = max(8, 80 // len(columns))  # characters that fit below a column
-    axes.set_xticks(range(len(columns)), [textwrap.fill(column, width) for column in columns], fontsize=9)
+    axes.set_xticks(range(len(columns)), [textwrap.fill(printable(column), width) for column in columns], fontsize=9)
     if table.plot == "heat":
         _heat(table, axes)
         return
@@ -74,10 +74,11 @@ def _plot(table: Table, axes) -> None:
         values = [cell.value for cell in cells]
         error = [[max(0.0, c.value - c.low) for c in cells], [max(0.0, c.high - c.value) for c in cells]]
         if table.plot == "lines":
-            axes.errorbar(places, values, yerr=error, marker="o", capsize=2, label=row)
+            axes.errorbar(places, values, yerr=error, marker="o", capsize=2, label=printable(row))
         else:
             width = 0.8 / len(rows)
-            axes.bar([x + (i + 0.5) * width - 0.4 for x in places], values, width, yerr=error, capsize=2, label=row)
+            left = [x + (i + 0.5) * width - 0.4 for x in places]
+            axes.bar(left, values, width, yerr=error, capsize=2, label=printable(row))
     axes.set_ylabel(", ".join(dict.fromkeys(f"{x.name}{x.unit and ' (%)'}" for x in table.statistics)))
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
@@ -90,7 +91,7 @@ def _heat(table: Table, axes) -> None:
     values = [[column[row].value if row in column else math.nan for column in columns] for row in rows]
     top = 100.0 if all(statistic.unit for statistic in table.statistics) else None
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=top)
-    axes.set_yticks(range(len(rows)), rows, fontsize=9)
+    axes.set_yticks(range(len(rows)), list(map(printable, rows)), fontsize=9)
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             bright = value > 0.6 * image.get_clim()[1]

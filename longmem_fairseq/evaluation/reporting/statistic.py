@@ -3,6 +3,7 @@
 Legend: k sums.
 """
 
+import math
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -34,4 +35,8 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 ACCURACY = Statistic("accuracy", " %", lambda sums: 100 * _ratio(sums))  # sums: right answers, questions
 PERPLEXITY = Statistic(  # sums: losses in nats, tokens
     "perplexity", "", lambda sums: np.exp(np.minimum(_ratio(sums), 700.0)), relative=True, digits=2
+)
+WORD_PERPLEXITY = PERPLEXITY._replace(name="perplexity per word")  # sums: losses in nats, words
+BITS_PER_BYTE = Statistic(  # sums: losses in nats, bytes
+    "bits per byte", "", lambda sums: _ratio(sums) / math.log(2), relative=True, digits=3
 )

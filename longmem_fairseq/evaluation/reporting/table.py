@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..scoring.systems import BACKBONE, OFF, ON, WITH_CACHE
 from .bootstrap import Interval
-from .statistic import Statistic
+from .statistic import BITS_PER_BYTE, WORD_PERPLEXITY, Statistic
 from .system_scores import SystemScores
 
 Pairs = Sequence[Tuple[str, str]]
@@ -30,6 +30,7 @@ class Table:
         plot: Kind of plot: "lines" over the conditions, "bars", a "heat" map of systems and conditions, or None.
         pairs: Pairs of systems whose difference is shown, if the table has both.
         upright: If true, Markdown has a line per condition and no differences, for tables with many conditions.
+        compared: If true, a comparison of checkpoints shows the table although it has no plot.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Table:
     plot: Optional[str] = None
     pairs: Pairs = PAIRS
     upright: bool = False
+    compared: bool = False
 
     @property
     def rows(self) -> List[str]:
@@ -65,3 +67,41 @@ class Table:
             if shared:
                 differences[a, b] = {column: rows[a].difference(rows[b]) for column, rows in shared.items()}
         return differences
+
+
+class TextLoss(NamedTuple):
+    """What an item contributes to the figures by word and byte.
+
+    Attributes:
+        item: Name of the item.
+        loss: Negative log-likelihood of the item's tokens by system, nats.
+        size: Words and bytes of the text that the tokens stand for; None where they are not known.
+    """
+
+    item: str
+    loss: Dict[str, float]
+    size: Optional[Sequence[int]]
+
+
+def text_tables(title: str, losses: Sequence[TextLoss], pairs: Pairs = PAIRS) -> List[Table]:
+    """Make the table of perplexity per word and bits per byte, which do not depend on the tokenizer.
+
+    Args:
+        title: Text that is scored, for the table's title.
+        losses: Contributions of the items.
+        pairs: Pairs of systems whose difference is shown.
+
+    Returns:
+        One table; none where the size of a text is not known.
+    """
+    if any(part.size is None for part in losses):
+        return []
+    columns: Dict[str, Dict[str, SystemScores]] = {}
+    for statistic, place in ((WORD_PERPLEXITY, 0), (BITS_PER_BYTE, 1)):
+        rows: Dict[str, SystemScores] = {}
+        for part in losses:
+            for system, loss in part.loss.items():
+                rows.setdefault(system, SystemScores({}, statistic)).items[part.item] = (loss, part.size[place])
+        if sum(part.size[place] for part in losses):
+            columns[statistic.name] = rows
+    return [Table(f"{title}, by word and byte", columns, pairs=pairs, compared=True)] if columns else []

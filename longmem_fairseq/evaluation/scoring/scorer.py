@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...backbones.base import Backbone, EncodedSegment
 from ...backbones.loading import load_backbone
-from ...hub import LongMem, find_checkpoint, find_data, read_state
+from ...hub import LongMem
 from ...memory.branches import MemoryBranches
 from ...memory.cache import CacheSettings, NeuralCache
 from ...memory.reader import MemoryReader
@@ -28,6 +28,7 @@ from ...models.longmem_lm import LongMemModel
 from ...models.model_directory import is_model_directory
 from ...models.reading import encode_document
 from ...progress import token_bar
+from ...tasks.pretrained import choose_device, find_checkpoint, find_data, read_state
 from .description import describe
 from .systems import BACKBONE, OFF, ON, WITH_CACHE
 from .text_state import TextState
@@ -86,8 +87,9 @@ class Scorer:
         Args:
             path: Path of a checkpoint, of a directory that contains ``checkpoint_best.pt``, ``checkpoint_last.pt`` or
                 ``model.pt``, or of a model directory (``config.json`` and safetensors files).
-            tokenizer: Path of a directory that contains ``dict.txt`` and ``sentencepiece.model``, or GPT-2's
-                ``encoder.json`` and ``vocab.bpe``; by default the checkpoint's, then the one of its training data.
+            tokenizer: Path of a directory that contains ``dict.txt`` and ``tokenizer.json``, ``sentencepiece.model``,
+                or GPT-2's ``encoder.json`` and ``vocab.bpe``; by default the checkpoint's, then the one of its training
+                data.
             device: Device of the model; by default a GPU if there is one.
             backbone: Path of the backbone's checkpoint, if it has moved.
             tokens_per_sample: Number T of tokens of a window; by default that of the checkpoint's training.
@@ -98,7 +100,7 @@ class Scorer:
             FileNotFoundError: The checkpoint or the dictionary is missing.
             ValueError: The checkpoint holds another kind of model, or a setting does not fit.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(device)
         settings = {name: value for name, value in settings.items() if value is not None}
         window = {} if tokens_per_sample is None else {"tokens_per_sample": tokens_per_sample}
         if is_model_directory(path):

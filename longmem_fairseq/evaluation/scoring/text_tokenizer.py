@@ -1,17 +1,19 @@
 """Text to the tokens of a model and back, and the place of each token in the text."""
 
-from typing import Callable, Optional
+from functools import cached_property
+from typing import Callable, List, Optional, Sequence
 
 import numpy as np
 import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
+from ...data.text_meter import TextMeter, TextSize
 from ...text import decode_text, encode_text, find_bpe, text_codec, token_texts
 
 
 class TextTokenizer:
-    """A fairseq dictionary with its BPE: sentencepiece, GPT-2's, or none (words between spaces).
+    """A fairseq dictionary with its BPE: Hugging Face's, sentencepiece, GPT-2's, or none (words between spaces).
 
     Args:
         dictionary: Dictionary of the model.
@@ -29,8 +31,8 @@ class TextTokenizer:
         """Load the BPE of a data directory.
 
         Args:
-            directory: Path of a directory with ``sentencepiece.model``, or ``encoder.json`` and ``vocab.bpe``; without
-                these the dictionary has words.
+            directory: Path of a directory with ``tokenizer.json``, ``sentencepiece.model``, or ``encoder.json`` and
+                ``vocab.bpe``; without these the dictionary has words.
             dictionary: Dictionary of the model.
         """
         return cls(dictionary, find_bpe(directory))
@@ -78,6 +80,25 @@ class TextTokenizer:
         if "".join(texts) != text:
             return None
         return np.cumsum([len(piece) for piece in texts], dtype=np.int64)
+
+    def measure(self, pieces: Sequence[Tensor], continues: bool = False) -> Optional[List[TextSize]]:
+        """Measure the text of tokens.
+
+        Args:
+            pieces: Token ids of the consecutive pieces of a text, each of shape (length,), int64.
+            continues: If true, the text continues another one.
+
+        Returns:
+            Words and bytes of each piece; None where the tokenizer does not tell them.
+        """
+        return None if self._meter is None else self._meter.measure(pieces, continues)
+
+    @cached_property
+    def _meter(self) -> Optional[TextMeter]:
+        try:
+            return TextMeter(self.dictionary, self.bpe)
+        except ValueError:
+            return None
 
     def line_ends(self) -> Tensor:
         """Return the token ids whose text starts with a newline, shape (n,), int64."""
