@@ -75,11 +75,11 @@ class LlamaConversion(Conversion):
         check_settings(config, {}, SUPPORTED)
         kind = config["model_type"]
         check_numbers(config, (), _SIZES)
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = config.get(name, 1.0)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise InputError(f"{name}={value!r:.40} in config.json is not a positive number")
-        known = {**_DEFAULTS, **MODEL_TYPES[kind], **config}
+        eps = config.get("rms_norm_eps", 1.0)
+        if type(eps) not in (int, float) or not 0 < eps <= 1:
+            raise InputError(f"rms_norm_eps={eps!r:.40} in config.json is not a number above 0 and up to 1")
+        given = {name: value for name, value in config.items() if value is not None or name == "sliding_window"}
+        known = {**_DEFAULTS, **MODEL_TYPES[kind], **given}
         for name, feature in _REFUSED.items():
             if config.get(name):
                 raise InputError(f"{name}={_brief(config[name])} in config.json: {feature} is not supported")
@@ -230,8 +230,13 @@ def _attention_tensors(settings: Config) -> list[tuple[str, str, tuple[int, ...]
 
 def _rotary(config: Config) -> tuple[float, Config | None]:
     """Return the base of the rotary frequencies and the parameters of their scaling, None for none."""
-    parameters = dict(config.get("rope_parameters") or config["rope_scaling"] or {})  # the name since transformers 5
+    parameters = config.get("rope_parameters") or config["rope_scaling"] or {}  # the first: since transformers 5
+    if not isinstance(parameters, dict):
+        raise InputError(f"rope_parameters={parameters!r:.40} in config.json is not an object")
+    parameters = dict(parameters)
     theta = parameters.pop("rope_theta", None) or config["rope_theta"]
+    if type(theta) not in (int, float) or not 0 < theta <= 1e12:
+        raise InputError(f"rope_theta={theta!r:.40} in config.json is not a number above 0 and up to 1e12")
     partial = parameters.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise InputError(

@@ -108,8 +108,8 @@ class RowsReader(RecordReader):
         path = self.source.path
         if self.source.compression:
             raise InputError(f"{path} is a compressed Parquet file, which cannot be read in parts: decompress it")
-        pyarrow = require_package("pyarrow", f"the Parquet file {path}")
-        parquet = require_package("pyarrow.parquet", f"the Parquet file {path}", "pyarrow")
+        pyarrow = require_package("pyarrow", f"the Parquet file {path}", extra="parquet")
+        parquet = require_package("pyarrow.parquet", f"the Parquet file {path}", "pyarrow", extra="parquet")
         try:
             with parquet.ParquetFile(path) as file:
                 rows = file.metadata.num_rows

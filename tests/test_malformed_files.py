@@ -37,7 +37,7 @@ from longmem_fairseq.tasks.shard_scores import ShardScores
 from preprocess import convert_huggingface, convert_safetensors
 from preprocess.binarize_documents import main as binarize
 from preprocess.errors import InputError
-from preprocess.huggingface_models import check_config, model_settings
+from preprocess.huggingface_models import conversion_of
 from preprocess.survey import Survey, SurveyPart, read_survey
 from preprocess.workspace import Workspace
 from tests.fairseq_runs import make_dictionary, write_split
@@ -331,6 +331,7 @@ def test_language_models_in_safetensors(directory, tmp_path):
 
     def read(changes):
         changed = {name: value for name, value in {**header, **changes}.items() if value is not None}
+        changed = {**changed, "crc32": crc32(changed, tensors)}
         save_file(tensors, tmp_path / "model.safetensors", metadata=changed)
         convert_safetensors.to_fairseq(str(tmp_path / "model.safetensors"), str(tmp_path / "again.pt"))
 
@@ -349,6 +350,23 @@ HUGGING_FACE = {
         **{"vocab_size": 100, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48},
         **{"max_position_embeddings": 32, "activation_function": "relu"},
     },
+    "qwen3": {
+        **{"vocab_size": 100, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
+        **{"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 32, "rms_norm_eps": 1e-6},
+        **{"sliding_window": 16, "use_sliding_window": True, "tie_word_embeddings": True, "hidden_act": "silu"},
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16},
+            **{"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True},
+        },
+    },
+    "llama": {
+        "rope_theta": 500.0,
+        "num_hidden_layers": 2,
+        "rope_scaling": {
+            **{"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "original_max_position_embeddings": 16,
+        },
+    },
 }
 
 
@@ -357,8 +375,7 @@ def test_configurations_of_hugging_face(kind):
     config = {"model_type": kind, **HUGGING_FACE[kind]}
 
     def read(config):
-        check_config(config)
-        return model_settings(config)
+        return conversion_of(config).settings(config)
 
     assert read(config)["decoder_layers"] == 2
     refused = 0

@@ -15,6 +15,12 @@ from torch import Tensor
 
 _Tables = Tuple[Tensor, Tensor]
 
+# Parameters of scalings that are numbers.
+_NUMBERS = (
+    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+)
+_LARGEST = 1e12
 _FIRST_TABLE = 2048  # positions in a new table; longer ones are made when they are needed
 
 
@@ -42,12 +48,19 @@ class RotaryPositions:
         self.frequencies, self.magnitude = 1.0 / theta**exponents, 1.0
         scaling = scaling or {}
         kind = rope_type(scaling)
-        if kind not in _SCALINGS:
+        if not isinstance(kind, str) or kind not in _SCALINGS:
             raise ValueError(
                 f"rotary positions with the scaling {kind!r} are not supported: {', '.join(_SCALINGS)} are"
             )
+        for name in _NUMBERS:
+            value = scaling.get(name)
+            if value is not None and (type(value) not in (int, float) or not 0 < value <= _LARGEST):
+                raise ValueError(
+                    f"the {kind} scaling of the rotary positions has {name}={value!r:.40}: it must be positive"
+                )
+        required = {name: value for name, value in scaling.items() if value is not None}
         try:
-            self.frequencies, self.magnitude = _SCALINGS[kind](self.frequencies, theta, scaling)
+            self.frequencies, self.magnitude = _SCALINGS[kind](self.frequencies, theta, required)
         except KeyError as error:
             raise ValueError(f"the {kind} scaling of the rotary positions lacks {error.args[0]!r}") from None
         self._tables: Dict[torch.device, _Tables] = {}
@@ -133,7 +146,7 @@ def _yarn(frequencies: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tupl
     def pair_of(turns: float) -> float:  # number of the pair that turns so often
         return pairs * math.log(window / (turns * 2 * math.pi)) / math.log(theta)
 
-    low, high = pair_of(scaling.get("beta_fast") or 32), pair_of(scaling.get("beta_slow") or 1)
+    low, high = pair_of(scaling.get("beta_fast", 32)), pair_of(scaling.get("beta_slow", 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * pairs - 1)

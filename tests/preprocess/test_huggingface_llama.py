@@ -178,7 +178,7 @@ def test_an_adapter_and_quantized_weights_are_refused(tmp_path):
     with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight is torch.int8, so the weights are quantized"):
         from_huggingface(tmp_path / "hf", tmp_path / "fairseq")
     (tmp_path / "hf" / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="is an adapter .*: merge it into its model first"):
+    with pytest.raises(InputError, match="is an adapter .*: merge it into its base model first"):
         from_huggingface(tmp_path / "hf", tmp_path / "fairseq")
     assert not (tmp_path / "fairseq").exists()
 
