@@ -3,8 +3,8 @@
 The bound of a part is the larger of two times: its operations at the machine's speed, and its bytes at the machine's
 bandwidth. The parts run one after the other. A backward pass costs the side network twice its forward pass.
 
-Legend: B lanes, T tokens of a segment, D width, H heads, d = D / H, V symbols, N chunks that a lane holds, S tokens of
-local attention.
+Legend: B lanes, T tokens of a segment, D width, H heads, d width of a head, V symbols, N chunks that a lane holds, S
+tokens of local attention.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def memory_work(options: argparse.Namespace, memory_size: int) -> Dict[str, floa
         memory_size: Number of tokens that a lane's memory holds.
     """
     queries = options.batch * options.heads * _step(options)
-    chunks, width = memory_size // options.chunk_size, options.dim // options.heads
+    chunks, width = memory_size // options.chunk_size, options.head_dim
     auto = "float32" if products_only(options) else options.dtype
     element = _bytes(auto if options.memory_dtype == "auto" else options.memory_dtype)
     k = min(options.k, memory_size)
@@ -34,7 +34,7 @@ def memory_work(options: argparse.Namespace, memory_size: int) -> Dict[str, floa
     return {
         "search_operations": 2.0 * queries * chunks * width,
         "read_operations": 4.0 * queries * k * width,
-        "search_bytes": 4.0 * options.batch * options.heads * chunks * width * times + 4.0 * queries * width,
+        "search_bytes": 4.0 * options.batch * options.kv_heads * chunks * width * times + 4.0 * queries * width,
         "read_bytes": 2.0 * queries * k * width * element,
     }
 
@@ -44,10 +44,12 @@ def model_work(options: argparse.Namespace) -> Dict[str, float]:
     tokens, D = options.batch * _step(options), options.dim
     side = options.layers // options.reduction
     local = options.segment * (3 / 4 if options.mode == "generate" else 1 / 2)  # keys of a query, on average
-    layer = 2.0 * 12 * D * D + 4.0 * local * D  # for one token: four projections of D, an MLP of 4 D, scores, values
+    layer = (
+        2.0 * options.layer_weights + 4.0 * local * options.heads * options.head_dim
+    )  # for a token, scores, values too
     backward = 3 if options.mode == "train" else 1
     head = 2.0 * D * options.vocab * (2 if options.mode == "train" else 1)
-    weights = (12.0 * D * D * (options.layers + side * backward) + D * options.vocab) * _bytes(options.dtype)
+    weights = (options.layer_weights * (options.layers + side * backward) + D * options.vocab) * _bytes(options.dtype)
     return {
         "model_operations": tokens * (layer * (options.layers + side * backward) + head),
         "model_bytes": weights * (_step(options) if options.mode == "generate" else 1),
@@ -57,10 +59,10 @@ def model_work(options: argparse.Namespace) -> Dict[str, float]:
 def full_attention_work(options: argparse.Namespace, window: int) -> Dict[str, float]:
     """Count the operations and bytes of the backbone alone over a window of ``window`` tokens."""
     D = options.dim
-    layer = 2.0 * 12 * D * D + 4.0 * window / 2 * D
+    layer = 2.0 * options.layer_weights + 4.0 * window / 2 * options.heads * options.head_dim
     return {
         "model_operations": options.batch * window * (layer * options.layers + 2.0 * D * options.vocab),
-        "model_bytes": (12.0 * D * D * options.layers + D * options.vocab) * _bytes(options.dtype),
+        "model_bytes": (options.layer_weights * options.layers + D * options.vocab) * _bytes(options.dtype),
     }
 
 

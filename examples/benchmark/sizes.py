@@ -1,25 +1,43 @@
-"""Size of LongMem on GPT-2: parameters to train, bytes of memory, and peak memory of training and evaluation.
+"""Size of LongMem on GPT-2 and on models of the Llama family: parameters, bytes of memory, and peak memory of training
+and evaluation.
 
     python -m examples.benchmark.sizes                                    # computed, for all sizes
-    python -m examples.benchmark.sizes --measure small medium             # also measured on the CPU, random weights
+    python -m examples.benchmark.sizes --backbone-dtype bfloat16          # with backbones of two bytes a parameter
+    python -m examples.benchmark.sizes --sizes SmolLM2-135M --measure SmolLM2-135M    # also measured, random weights
 
-Computed, in bytes, for B lanes of T tokens in float32 and GPT-2's own settings (side network of half the layers):
+Computed, in bytes, for B lanes of T tokens, with a side network of half the layers in float32:
 
-    evaluation = 4 (backbone + side network) + bank + hidden states + logits
+    evaluation = backbone + 4 side network + bank + hidden states + logits
     training   = evaluation + 12 side network (gradients, Adam's two moments) + activations
 
-with hidden states 4 B T D (N + 1 + N/2 + 1), logits 16 B T V (with and without memory, and a softmax of each), and
-activations N/2 * 4 B T (9 D + 5 F), which the side layers keep for the backward pass, where F = 4 D. The measured value
-is the growth of a process's peak resident memory, from before the model is built, in two updates with Adam or two
-segments of evaluation, with a full memory; it includes freed memory that the allocator keeps.
+The backbone has 4 bytes a parameter, or with --backbone-dtype bfloat16 2 bytes (norms and position embeddings always
+4). Hidden states are 4 B T D (N + 1 + N/2 + 1), and logits 16 B T V (with and without memory, and a softmax of each).
+The side layers keep for the backward pass
 
-Legend: B lanes, T tokens of a segment, D width, F width of the MLP, N backbone layers, V symbols.
+    GPT-2    N/2 * 4 B T (9 D + 5 F), where F = 4 D
+    Llama    N/2 * 4 B T (6 D + 3 H d + 2 H_kv d + 4 F), with norms of queries and keys 2 (H + H_kv) d more
+
+of a Llama layer: per norm its input, the normalized input and the output, 6 D; rotated queries, the attention's output
+and what its projection takes, 3 H d; rotated keys and values, 2 H_kv d; and of SwiGLU both inner products, the
+activation and their product, 4 F.
+
+The measured value is the growth of a process's peak resident memory, from before the model is built, in two updates
+with Adam or two segments of evaluation, with a full memory; it includes freed memory that the allocator keeps. (A
+backbone in bfloat16 is drawn in float32 first.)
+
+``pretrained`` counts the parameters of the published model. ``backbone`` also counts the symbols that the dictionary
+has in addition (fairseq's four special ones, and those that fill it up to a multiple of eight), and for GPT-2 the two
+position embeddings that fairseq does not use.
+
+Legend: B lanes, T tokens of a segment, D width, F width of the MLP, N backbone layers, V symbols, H query heads, H_kv
+key/value heads, d width of a head.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from functools import lru_cache
 from typing import Dict, List
 
 import torch
@@ -28,60 +46,55 @@ from tqdm import tqdm
 
 from examples.benchmark.command import require_at_least, stop
 from examples.benchmark.machine import describe_machine, peak_resident
+from examples.benchmark.model_shapes import SHAPES
 from examples.benchmark.tables import bullet_list, table
 from examples.benchmark.variants import fill_with_noise
+from longmem_fairseq.backbones.base import Backbone
 from longmem_fairseq.criterions.longmem_cross_entropy import LongMemCrossEntropyCriterion
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.files import write_json
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.models.longmem_lm import LongMemModel
+from longmem_fairseq.modules.mixed_precision import compute_products_in
 
-# Layers, width and heads of GPT-2, and the memory layer of `--arch longmem_gpt2_<name>`.
-GPT2 = {"small": (12, 768, 12, 9), "medium": (24, 1024, 16, 17), "large": (36, 1280, 20, 25), "xl": (48, 1600, 25, 33)}
-SYMBOLS = 50264  # GPT-2's 50,257 and fairseq's four, filled up to a multiple of eight
 CHUNK = 4
 
 
+@lru_cache(maxsize=1)
+def dictionary_of(symbols: int) -> Dictionary:
+    """Return a dictionary of ``symbols`` symbols, special ones included."""
+    dictionary = Dictionary()
+    for i in range(symbols - len(dictionary)):
+        dictionary.add_symbol(str(i))
+    return dictionary
+
+
 def build(name: str, options: argparse.Namespace, device: str) -> LongMemModel:
-    """Build LongMem on a GPT-2 with random weights.
+    """Build LongMem on a backbone with random weights.
 
     Args:
-        name: Size of GPT-2, a key of ``GPT2``.
+        name: Name of the backbone, a key of ``SHAPES``.
         options: Options of this command.
         device: Device of the weights; on ``meta`` they have shapes but no values.
     """
-    layers, width, heads, memory_layer = GPT2[name]
-    dictionary = Dictionary()
-    for i in range(SYMBOLS - len(dictionary)):
-        dictionary.add_symbol(str(i))
-    backbone = {
-        "model": "transformer_lm",
-        "vocabulary": SYMBOLS,
-        "activation_fn": "gelu_accurate",
-        "decoder_embed_dim": width,
-        "decoder_input_dim": width,
-        "decoder_output_dim": width,
-        "decoder_ffn_embed_dim": 4 * width,
-        "decoder_layers": layers,
-        "decoder_attention_heads": heads,
-        "decoder_normalize_before": True,
-        "decoder_learned_pos": True,
-        "share_decoder_input_output_embed": True,
-        "no_scale_embedding": True,
-        "max_target_positions": max(1024, options.segment),
-    }
+    shape = SHAPES[name]
+    backbone = {**shape.settings, "vocabulary": shape.symbols}
+    backbone["max_target_positions"] = max(backbone["max_target_positions"], options.segment)
     cfg = argparse.Namespace(
         save_backbone=True,
         backbone_config=json.dumps(backbone),
-        retrieval_layer_index=memory_layer,
         chunk_size=CHUNK,
         memory_size=options.memory_size,
         tokens_per_sample=options.segment,
         memory_scope="document",
     )
+    dictionary = dictionary_of(shape.symbols)
     task = argparse.Namespace(source_dictionary=dictionary, target_dictionary=dictionary)
     with torch.device(device):
-        return LongMemModel.build_model(cfg, task)
+        model = LongMemModel.build_model(cfg, task)
+    if options.backbone_dtype != "float32":
+        compute_products_in(model.decoder.backbone, getattr(torch, options.backbone_dtype))
+    return model
 
 
 def parameters(model: torch.nn.Module, trained: bool) -> int:
@@ -89,30 +102,43 @@ def parameters(model: torch.nn.Module, trained: bool) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad == trained)
 
 
-def bank_bytes(name: str, tokens: int, dtype: torch.dtype, lanes: int = 1) -> int:
+def bank_bytes(backbone: Backbone, tokens: int, dtype: torch.dtype, lanes: int = 1) -> int:
     """Return the number of bytes of a memory of ``tokens`` tokens per lane."""
-    _, width, heads, _ = GPT2[name]
-    return MemoryBank(lanes, heads, width // heads, tokens, CHUNK, dtype, torch.device("meta")).nbytes
+    kv_heads, head_dim = backbone.num_kv_heads, backbone.head_dim
+    return MemoryBank(lanes, kv_heads, head_dim, tokens, CHUNK, dtype, torch.device("meta")).nbytes
+
+
+def kept_by_side_layer(backbone: Backbone) -> int:
+    """Return how many numbers a side layer keeps for the backward pass, for each token."""
+    config, D = backbone.config, backbone.width
+    F = config["decoder_ffn_embed_dim"]
+    if config["model"] != "llama_lm":
+        return 9 * D + 5 * F
+    queries, keys = backbone.num_heads * backbone.head_dim, backbone.num_kv_heads * backbone.head_dim
+    norms = 2 * (queries + keys) if config["qk_norm"] else 0
+    return 6 * D + 3 * queries + 2 * keys + 4 * F + norms
 
 
 def computed(name: str, options: argparse.Namespace) -> Dict:
     """Compute the figures of one size by the formulas above."""
-    layers, width, _, _ = GPT2[name]
     model = build(name, options, "meta")
-    backbone, side = parameters(model, trained=False), parameters(model, trained=True)
+    backbone, shape = model.decoder.backbone, SHAPES[name]
+    side, layers = parameters(model, trained=True), backbone.num_layers
     tokens = options.batch * options.segment
-    hidden = 4 * tokens * width * (layers + 1 + layers // 2 + 1)
-    logits = 16 * tokens * SYMBOLS
-    bank = bank_bytes(name, options.memory_size, torch.float32, options.batch) if options.memory_size else 0
-    evaluation = 4 * (backbone + side) + bank + hidden + logits
-    activations = layers // 2 * 4 * tokens * (9 * width + 5 * 4 * width)
+    weights = 4 * side + sum(p.numel() * p.element_size() for p in backbone.parameters())
+    hidden = 4 * tokens * backbone.width * (layers + 1 + layers // 2 + 1)
+    logits = 16 * tokens * shape.symbols
+    bank = bank_bytes(backbone, options.memory_size, torch.float32, options.batch) if options.memory_size else 0
+    evaluation = weights + bank + hidden + logits
+    activations = layers // 2 * 4 * tokens * kept_by_side_layer(backbone)
     half, single = (
-        (bank_bytes(name, 65 * 1024, dtype) - bank_bytes(name, 64 * 1024, dtype)) / 2**20
+        (bank_bytes(backbone, 65 * 1024, dtype) - bank_bytes(backbone, 64 * 1024, dtype)) / 2**20
         for dtype in (torch.float16, torch.float32)
     )
     return {
         "size": name,
-        "backbone": backbone,
+        "pretrained": parameters(model, trained=False) - shape.added_parameters,
+        "backbone": parameters(model, trained=False),
         "side_network": side,
         "mib_per_1k_half": half,
         "mib_per_1k_single": single,
@@ -134,7 +160,7 @@ def print_measured(name: str, mode: str, options: argparse.Namespace) -> None:
     lanes, lengths = torch.arange(options.batch).numpy(), [options.segment] * options.batch
 
     def segment(number: int) -> Dict:
-        tokens = torch.randint(4, SYMBOLS, (options.batch, options.segment))
+        tokens = torch.randint(4, SHAPES[name].symbols, (options.batch, options.segment))
         starts = [number * options.segment] * options.batch
         segments = Segments(lanes, lanes, starts, lengths, options.batch)
         net_input = {"src_tokens": tokens, "segments": segments}
@@ -165,7 +191,8 @@ def measured(name: str, mode: str, arguments: List[str]) -> float:
 
 
 COLUMNS = {
-    "size": "GPT-2",
+    "size": "model",
+    "pretrained": "pretrained",
     "backbone": "backbone",
     "side_network": "side network",
     "mib_per_1k_half": "MiB per 1k tokens, half",
@@ -184,8 +211,14 @@ def main(arguments: List[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--sizes", nargs="+", choices=tuple(GPT2), default=list(GPT2), help="sizes of GPT-2 (default: all)")
-    add("--measure", nargs="*", choices=tuple(GPT2), default=[], help="sizes whose peak memory is also measured")
+    add("--sizes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="models (default: all)")
+    add("--measure", nargs="*", choices=tuple(SHAPES), default=[], help="those whose peak memory is also measured")
+    add(
+        "--backbone-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="precision of the backbone's weights, as in training (default: %(default)s)",
+    )
     add(
         "--memory-size",
         type=int,

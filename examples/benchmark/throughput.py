@@ -2,15 +2,17 @@
 
     python -m examples.benchmark.throughput                                    # the reference shape, on the CPU
     python -m examples.benchmark.throughput --mode train --batch 8             # or --mode generate
+    python -m examples.benchmark.throughput --backbone BACKBONE.pt --segment 1024         # a model's shape and weights
     python -m examples.benchmark.throughput --memory-index IVF1024,Flat:nprobe=32 --memory-sizes 0 1048576 --keys KEYS
     python -m examples.benchmark.throughput --device cuda --dtype bf16 --layers 24 --dim 1024 --heads 16 \
         --vocab 50264 --segment 1024 --retrieval-layer-index 17 --batch 8 --full-windows 4096 8192
 
-The weights are random, because the time of exact search, reading and attention does not depend on the text. The time of
-an approximate index does: pass the keys and queries of a real model and text with --keys (real_keys.py makes the file),
-and its recall is measured too. Without --keys, each memory is filled before the measurement by streaming random tokens
-through the backbone. The memory is also written during the measurement. The variants take turns, step by step, so that
-all of them see the same machine; figures are medians.
+The weights are random, because the time of exact search, reading and attention does not depend on the text; --backbone
+takes the sizes and weights of a model of any family, and the side network that starts from it. The time of an
+approximate index does depend on the text: pass the keys and queries of a real model and text with --keys (real_keys.py
+makes the file), and its recall is measured too. Without --keys, each memory is filled before the measurement by
+streaming random tokens through the backbone. The memory is also written during the measurement. The variants take
+turns, step by step, so that all of them see the same machine; figures are medians.
 
 Each row also has its ratio to memory off, the cost of a token in multiples of that with the smallest memory, and the
 share of the roofline: the least time that the machine needs for the operations and bytes of the shapes, at the speed of
@@ -43,7 +45,8 @@ from examples.benchmark.machine import describe_machine, peak_resident
 from examples.benchmark.real_keys import RealKeys
 from examples.benchmark.roofline import bound, full_attention_work, machine_speed, memory_work, model_work
 from examples.benchmark.tables import bullet_list, table
-from examples.benchmark.variants import DTYPES, FullAttentionVariant, build_decoder, build_variant
+from examples.benchmark.variants import DTYPES, FullAttentionVariant, build_decoder, build_variant, take_sizes
+from longmem_fairseq.backbones.base import BackboneError
 from longmem_fairseq.files import write_json, write_text
 from longmem_fairseq.memory.placement import DEVICES, choose_placement
 from longmem_fairseq.memory.search.base import registered_searches
@@ -179,7 +182,8 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
     text = [
         f"## Throughput, {options.mode}: {options.layers} layers, width {options.dim}, {options.heads} heads, "
         f"side network {options.layers // options.reduction}, segment {options.segment}, batch {options.batch}, "
-        f"k {options.k}, chunk {options.chunk_size}, {options.dtype}, {options.positions}, search by "
+        f"k {options.k}, chunk {options.chunk_size}, {options.dtype}, "
+        f"{'sizes of ' + options.backbone if options.backbone else options.positions}, search by "
         f"{options.memory_search if options.memory_index == FLAT else options.memory_index}",
         "",
         table(result["rows"], shown),
@@ -228,13 +232,14 @@ def parse(arguments: List[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--backbone", help="checkpoint of a backbone, with dict.txt beside it, in place of random weights and sizes")
     add("--layers", type=int, default=12, help="number of backbone layers (default: %(default)s)")
     add("--dim", type=int, default=512, help="width of the model (default: %(default)s)")
     add("--heads", type=int, default=8, help="number of attention heads (default: %(default)s)")
     add("--vocab", type=int, default=8000, help="number of symbols in the dictionary (default: %(default)s)")
     add("--positions", choices=("alibi", "learned"), default="alibi", help="position encoding (default: %(default)s)")
     add("--reduction", type=int, default=2, help="backbone layers per side layer (default: %(default)s)")
-    add("--retrieval-layer-index", type=int, default=9, help="memory layer, counted from 0 (default: %(default)s)")
+    add("--retrieval-layer-index", type=int, help="memory layer, counted from 0 (default: as in training)")
     add("--segment", type=int, default=512, help="number of tokens in a segment (default: %(default)s)")
     add("--batch", type=int, default=1, help="number of lanes (default: %(default)s)")
     add("--k", type=int, default=64, help="number of tokens read per query and head (default: %(default)s)")
@@ -276,6 +281,10 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     add("--png", help="path of a plot of tokens per second")
     add("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    try:
+        take_sizes(options)
+    except (BackboneError, OSError) as error:
+        stop(str(error))
     require_at_least(options, 1, "layers", "dim", "heads", "reduction", "segment", "batch", "k", "chunk_size", "steps")
     if options.dim % options.heads or options.layers % options.reduction or options.k % options.chunk_size:
         stop("--dim must be a multiple of --heads, --layers of --reduction, and --k of --chunk-size")
@@ -289,7 +298,7 @@ def parse(arguments: List[str]) -> argparse.Namespace:
         index, parameters = split_index(options.memory_index, options.memory_index_parameters)
         if index != FLAT:
             chunks = max(options.memory_sizes) // options.chunk_size
-            index_spec(index, parameters, options.dim // options.heads, chunks)
+            index_spec(index, parameters, options.head_dim, chunks)
         choose_placement(options.memory_device, options.memory_map, options.device, index != FLAT)
     except ValueError as error:
         stop(str(error))
@@ -302,7 +311,7 @@ def load_real_keys(options: argparse.Namespace) -> Optional[RealKeys]:
         return None
     if not Path(options.keys).is_file():
         stop(f"--keys {options.keys} does not exist: make it with real_keys.py")
-    real, width = RealKeys(options.keys), options.dim // options.heads
+    real, width = RealKeys(options.keys), options.head_dim
     chunks = max(options.memory_sizes) // options.chunk_size
     if real.means.size(1) < chunks or real.means.size(2) != width:
         stop(

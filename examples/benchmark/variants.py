@@ -11,6 +11,7 @@ import argparse
 import copy
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from examples.benchmark.real_keys import RealKeys, RealQueriesFactory
 from longmem_fairseq.backbones.base import Backbone
-from longmem_fairseq.backbones.loading import build_backbone
+from longmem_fairseq.backbones.loading import build_backbone, load_backbone, read_backbone
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.factory import MemoryFactory
@@ -30,18 +31,52 @@ from longmem_fairseq.memory.search.index_spec import FLAT
 from longmem_fairseq.memory.settings import MEMORY_DTYPES, MemorySettings
 from longmem_fairseq.memory.split_memories import SplitMemories
 from longmem_fairseq.models.live_window import WINDOW, new_window
+from longmem_fairseq.models.longmem_config import LongMemConfig, default_memory_layer
 from longmem_fairseq.models.longmem_decoder import LongMemDecoder
-from longmem_fairseq.models.longmem_lm import LongMemConfig
 from longmem_fairseq.modules.mixed_precision import compute_products_in
 
 DTYPES = {**MEMORY_DTYPES, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
-    """Build a decoder with random weights in the shape of the options."""
-    dictionary = Dictionary()
-    for i in range(options.vocab - len(dictionary)):
-        dictionary.add_symbol(f"w{i}")
+def take_sizes(options: argparse.Namespace) -> None:
+    """Set the sizes among the options to those of ``--backbone``, and add what follows from them.
+
+    Args:
+        options: Options of throughput.py; ``kv_heads``, ``head_dim`` and ``layer_weights`` are added, the number of
+            weights in the matrices of a layer.
+
+    Raises:
+        BackboneError: The checkpoint cannot be a backbone.
+        OSError: There is no dict.txt beside it.
+    """
+    options.kv_heads, options.head_dim = options.heads, options.dim // max(1, options.heads)
+    options.layer_weights = 12 * options.dim**2
+    if options.backbone is not None:
+        description, _ = read_backbone(options.backbone)
+        with torch.device("meta"):
+            backbone = build_backbone(description, dictionary_beside(options.backbone))
+        options.layers, options.dim, options.heads = backbone.num_layers, backbone.width, backbone.num_heads
+        options.kv_heads, options.head_dim = backbone.num_kv_heads, backbone.head_dim
+        options.vocab = backbone.vocabulary
+        options.layer_weights = sum(p.numel() for p in backbone.layers[0].parameters() if p.dim() > 1)
+    if options.retrieval_layer_index is None:
+        options.retrieval_layer_index = default_memory_layer(options.layers, options.reduction)
+
+
+def dictionary_beside(checkpoint: str) -> Dictionary:
+    """Load the dictionary in the directory of a checkpoint.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    path = Path(checkpoint).with_name("dict.txt")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: put the backbone's dict.txt beside its checkpoint")
+    return Dictionary.load(str(path))
+
+
+def random_backbone(options: argparse.Namespace, dictionary: Dictionary) -> Backbone:
+    """Build a backbone with random weights in the shape of the options."""
     alibi = options.positions == "alibi"
     config = {
         "model": "alibi_lm" if alibi else "transformer_lm",
@@ -61,7 +96,19 @@ def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
         "max_target_positions": max([options.segment, *options.full_windows]),
     }
     torch.manual_seed(0)
-    backbone = build_backbone(config, dictionary, options.retrieval_layer_index)
+    return build_backbone(config, dictionary, options.retrieval_layer_index)
+
+
+def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
+    """Build a decoder on the backbone of the options, or on one with random weights in their shape."""
+    if options.backbone is None:
+        dictionary = Dictionary()
+        for i in range(options.vocab - len(dictionary)):
+            dictionary.add_symbol(f"w{i}")
+        backbone = random_backbone(options, dictionary)
+    else:
+        dictionary = dictionary_beside(options.backbone)
+        backbone = load_backbone(options.backbone, dictionary, options.retrieval_layer_index)
     cfg = OmegaConf.merge(
         OmegaConf.structured(LongMemConfig),
         {

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from examples.benchmark import throughput
 from tests.examples.commands import run_example
+from tests.models.tiny import HEADS, LAYERS, VOCABULARY, WIDTH, stock_config, stock_model, write_checkpoint
 
 TINY = "--layers 2 --dim 16 --heads 2 --vocab 50 --retrieval-layer-index 1 --segment 16 --k 8 --steps 2 --threads 1"
 
@@ -90,6 +92,34 @@ def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
 def test_refusals(changes, message):
     with pytest.raises(SystemExit, match=message):
         throughput.parse([*TINY.split(), *changes])
+
+
+def test_throughput_of_a_backbone(tmp_path):
+    """Sizes and weights are those of the checkpoint: grouped queries, heads of another width than D / H, SwiGLU."""
+    path = write_checkpoint(tmp_path / "backbone.pt", stock_model("llama_lm"), stock_config("llama_lm"))
+    VOCABULARY.save(str(tmp_path / "dict.txt"))
+    tiny = "--segment 12 --k 8 --steps 1 --memory-sizes 0 64 --memory-search torch --tflops 1 --gbps 10".split()
+    for dtype in ("float32", "bf16"):
+        options = throughput.parse([*tiny, "--backbone", path, "--dtype", dtype])
+        assert (options.layers, options.dim, options.heads, options.kv_heads) == (LAYERS, WIDTH, HEADS, 1)
+        assert (options.vocab, options.head_dim, options.retrieval_layer_index) == (len(VOCABULARY), 6, 3)
+        assert options.layer_weights == WIDTH * 6 * (2 * HEADS + 2 * 1) + 3 * WIDTH * 20
+        decoder = throughput.build_decoder(options)
+        weight = decoder.backbone.layers[1].self_attn.q_proj.weight
+        assert weight.dtype == throughput.DTYPES[dtype]
+        expected = stock_model("llama_lm").decoder.layers[1].self_attn.q_proj.weight
+        assert torch.equal(weight, expected.to(weight.dtype))
+        variants = [throughput.build_variant(name, decoder, options) for name in throughput.names_of(options)]
+        for variant in variants:
+            variant.fill()
+        off, on = throughput.measure(variants, options)
+        assert off["tokens_per_second"] > 0 and variants[1].bank_bytes > 0
+        work = throughput.memory_work(options, 64)
+        assert work["search_bytes"] == 4 * (1 * 16 * 6 + HEADS * 12 * 6)
+        assert work["read_operations"] == 4 * HEADS * 12 * 8 * 6
+    (tmp_path / "dict.txt").unlink()
+    with pytest.raises(SystemExit, match="dict.txt does not exist: put the backbone's dict.txt beside its checkpoint"):
+        throughput.parse(["--backbone", path])
 
 
 def test_the_work_of_search_and_reading():
