@@ -24,7 +24,7 @@ from .tasks.generator import backbone_identity
 from .tasks.longmem_language_modeling import LongMemLanguageModelingTask
 from .tasks.pretrained import load_pretrained
 from .tasks.text_generation import GeneratedText, TextGeneration
-from .text import decode_text, encode_text, find_bpe, token_texts
+from .text import decode_text, encode_text, find_bpe, text_codec, token_texts
 
 _LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
@@ -102,14 +102,8 @@ class LongMem:
 
     def __reduce__(self):
         # fairseq's task can be neither copied nor pickled: its options make it again.
-        return _restored, (
-            self.model,
-            plain(self.task.args),
-            self.task.dictionary,
-            self.bpe,
-            self.tokenizer,
-            self.memory,
-        )
+        task = (plain(self.task.args), self.task.dictionary)
+        return _restored, (self.model, task, text_codec(self.bpe).recipe(), self.tokenizer, self.memory)
 
     @property
     def documents(self) -> List[str]:
@@ -396,9 +390,9 @@ class LongMem:
             yield piece
 
 
-def _restored(model, args, dictionary, bpe, tokenizer, memory: Optional[DocumentMemory]) -> LongMem:
-    """Return a LongMem that was copied or pickled."""
-    task = LongMemLanguageModelingTask(args, dictionary)
-    restored = LongMem(model, task, bpe, tokenizer, use_memory=False)
+def _restored(model, task, bpe, tokenizer, memory: Optional[DocumentMemory]) -> LongMem:
+    """Return a LongMem that was copied or pickled, from the arguments of its task and the recipe of its BPE."""
+    make_bpe, arguments = bpe
+    restored = LongMem(model, LongMemLanguageModelingTask(*task), make_bpe(*arguments), tokenizer, use_memory=False)
     restored.memory = memory
     return restored

@@ -328,6 +328,7 @@ def test_language_models_in_safetensors(directory, tmp_path):
     convert_safetensors.to_safetensors(str(checkpoint), str(backbone))
     with safe_open(backbone, framework="pt") as file:
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    del header["crc32"]  # who changes the file can change its checksum
 
     def read(changes):
         changed = {name: value for name, value in {**header, **changes}.items() if value is not None}

@@ -16,6 +16,7 @@ from examples.benchmark.machine import describe_machine
 from examples.benchmark.tables import bullet_list, table
 from examples.quickstart.demo_report import by_text, perplexity, plot
 from longmem_fairseq.files import write_json, write_text
+from longmem_fairseq.safe_load import load_safely
 
 
 def documents(out: Path) -> List[Dict]:
@@ -44,9 +45,9 @@ def last_figure(log: Path, name: str) -> Optional[float]:
 def collect(out: Path, tiny: bool) -> Dict:
     """Collect all results, in the form of report.json."""
     by_size = {str(size): perplexity(out / f"eval-memory-{size}.log") for size in sizes(out)}
-    state = torch.load(out / "checkpoints" / "checkpoint_last.pt", map_location="cpu", weights_only=True)
+    state = load_safely(str(out / "checkpoints" / "checkpoint_last.pt"))
     gates = next(x for name, x in state["model"].items() if name.endswith("memory_gate"))
-    backbone = torch.load(out / "backbone" / "checkpoint_last.pt", map_location="cpu", weights_only=True)["model"]
+    backbone = load_safely(str(out / "backbone" / "checkpoint_last.pt"))["model"]
     manifest = json.loads((out / "data" / "manifest.json").read_text())
     recall = out / "recall" / "report.json"
     seconds: Dict[str, int] = {}

@@ -1,6 +1,7 @@
 """The options of ``longmem_lm``, and checks of those that are not the memory's alone."""
 
 import argparse
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -160,10 +161,18 @@ def with_defaults(cfg: Any) -> Any:
 
 
 def plain(cfg: Any) -> Any:
-    """Return a configuration that can be pickled: fairseq's choices, which are classes without a name, as strings."""
+    """Return a configuration that can be pickled: fairseq's choices, which are classes without a name, as strings.
+
+    Settings of other groups that it refers to are copied, as far as it has these groups beside it.
+    """
     if not OmegaConf.is_config(cfg):
         return cfg
-    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    values = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
+    for name in values:
+        if OmegaConf.is_interpolation(cfg, name):
+            with contextlib.suppress(OmegaConfBaseException):
+                values[name] = OmegaConf.to_container(OmegaConf.create([cfg[name]]), resolve=True, enum_to_str=True)[0]
+    return OmegaConf.create(values)
 
 
 def default_memory_layer(num_layers: int, reduction: int) -> int:

@@ -3,7 +3,7 @@
 import codecs
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 
 class TextCodec(ABC):
@@ -38,6 +38,10 @@ class TextCodec(ABC):
         Args:
             symbols: Symbols of the dictionary.
         """
+
+    def recipe(self) -> Tuple[Callable, Tuple]:
+        """Return a function and its arguments that make the BPE again; unlike some BPEs they can be pickled."""
+        return _same, (self.bpe,)
 
     @cached_property
     @abstractmethod
@@ -84,3 +88,7 @@ class TextCodec(ABC):
         if texts:
             texts[-1] += decoder.decode(b"", final=True)
         return texts
+
+
+def _same(bpe: Any) -> Any:
+    return bpe

@@ -1,5 +1,6 @@
 """Text from text, compared with plain loops: stop strings, repetition penalty, several continuations, streams."""
 
+import pickle
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from longmem_fairseq.tasks.longmem_language_modeling import LongMemLanguageModel
 from longmem_fairseq.tasks.options import LongMemLanguageModelingConfig
 from longmem_fairseq.tasks.repetition_penalty import RepetitionPenalty
 from tests.models.tiny import VOCABULARY, longmem
-from tests.text_models import gpt2_model, sentencepiece_model
+from tests.text_models import gpt2_model, huggingface_model, sentencepiece_model
 
 T = 7  # tokens of a window
 NEW = 2 * T + 2
@@ -25,11 +26,12 @@ WORDS = " ".join(f"w{i % 30}" for i in range(0, 90, 7))
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """A model of each kind of tokens with a text in its memory; random weights write broken characters, too."""
-    directories = {name: tmp_path_factory.mktemp(name) for name in ("sentencepiece", "gpt2", "words")}
+    directories = {name: tmp_path_factory.mktemp(name) for name in ("sentencepiece", "gpt2", "huggingface", "words")}
     cfg = OmegaConf.merge(OmegaConf.structured(LongMemLanguageModelingConfig), {"tokens_per_sample": T})
     loaded = {
         "sentencepiece": LongMem.from_pretrained(sentencepiece_model(directories["sentencepiece"]), device="cpu"),
         "gpt2": LongMem.from_pretrained(gpt2_model(directories["gpt2"], [BOOK * 9]), device="cpu"),
+        "huggingface": LongMem.from_pretrained(huggingface_model(directories["huggingface"], [BOOK * 9]), device="cpu"),
         "words": LongMem(longmem(directories["words"]), LongMemLanguageModelingTask(cfg, VOCABULARY)),
     }
     for name, model in loaded.items():
@@ -37,7 +39,7 @@ def models(tmp_path_factory):
     return loaded
 
 
-@pytest.fixture(params=["sentencepiece", "gpt2", "words"])
+@pytest.fixture(params=["sentencepiece", "huggingface", "words"])
 def name(request):
     return request.param
 
@@ -205,6 +207,12 @@ def test_a_character_of_several_tokens_is_one_piece(models, monkeypatch):
     monkeypatch.setattr("longmem_fairseq.tasks.generator.LongMemGenerator.stream", lambda self, prompt: iter(tokens))
     assert list(model.stream("x")) == list(text)
     assert list(model.stream("x", stop="é🎉")) == list("a 漢字")
+
+
+def test_copies_know_their_tokens(models):
+    for name, model in models.items():
+        other = pickle.loads(pickle.dumps(model))
+        assert other.generate(prompts(name), **LENGTHS) == model.generate(prompts(name), **LENGTHS)
 
 
 def test_a_stream_may_be_left(models):
