@@ -15,9 +15,9 @@ def test_a_directory_in_both_precisions(tmp_path, capsys):
     result = json.loads((tmp_path / "speed.json").read_text())
     names = [(row["dtype"], row["implementation"]) for row in result["rows"]]
     assert names == [(d, name) for d in ("float32", "bfloat16") for name in ("this project", "transformers")]
-    for ours, theirs in (result["rows"][:2], result["rows"][2:]):
-        assert ours["prefill_ratio"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
-        assert ours["token_ratio"] == pytest.approx(theirs["token_ms"] / ours["token_ms"])
+    for row, reference in (result["rows"][:2], result["rows"][2:]):
+        assert row["prefill_ratio"] == pytest.approx(row["tokens_per_second"] / reference["tokens_per_second"])
+        assert row["token_ratio"] == pytest.approx(reference["token_ms"] / row["token_ms"])
     # Both compute the same model: in float32 to the last digits, and the same continuation.
     assert result["agreement"]["float32"]["largest_logit_difference"] < 1e-5
     assert result["agreement"]["float32"]["same_tokens"] == 8
