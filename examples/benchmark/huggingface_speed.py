@@ -155,9 +155,9 @@ def measure(variants: List, options: argparse.Namespace, vocabulary: int) -> Tup
     size = (options.rounds, options.batch, options.segment)
     segments = torch.randint(vocabulary, size, generator=generator).to(options.device)
     prompt = torch.randint(vocabulary, (1, options.prompt), generator=generator).to(options.device)
-    ours, theirs = (variant.prefill(segments[0]).float() for variant in variants)  # also warms up
-    difference = float((ours - theirs).abs().max())
-    del ours, theirs
+    here, reference = (variant.prefill(segments[0]).float() for variant in variants)  # also warms up
+    difference = float((here - reference).abs().max())
+    del here, reference
     texts = [generate(variant, prompt, 2, options.device)[0] for variant in variants]
     prefills, steps = [[] for _ in variants], [[] for _ in variants]
     for segment in tqdm(segments, desc="measuring", leave=False, mininterval=2):
@@ -194,10 +194,10 @@ def run(options: argparse.Namespace) -> Dict:
         for name in options.dtypes:
             other = TransformersVariant(directory, DTYPES[name], options.device)
             vocabulary = other.model.config.vocab_size
-            ours = BackboneVariant(converted, DTYPES[name], options.device, vocabulary)
-            measured, agreement[name] = measure([ours, other], options, vocabulary)
+            backbone = BackboneVariant(converted, DTYPES[name], options.device, vocabulary)
+            measured, agreement[name] = measure([backbone, other], options, vocabulary)
             rows += [{"dtype": name, **row} for row in measured]
-            del ours, other
+            del backbone, other
             gc.collect()
     settings = {name: str(value) if name in ("device", "model") else value for name, value in vars(options).items()}
     return {"machine": describe_machine(), "options": settings, "rows": rows, "agreement": agreement}

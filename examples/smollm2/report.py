@@ -25,8 +25,6 @@ def collect(directory: Path, seconds: int) -> dict:
         seconds: Duration of this call of run.sh in seconds.
     """
     training = (directory / "logs/train.log").read_text()
-    gates = re.findall(r"train_inner .*? gate=([0-9.]+)", training)
-    walls = re.findall(r"train_wall=([0-9.]+)", training)
     trained = re.search(r"([\d,]+) parameters to train", training)
     copying = (directory / "copying.txt").read_text().splitlines()
     return {
@@ -36,15 +34,20 @@ def collect(directory: Path, seconds: int) -> dict:
         "heads": next(line for line in copying if line.split()[:1] == [copying[-1].split()[-1]]).split(maxsplit=1)[1],
         "backbone": _by_size(directory, "backbone"),
         "memory": _by_size(directory, "memory"),
-        "updates": int(re.findall(r"num_updates=(\d+)|num_updates (\d+)|$", training)[0][0] or 0),
-        "training_seconds": float(walls[-1]) if walls else None,
-        "gate": float(gates[-1]) if gates else None,
+        "updates": int(_last(training, "num_updates")),
+        "training_seconds": _last(training, "wall"),  # also of earlier calls that were interrupted
+        "gate": _last(training, "gate"),
         "parameters_trained": trained[1] if trained else None,
         "seconds": seconds,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
     }
+
+
+def _last(log: str, figure: str) -> float:
+    """Return the last value of a figure in a log of fairseq-train."""
+    return float(re.findall(rf"[ ,]{figure}[= ]([0-9.]+)", log)[-1])
 
 
 def _by_size(directory: Path, system: str) -> Dict[str, float]:
@@ -80,9 +83,10 @@ def plot(report: dict, path: Path) -> None:
     blocks, memories = report["backbone"], report["memory"]
     axes.plot(list(map(int, blocks)), list(blocks.values()), "s--", color="grey", label="backbone, full attention")
     sizes = [1024 + int(size) for size in memories]
+    ticks = {*map(int, blocks), *(size for size in sizes if size > 2 * 8192)}
     axes.plot(sizes, list(memories.values()), "o-", label="LongMem, window of 1,024 and memory")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({*map(int, blocks), 17408, 66560}), labels=None)
+    axes.set_xticks(sorted(ticks), labels=None)
     axes.xaxis.set_major_formatter(lambda value, _: f"{int(value):,}")
     axes.tick_params(axis="x", labelrotation=30)
     axes.set_xlabel("tokens that can be read")

