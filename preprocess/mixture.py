@@ -19,7 +19,6 @@ from preprocess.errors import InputError
 from preprocess.package_modules import files
 from preprocess.selection import Selection
 from preprocess.survey import ENCODED_BYTES, Survey, read_survey, survey_identity
-from preprocess.text_document import valid_unicode
 
 
 def parse_weights(arguments: Sequence[str]) -> dict[str, float]:
@@ -36,7 +35,7 @@ def parse_weights(arguments: Sequence[str]) -> dict[str, float]:
     """
     weights = {}
     for argument in arguments:
-        name, equals, number = valid_unicode(argument).rpartition("=")
+        name, equals, number = files.printable(argument).rpartition("=")
         try:
             weight = float(number)
         except ValueError:

@@ -8,6 +8,7 @@ from typing import Any
 
 from preprocess.document_source import DocumentSource
 from preprocess.errors import InputError
+from preprocess.package_modules import files
 
 _SKIP_HINT = "repair it, or leave such documents out with --bad-documents skip"
 
@@ -68,7 +69,7 @@ def _decode(source: DocumentSource, where: str, name: str, data: bytes) -> TextD
         raise InputError(f"{where} is not UTF-8 text (byte {error.start}): {_SKIP_HINT}") from None
     if not text:
         raise InputError(f"{where} is an empty document: {_SKIP_HINT}")
-    return TextDocument(valid_unicode(name), text, valid_unicode(source.subset))
+    return TextDocument(files.printable(name), text, files.printable(source.subset))
 
 
 def parse_json_line(source: DocumentSource, number: int, line: bytes) -> TextDocument:
@@ -126,18 +127,7 @@ def parse_record(source: DocumentSource, number: int, record: Any, where: str = 
     meta = record.get("meta")
     subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
     return TextDocument(
-        valid_unicode(name if isinstance(name, str) and name else f"{source.name}:{number}"),
+        files.printable(name if isinstance(name, str) and name else f"{source.name}:{number}"),
         text,
-        valid_unicode(subset if isinstance(subset, str) and subset else source.subset),
+        files.printable(subset if isinstance(subset, str) and subset else source.subset),
     )
-
-
-def valid_unicode(name: str) -> str:
-    """Spell lone surrogates in a name, which no UTF-8 file can hold, as ``\\udcff``.
-
-    A file name that is not UTF-8 reaches Python with lone surrogates, and JSON can spell them.
-
-    Args:
-        name: Name of a document or subset.
-    """
-    return name.encode("utf-8", "backslashreplace").decode()
