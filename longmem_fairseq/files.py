@@ -86,13 +86,28 @@ def write_whole(path: PathLike, write: Callable[[str], Any]) -> None:
     require_file_place(path)
     target = Path(os.path.realpath(path))
     try:
-        with _private_directory(target.with_name(f"{target.name}.part")) as directory:
+        with private_directory(target.with_name(f"{target.name}.part")) as directory:
             unfinished = directory / target.name
             write(str(unfinished))
-            os.chmod(unfinished, target.stat().st_mode & 0o777 if target.exists() else _default_mode())
-            os.replace(unfinished, target)
+            move_into_place(unfinished, target)
     except OSError as error:
         raise OSError(f"{os.fspath(path)} cannot be written: {error.strerror or error}") from error
+
+
+def move_into_place(source: PathLike, path: PathLike) -> None:
+    """Replace a file by another one on the same disk in one step, with the mode of the file that is replaced.
+
+    Args:
+        source: Path of the new file.
+        path: Path of the file to replace, or of none; through a symbolic link, the file that it points to is replaced.
+
+    Raises:
+        OSError: Something other than a file is at ``path``, or it cannot be replaced.
+    """
+    require_file_place(path)
+    target = os.path.realpath(path)
+    os.chmod(source, os.stat(target).st_mode & 0o777 if os.path.exists(target) else _default_mode())
+    os.replace(source, target)
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -174,8 +189,19 @@ def remove_tree(path: PathLike) -> None:
 
 
 @contextmanager
-def _private_directory(directory: Path) -> Iterator[Path]:
-    """Make an empty directory that no other process uses, or take over that of a killed one; remove it at the end."""
+def private_directory(directory: Path) -> Iterator[Path]:
+    """Make an empty directory that no other process uses, and remove it at the end.
+
+    Args:
+        directory: Path of the directory. One that a killed process left there is emptied and taken over; another
+            process's is waited for.
+
+    Yields:
+        The path.
+
+    Raises:
+        OSError: The directory cannot be made.
+    """
     handle = _lock(directory)
     try:
         for entry in directory.iterdir():

@@ -104,8 +104,7 @@ class Encoder:
         return EncodedBlock(
             ids=np.concatenate(arrays).astype(self.settings.dtype),
             sizes=np.array(sizes, dtype=np.int32),
-            # a file name that is not UTF-8 reaches Python as lone surrogates
-            records="".join(f"{record}\n" for record in records).encode("utf-8", "backslashreplace"),
+            records="".join(f"{record}\n" for record in records).encode("utf-8"),
             characters=characters,
             skipped=parsed.skipped,
             left_out=len(parsed.documents) - len(kept),

@@ -15,6 +15,7 @@ import numpy as np
 
 from preprocess.dictionary import UNK, filler_symbols, symbol_ids
 from preprocess.errors import InputError, require_package
+from preprocess.package_modules import files
 from preprocess.tokenizer import Tokenizer
 
 WORDS_IN_TABLE = 1 << 18  # about 50 MB
@@ -145,7 +146,7 @@ def read_gpt2_files(encoder_json: Path, vocab_bpe: Path) -> tuple[dict[str, int]
         InputError: A file is missing or of another format.
     """
     try:
-        vocabulary = json.loads(encoder_json.read_text(encoding="utf-8"))
+        vocabulary = files.read_json(encoder_json)
         ids = list(vocabulary.values())
         if not ids or not all(isinstance(number, int) and number >= 0 for number in ids) or len(set(ids)) != len(ids):
             raise ValueError("its values are not distinct ids")

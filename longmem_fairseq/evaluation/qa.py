@@ -66,11 +66,8 @@ def read_articles(path: str) -> List[Article]:
     """
     text = read_file(path)
     try:
-        rows = (
-            list(map(parse_json, filter(None, text.split("\n"))))
-            if path.endswith(".jsonl")
-            else _official(parse_json(text))
-        )
+        lines = filter(None, text.split("\n"))
+        rows = list(map(parse_json, lines)) if path.endswith(".jsonl") else _official(parse_json(text))
         articles: Dict[str, Article] = {}
         for row in rows:
             article = articles.setdefault(row["title"], Article(row["title"].replace("_", " "), [], []))

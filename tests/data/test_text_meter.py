@@ -10,7 +10,7 @@ from fairseq.data import Dictionary
 from longmem_fairseq.data.text_meter import TextMeter, TextSize, find_meter
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.text import encode_text, find_bpe
-from tests.text_models import gpt2_model, sentencepiece_model
+from tests.text_models import gpt2_model, huggingface_model, sentencepiece_model
 
 TEXTS = [
     "It was a dark night.\n",
@@ -23,11 +23,12 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["sentencepiece", "gpt2"])
+@pytest.fixture(scope="module", params=["sentencepiece", "gpt2", "huggingface"])
 def model(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
-    path = sentencepiece_model(directory) if request.param == "sentencepiece" else gpt2_model(directory, TEXTS * 9)
-    return LongMem.from_pretrained(str(path), device="cpu")
+    make = {"sentencepiece": sentencepiece_model, "gpt2": gpt2_model, "huggingface": huggingface_model}[request.param]
+    texts = [] if request.param == "sentencepiece" else [TEXTS * 9]
+    return LongMem.from_pretrained(str(make(directory, *texts)), device="cpu")
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -15,7 +15,6 @@ import pytest
 import zstandard
 from fairseq.data import Dictionary, data_utils
 
-from longmem_fairseq.data.document_dataset import DocumentDataset
 from longmem_fairseq.data.manifest import read_manifest, verify
 from preprocess.binarize_documents import main
 from preprocess.split_writer import smallest_dtype, write_index
@@ -480,21 +479,6 @@ def test_links_are_not_followed_and_only_files_are_replaced(inputs, model_file, 
     main(command)
     assert (kept / "journal.json").read_text() == "mine" and not (made / "train.bin").is_symlink()
     verify(made, "train", full=True)
-
-
-def test_names_that_are_not_utf_8(model_file, tmp_path):
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / os.fsdecode(b"caf\xe9.txt")).write_text("one")
-    record = {"text": "two", "name": "\ud800", "meta": {"pile_set_name": "\udcff"}}
-    (tmp_path / "lines.jsonl").write_text(json.dumps(record) + "\n")
-    train = ["--train", str(tmp_path / "texts"), str(tmp_path / "lines.jsonl"), "--tokenizer", str(model_file)]
-    mixture = ["--token-budget", "5", "--survey", str(tmp_path / "survey.json")]
-    for name, options in (("all", []), ("mixture", mixture)):
-        main([*train, *options, "--destdir", str(tmp_path / name)])
-    manifest = verify(tmp_path / "all", "train", full=True)
-    assert list(manifest["splits"]["train"]["subsets"]) == ["texts", "\udcff"]
-    documents = DocumentDataset([str(tmp_path / "all" / "train")], load_tokenizer(tmp_path / "all").dictionary)
-    assert documents.names() == [os.fsdecode(b"caf\xe9.txt"), "\ud800"]
 
 
 def test_two_runs_do_not_write_the_same_data(inputs, model_file, tmp_path):

@@ -1,5 +1,6 @@
 """A disk that is full, or a place that cannot be written to, leaves nothing behind and costs no work."""
 
+import os
 import resource
 from contextlib import contextmanager
 
@@ -73,20 +74,28 @@ def test_a_new_directory_with_its_parents_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "other").write_text("other")
+    (tmp_path / "a" / "b" / ".part").mkdir()
+    (tmp_path / "a" / "b" / ".part" / "half").write_text("of a killed run")
     with whole_directory(tmp_path / "a" / "b") as directory:
         (directory / "file").write_text("text")
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["file", "other"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    os.mkfifo(tmp_path / "a" / "b" / "pipe")
+    with pytest.raises(OSError, match="a/b/pipe is a named pipe, not a regular file"):
+        with whole_directory(tmp_path / "a" / "b") as directory:
+            (directory / "file").write_text("new")
+            (directory / "pipe").write_text("new")
+    assert (tmp_path / "a" / "b" / "file").read_text() == "text"
 
 
 def test_a_place_that_cannot_be_written_to_is_named_before_the_work(models, tmp_path, model_file):
     text = str(models / "text.txt")
-    sentence = "--output .*nowhere/m cannot be written: there is no directory .*nowhere"
+    sentence = "--output .*nowhere/m cannot be written: the directory .*nowhere does not exist"
     with pytest.raises(SystemExit, match=sentence):
         sentencepiece_training.main(["--train", text, "--output", str(tmp_path / "nowhere" / "m")])
-    with pytest.raises(SystemExit, match="--output .* is a directory: name a file"):
+    with pytest.raises(SystemExit, match="--output .* is a directory, not a regular file: name"):
         sentencepiece_training.main(["--train", text, "--output", str(tmp_path)])
     survey = ["--token-budget", "100", "--survey", str(tmp_path / "nowhere" / "s.json")]
-    with pytest.raises(SystemExit, match="--survey .*nowhere/s.json cannot be written: there is no directory"):
+    with pytest.raises(SystemExit, match="--survey .*nowhere/s.json cannot be written: the directory"):
         binarize(["--train", text, "--tokenizer", str(model_file), "--destdir", str(tmp_path / "made"), *survey])
     assert list(tmp_path.iterdir()) == []
