@@ -6,6 +6,8 @@ import pytest
 
 from examples.benchmark import huggingface_speed
 from tests.examples.huggingface_models import source_texts, write_llama
+from tests.preprocess import gguf_files
+from tests.preprocess.test_gguf_tokenizer import bpe_metadata, original_tokenizer
 
 
 def test_a_directory_in_both_precisions(tmp_path, capsys):
@@ -28,9 +30,6 @@ def test_a_directory_in_both_precisions(tmp_path, capsys):
 
 def test_a_gguf(tmp_path):
     """transformers gets the directory that the GGUF is exported to."""
-    gguf_files = pytest.importorskip("tests.preprocess.gguf_files")
-    from tests.preprocess.test_gguf_tokenizer import bpe_metadata, original_tokenizer
-
     model = gguf_files.tiny("llama", vocab_size=800, num_hidden_layers=1)
     metadata = gguf_files.metadata_of(
         model, **bpe_metadata(original_tokenizer("smollm", list(source_texts().values())), "smollm")
