@@ -5,6 +5,7 @@ Legend: B rows of a batch, T tokens, D width, F width of the feed-forward part.
 
 from typing import Optional, Tuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,8 +50,10 @@ class LlamaLayer(nn.Module):
             Output, shape (T, B, D), in a tuple, as fairseq's layers return it.
         """
         x = x + self.dropout(self.self_attn(self.self_attn_norm(x), incremental_state, left))
-        normed = self.feed_forward_norm(x)
-        inner = F.silu(self.gate_proj(normed)) * self.up_proj(normed)  # (T, B, F)
+        # The inner numbers stay in the precision of the products, which a model in float32 may compute in bfloat16.
+        normed = self.feed_forward_norm(x).to(self.gate_proj.weight.dtype, memory_format=torch.contiguous_format)
+        gate, up = (F.linear(normed, projection.weight) for projection in (self.gate_proj, self.up_proj))
+        inner = F.silu(gate) * up  # (T, B, F)
         return (x + self.dropout(self.down_proj(inner)),)
 
 

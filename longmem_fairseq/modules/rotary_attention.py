@@ -85,6 +85,7 @@ class RotaryAttention(CachedAttention, nn.Module):
             Output, shape (T, B, D).
         """
         left = left_padding(state) if left is None else left
+        x = x.to(self.q_proj.weight.dtype, memory_format=torch.contiguous_format)  # once for three products
         start = self.cache(state)["prev_key"].size(2) if self.cache(state) else 0
         q = self.queries(x)
         unrotated, v = self.keys_and_values(x)
