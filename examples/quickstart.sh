@@ -14,27 +14,10 @@ memories=(0 1024 4096 16384 65536)
 shipped=examples/pretrained/mini
 data=$demo/data
 began=$(date +%s)
-device=(--cpu)
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
-
-say() { printf '\n== %s\n' "$*"; }
-# Run a step with its output in a log; show the end of the log if the step fails.
-logged() {
-  local log=$1
-  shift
-  "$@" >"$log.part" 2>&1 || { tail -n 25 "$log.part" >&2; echo "failed; all of it: $log.part" >&2; exit 1; }
-  mv "$log.part" "$log"
-}
+. examples/steps.sh
 
 mkdir -p "$demo/eval" "$demo/logs"
-# Results of other documents must not be mixed with these.
-echo "${TEXT:-the standard library} $(python --version)" >"$demo/source.new"
-if [ -e "$demo/source" ] && ! cmp -s "$demo/source" "$demo/source.new"; then
-  echo "$demo holds the results for $(cat "$demo/source"): remove it, or name another directory with DEMO=..." >&2
-  rm "$demo/source.new"
-  exit 1
-fi
-mv "$demo/source.new" "$demo/source"
+note_source "$demo" "${TEXT:-the standard library} $(python --version)" DEMO
 
 if [ ! -e "$data/manifest.json" ]; then
   say "1. Documents: ${TEXT:-the modules of the standard library}"

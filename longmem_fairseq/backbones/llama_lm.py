@@ -135,8 +135,7 @@ class LlamaDecoder(FairseqIncrementalDecoder):
             )
         if self.start_symbol is None:
             return self.embed_tokens(tokens)
-        starts = tokens[:, 0] == self.dictionary.eos()
-        starts = starts & first
+        starts = (tokens[:, 0] == self.dictionary.eos()) & first
         column = torch.where(starts, self.start_symbol, tokens[:, 0])
         return self.embed_tokens(torch.cat([column[:, None], tokens[:, 1:]], dim=1))
 

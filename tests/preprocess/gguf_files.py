@@ -1,20 +1,10 @@
 """GGUF files of tiny models of transformers, written as llama.cpp's converter and quantizer write them."""
 
-import sys
-
 import gguf
 import numpy as np
-import pytest
 import torch
-
-with pytest.MonkeyPatch.context() as patch:
-    # transformers imports torchaudio where it is installed, which fails beside a torch of another kind.
-    patch.setitem(sys.modules, "torchaudio", None)
-    transformers = pytest.importorskip("transformers")
-    from transformers.models.llama.modeling_llama import LlamaForCausalLM
-    from transformers.models.mistral.modeling_mistral import MistralForCausalLM
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
+import transformers
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 F32, I16 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.I16
 MODELS = {

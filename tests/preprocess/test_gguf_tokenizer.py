@@ -8,7 +8,7 @@ import sentencepiece
 import tokenizers
 import torch
 from fairseq.data import Dictionary
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from longmem_fairseq.backbones.loading import load_backbone
@@ -193,8 +193,10 @@ def test_ids_of_a_sentencepiece_bpe(tmp_path, sources, sentencepiece_model):
     read = read_tokenizer(tmp_path, metadata)
 
     @settings(max_examples=200)
-    @given(TEXTS.filter(lambda text: "<|im_start|>" not in text and "\0" not in text))
+    @given(TEXTS)
     def check(text):
+        # sentencepiece spells control tokens out, where transformers takes them for the tokens that they name.
+        assume(not any(part in text for part in ("<|im_start|>", "<s>", "</s>", "<unk>", "\0")))
         ids = original.encode(text)
         assert read.encode(text).ids == [1, *ids]
         assert read.decode(ids) == original.decode(ids)
