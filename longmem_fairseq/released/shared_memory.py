@@ -17,7 +17,7 @@ from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.policies import MemoryPolicy, register_memory_policy
 from ..memory.reader import ChunkReader, MemoryReader, chunk_ages, tables_to_read
-from ..memory.stream_memory import PendingWrite, StreamMemory
+from ..memory.stream_memory import StreamMemory, WrittenSegments
 
 _LANE = np.zeros(1, dtype=np.int64)  # the only lane of the bank
 
@@ -63,8 +63,8 @@ class SharedMemory(StreamMemory):
         """Note the stream of a lane; :meth:`open` empties the bank where all rows start one."""
         self.streams[lane], self.stream_ends[lane] = stream, position
 
-    def store(self, pending: PendingWrite, rows: List[int]) -> None:
-        keys, values = (_end_to_end(x, pending.segments.lengths) for x in (pending.keys, pending.values))
+    def store(self, segments: Segments, written: WrittenSegments, rows: List[int]) -> None:
+        keys, values = (_end_to_end(x, segments.lengths) for x in written)
         tokens, size = keys.size(1), self.bank.chunk_size
         chunks = tokens // size
         if self.bank.held[0] + chunks >= self.bank.chunks:

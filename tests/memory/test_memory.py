@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
+from longmem_fairseq.memory.lane_streams import MemoryOutOfStep
 from longmem_fairseq.memory.reader import ChunkReader
 from longmem_fairseq.memory.search.torch import TorchSearch
-from longmem_fairseq.memory.stream_memory import MemoryOutOfStep, StreamMemory
+from longmem_fairseq.memory.stream_memory import StreamMemory
 from longmem_fairseq.modules.memory_attention import memory_attention
 
 H, D, C = 2, 4, 3

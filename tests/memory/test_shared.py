@@ -6,9 +6,9 @@ import torch
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.bank import MemoryBank
+from longmem_fairseq.memory.lane_streams import MemoryOutOfStep
 from longmem_fairseq.memory.reader import ChunkReader
 from longmem_fairseq.memory.search.torch import TorchSearch
-from longmem_fairseq.memory.stream_memory import MemoryOutOfStep
 from longmem_fairseq.modules.memory_attention import naive_memory_attention, row_memory_attention
 from longmem_fairseq.released.shared_memory import SharedMemory
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longmem_fairseq.data.segments import Segments
-from longmem_fairseq.memory.stream_memory import MemoryOutOfStep
+from longmem_fairseq.memory.lane_streams import MemoryOutOfStep
 from tests.models.tiny import LONGMEM, batches, documents, longmem, read
 
 T = LONGMEM["tokens_per_sample"]
