@@ -12,11 +12,36 @@ from torch import Tensor
 # State of incremental decoding: a dictionary that every module of a decoder shares, each under keys of its own.
 IncrementalState = Optional[Dict[str, Dict[str, Optional[Tensor]]]]
 
+# Entry of an incremental state with the number of tokens before a query that it attends to: {"size": C}. Keys are then
+# cached without position, so that columns can be dropped from the left.
+SLIDING_WINDOW = "longmem.sliding_window"
+
 # Entry of an incremental state with the number of cached positions, from the left, that are padding: {"left": (B,)
 # int64}. Rows of unequal length end at the same column, so that all grow by one column a step.
 LEFT_PADDING = "longmem.left_padding"
 
 _CACHE = "attn_state"  # the name of fairseq's own attention, whose reordering of beams then applies
+
+
+class SegmentState(dict):
+    """Incremental state of one segment: modules read what it held at first, and what they append is stored beside it.
+
+    So a segment that is read twice (for the recomputation of activations, or with and without a memory) is read in the
+    same way.
+
+    Args:
+        before: What the modules find.
+
+    Attributes:
+        after: What the modules appended to.
+    """
+
+    def __init__(self, before: Dict[str, Dict]):
+        super().__init__(before)
+        self.after: Dict[str, Dict] = {}
+
+    def __setitem__(self, key: str, value: Dict) -> None:
+        self.after[key] = value
 
 
 class CachedAttention(FairseqIncrementalState):
@@ -33,6 +58,14 @@ class CachedAttention(FairseqIncrementalState):
             state: Incremental state of the decoder, or None.
         """
         return self.get_incremental_state(state, _CACHE) or {}
+
+    def extended_cache(self, state: IncrementalState) -> Dict[str, Tensor]:
+        """Return this module's cache with what was appended last.
+
+        Args:
+            state: Incremental state of the decoder.
+        """
+        return self.cache(state.after if isinstance(state, SegmentState) else state)
 
     def set_cache(self, state: IncrementalState, cache: Dict[str, Tensor]) -> None:
         """Replace this module's cache.
@@ -51,7 +84,7 @@ class CachedAttention(FairseqIncrementalState):
         Args:
             state: Incremental state of the decoder, in which this module has a cache.
         """
-        cache = self.cache(state)
+        cache = self.extended_cache(state)
         return cache["prev_key"], cache["prev_value"]
 
     def append_to_cache(self, state: IncrementalState, keys: Tensor, values: Tensor) -> Tuple[Tensor, Tensor]:
@@ -88,3 +121,8 @@ class CachedAttention(FairseqIncrementalState):
 def left_padding(state: IncrementalState) -> Optional[Tensor]:
     """Return the number of cached columns that are padding in each row, shape (B,), or None where no row has any."""
     return None if state is None else state.get(LEFT_PADDING, {}).get("left")
+
+
+def sliding_window(state: IncrementalState) -> Optional[int]:
+    """Return the number of tokens before a query that it attends to; None for all tokens that are cached."""
+    return None if state is None else state.get(SLIDING_WINDOW, {}).get("size")

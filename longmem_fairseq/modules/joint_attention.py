@@ -74,5 +74,7 @@ class JointAttention(MemoryGate, SelfAttention):
         super().__init__(embed_dim, num_heads, *args, **kwargs)
         self.add_gate(num_heads)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None) -> Tensor:
-        return self.mix(q, self.local_attention(q, k, v, left), self.scaling)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None, window: Optional[int] = None
+    ) -> Tensor:
+        return self.mix(q, self.local_attention(q, k, v, left, window), self.scaling)

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cached_attention import CachedAttention, IncrementalState, left_padding
+from .cached_attention import CachedAttention, IncrementalState, left_padding, sliding_window
 from .joint_attention import MemoryGate
 from .query_groups import group_queries, ungroup
 from .rotary import RotaryPositions
+from .sliding_window import sliding_window_attention
 
 _UNROTATED = "unrotated_key"  # entry of the cache beside the rotated keys and the values
 
@@ -47,7 +48,7 @@ class RotaryAttention(CachedAttention, nn.Module):
     """Grouped-query attention with rotary positions.
 
     The cache holds rotated keys, so that a step of decoding rotates its own key only. Where the layer's keys are
-    remembered, it holds them without position too.
+    remembered, it holds them without position too. With a sliding window it holds keys without position alone.
 
     Args:
         shape: Sizes and parts of the module.
@@ -89,10 +90,17 @@ class RotaryAttention(CachedAttention, nn.Module):
         start = self.cache(state)["prev_key"].size(2) if self.cache(state) else 0
         q = self.queries(x)
         unrotated, v = self.keys_and_values(x)
-        k = self.rotary.rotate(unrotated, start, left)
-        if state is not None:
-            k, v = self._extend_cache(state, k, v, unrotated)
-        local = self._local_attention(self.rotary.rotate(q, start, left), k, v, left)
+        window = sliding_window(state)
+        rotated = self.rotary.rotate(q, start, left)
+        if window is not None:
+            k, v = self.append_to_cache(state, unrotated, v)
+            dropout = self.dropout if self.training else 0.0
+            local = sliding_window_attention(rotated, self.rotary.rotate(k, 0, left), v, window, left, dropout=dropout)
+        else:
+            k = self.rotary.rotate(unrotated, start, left)
+            if state is not None:
+                k, v = self._extend_cache(state, k, v, unrotated)
+            local = self._local_attention(rotated, k, v, left)
         return self.out_proj(self.combine(q, local).permute(2, 0, 1, 3).flatten(2))
 
     def queries(self, x: Tensor) -> Tensor:
@@ -115,8 +123,8 @@ class RotaryAttention(CachedAttention, nn.Module):
         return local
 
     def cached_without_position(self, state: IncrementalState) -> Tuple[Tensor, Tensor]:
-        cache = self.cache(state)
-        return cache[_UNROTATED], cache["prev_value"]
+        cache = self.extended_cache(state)
+        return cache["prev_key" if sliding_window(state) is not None else _UNROTATED], cache["prev_value"]
 
     def _extend_cache(self, state: IncrementalState, k: Tensor, v: Tensor, unrotated: Tensor) -> Tuple[Tensor, Tensor]:
         cache = {"prev_key": k, "prev_value": v, **({_UNROTATED: unrotated} if self.caches_unrotated else {})}
