@@ -54,11 +54,14 @@ class Backbone(nn.Module, ABC):
         normalize_last_hidden: Whether h_N is taken behind the final norm, as in the released LongMem.
         builds_on_meta: Whether :meth:`build` also works on PyTorch's meta device, so that weights are loaded without
             being drawn first.
+        has_relative_positions: Whether only the distance between two tokens matters, so that keys and values of one
+            window can be read from the next one.
         has_rotary_positions: Whether positions are rotations of queries and keys, so that the queries that read the
             memory can be rotated by a distance.
     """
 
     builds_on_meta = False
+    has_relative_positions = False
     has_rotary_positions = False
 
     def __init__(self, config: Dict[str, Any]):
@@ -142,7 +145,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             tokens: Token ids, shape (B, T), int64.
-            start: Position of the first token in the window; or one for each row, shape (B,), int64, where T is 1.
+            start: Position of the first token in the window; or one for each row, shape (B,), int64.
 
         Returns:
             Embeddings with whatever position term the family adds to them, shape (T, B, D).
@@ -253,15 +256,19 @@ class Backbone(nn.Module, ABC):
         return EncodedSegment(self._residual_stream(hidden), keys, values)
 
     @torch.no_grad()
-    def encode_for_memory(self, tokens: Tensor) -> EncodedSegment:
+    def encode_for_memory(
+        self, tokens: Tensor, state: IncrementalState = None, start: Union[int, Tensor] = 0
+    ) -> EncodedSegment:
         """Encode one segment of each lane only as far as the memory needs: layers above the memory layer do not run.
 
         Args:
-            tokens: Token ids, shape (B, T), int64; the window starts with them.
+            tokens: Token ids, shape (B, T), int64.
+            state: Incremental state, which is extended; None for a window that starts here.
+            start: Position of the first token in the window, as for :meth:`embed`.
         """
-        hidden = [self.embed(tokens)]
+        hidden = [self.embed(tokens, start)]
         for layer in self.layers[: self.memory_layer]:
-            hidden.append(layer(hidden[-1])[0])
+            hidden.append(layer(hidden[-1], incremental_state=state)[0])
         return EncodedSegment(hidden, *self.memory_keys_and_values(hidden[-1]))
 
     def cached_memory(self, state: IncrementalState) -> Tuple[Tensor, Tensor]:

@@ -46,6 +46,7 @@ class LlamaBackbone(Backbone):
     """
 
     builds_on_meta = True
+    has_relative_positions = True
     has_rotary_positions = True
 
     def __init__(self, config: Dict[str, Any], decoder: LlamaDecoder):

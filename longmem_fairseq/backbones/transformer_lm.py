@@ -139,6 +139,10 @@ class TransformerBackbone(Backbone):
         return cls(config, model.build_model(args, task).decoder)
 
     @property
+    def has_relative_positions(self) -> bool:
+        return self.decoder.embed_positions is None
+
+    @property
     def layers(self) -> nn.ModuleList:
         return self.decoder.layers
 
@@ -179,8 +183,10 @@ class TransformerBackbone(Backbone):
             x = decoder.project_in_dim(x)
         if decoder.embed_positions is not None:
             if isinstance(start, Tensor):
-                positions = self._positions(0, int(start.max()) + 1)
-                positions = positions[start.to(positions.device)][:, None]  # (B, 1, D)
+                T = tokens.size(1)
+                positions = self._positions(0, int(start.max()) + T)
+                numbers = start[:, None] + torch.arange(T, device=start.device)  # (B, T)
+                positions = positions[numbers.to(positions.device)]  # (B, T, D)
             else:
                 positions = self._positions(start, start + tokens.size(1))
             x = x + positions.to(x)  # sinusoidal tables are not buffers

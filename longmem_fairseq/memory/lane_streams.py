@@ -3,13 +3,14 @@
 Writes are held back until the lane's next segment comes. So a batch that is run twice (gradient overflow, out of
 memory, a dummy batch) finds its lanes as they were the first time, and only tokens that training has passed are stored.
 
-Legend: B rows of a batch.
+Legend: B rows of a batch, T tokens of a segment.
 """
 
 from abc import ABC, abstractmethod
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
+from torch import Tensor
 
 from ..data.segments import Segments
 
@@ -38,6 +39,11 @@ class LaneStreams(ABC):
         self.stream_ends = np.zeros(lanes, dtype=np.int64)
         self._pending: Optional[Tuple[Segments, Any]] = None
 
+    @property
+    def lanes(self) -> Optional[int]:
+        """Number of lanes that a batch may have; None for any number."""
+        return len(self.streams)
+
     @abstractmethod
     def start_stream(self, lane: int, stream: int, position: int) -> None:
         """Empty a lane and let a stream start in it.
@@ -56,6 +62,22 @@ class LaneStreams(ABC):
             segments: Places of the batch's rows.
             written: What was passed to :meth:`hold_back`.
             rows: Numbers of the rows.
+        """
+
+    @abstractmethod
+    def state(self) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+        """Return what is stored and what is held back, bit by bit: tensors by name, and the rest as JSON types."""
+
+    @abstractmethod
+    def restore(self, tensors: Dict[str, Tensor], places: Dict[str, Any]) -> None:
+        """Replace the content by that of other streams of the same sizes and precision.
+
+        Args:
+            tensors: Tensors of their :meth:`state`.
+            places: The rest of their state.
+
+        Raises:
+            ValueError: The sizes differ.
         """
 
     def enter(self, segments: Segments) -> None:
@@ -160,3 +182,23 @@ class LaneStreams(ABC):
 
 def _row_places(segments: Segments) -> List[Tuple[int, int, int]]:
     return list(zip(segments.lanes.tolist(), segments.streams.tolist(), segments.starts.tolist()))
+
+
+def next_segments(streams: Optional[LaneStreams], tokens: Tensor, pad: int) -> Segments:
+    """Return the place of a batch that continues the lanes 0 to B - 1 where the batch before it ended.
+
+    Args:
+        streams: Streams of the lanes; None before the first batch.
+        tokens: Token ids, shape (B, T), int64; padding only follows a row's tokens.
+        pad: Id of the padding symbol.
+
+    Raises:
+        ValueError: There are fewer lanes.
+    """
+    B, T = tokens.shape
+    if streams is not None and streams.lanes is not None and B > streams.lanes:
+        raise ValueError(f"{B} rows do not continue the {streams.lanes} lanes of the memory: call reset_memory()")
+    lanes, zeros = np.arange(B), np.zeros(B, dtype=np.int64)
+    real = tokens.cpu().numpy() != pad
+    lengths = T - np.argmax(real[:, ::-1], axis=1)  # up to the last token that is not padding
+    return Segments(lanes, zeros, zeros if streams is None else streams.ends(lanes), lengths, B)

@@ -73,26 +73,6 @@ class SplitMemories:
             return segments.starts > 0
         return memory.needs_replay(segments)
 
-    def next_segments(self, training: bool, tokens: Tensor, pad: int) -> Segments:
-        """Return the place of a batch that continues the lanes 0 to B - 1 where the batch before it ended.
-
-        Args:
-            training: Whether the memory of training is meant.
-            tokens: Token ids, shape (B, T), int64; padding only follows a row's tokens.
-            pad: Id of the padding symbol.
-
-        Raises:
-            ValueError: The memory has fewer lanes.
-        """
-        B, T = tokens.shape
-        memory = self._memories.get(training)
-        if memory is not None and memory.lanes is not None and B > memory.lanes:
-            raise ValueError(f"{B} rows do not continue the {memory.lanes} lanes of the memory: call reset_memory()")
-        lanes, zeros = np.arange(B), np.zeros(B, dtype=np.int64)
-        real = tokens.cpu().numpy() != pad
-        lengths = T - np.argmax(real[:, ::-1], axis=1)  # up to the last token that is not padding
-        return Segments(lanes, zeros, zeros if memory is None else memory.ends(lanes), lengths, B)
-
     def contents(self, training: bool, lane: int) -> Optional[Tuple[Tensor, Tensor, Tensor]]:
         """Return keys, values and mean keys that a lane holds, oldest chunk first; None before anything was written."""
         memory = self._memories.get(training)

@@ -52,11 +52,6 @@ class StreamMemory(LaneStreams):
 
     # What a policy may override ----------------------------------------------------------------------------------
 
-    @property
-    def lanes(self) -> Optional[int]:
-        """Number of lanes that a batch may have; None for any number."""
-        return self.bank.lanes
-
     def reader(self, segments: Segments) -> MemoryReader:
         """Return what the rows of a batch read from; every lane is at the start of its segment."""
         return StreamReader(self.bank, self.chunk_reader, segments, self.keep_reads)
@@ -98,7 +93,6 @@ class StreamMemory(LaneStreams):
         self.hold_back(segments, WrittenSegments(keys.detach(), values.detach()))
 
     def state(self) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
-        """Return what is stored and what is held back, bit by bit: tensors by name, and the rest as JSON types."""
         tensors, counters = self.bank.state()
         if self._pending is not None:
             written = self._pending[1]
@@ -106,12 +100,6 @@ class StreamMemory(LaneStreams):
         return tensors, {"bank": counters, **self.places()}
 
     def restore(self, tensors: Dict[str, Tensor], places: Dict[str, Any]) -> None:
-        """Replace the content by that of another memory.
-
-        Args:
-            tensors: Tensors of its :meth:`state`; its bank had this one's sizes and precision.
-            places: The rest of its state.
-        """
         self.bank.restore(tensors, places["bank"])
         written = None
         if places["pending"] is not None:

@@ -1,25 +1,33 @@
 """The memory of a training on disk: all lanes, bit by bit, with the place in the data that they belong to.
 
 A memory is a function of the data before it and of the frozen backbone, not of what is trained. So what a file must
-match is a place in the data, the backbone, and the settings of the memory.
+match is a place in the data, the backbone, and the settings of the memory. A carried window also holds keys and values
+of the side network, which only a file keeps as they were.
 """
 
 import json
 from typing import Any, Dict, Optional
 
+from torch import Tensor
+
 from .container import SnapshotError, crc32, malformed, parse_entry, read_container, write_container
+from .lane_streams import LaneStreams
 from .stream_memory import StreamMemory
 
 FORMAT = "longmem training memory 1"
+_WINDOW = "window."  # in front of the names of a carried window's tensors
 
 
-def save_training_memory(path: str, memory: Optional[StreamMemory], place: Dict[str, Any]) -> int:
+def save_training_memory(
+    path: str, memory: Optional[StreamMemory], place: Dict[str, Any], window: Optional[LaneStreams] = None
+) -> int:
     """Write a memory to a file, whole or not at all; a file of that name is replaced.
 
     Args:
         path: Path of the file.
         memory: Memory to write; None where this rank has none yet.
         place: What must be the same when the file is read, JSON types by the name that messages use.
+        window: Carried window to write, or None.
 
     Returns:
         Number of bytes of the tensors.
@@ -28,40 +36,70 @@ def save_training_memory(path: str, memory: Optional[StreamMemory], place: Dict[
         OSError: The file cannot be written.
     """
     tensors, state = ({}, None) if memory is None else memory.state()
-    tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
+    header = {"format": FORMAT, "state": json.dumps(state)}
+    if window is not None:
+        carried, places = window.state()
+        tensors.update((_WINDOW + name, x) for name, x in carried.items())
+        header["window"] = json.dumps(places)
     place = place if memory is None else {**place, **_sizes(memory)}
-    header = {"format": FORMAT, "about": json.dumps(place), "state": json.dumps(state)}
+    header["about"] = json.dumps(place)
+    tensors = {name: x.cpu().contiguous() for name, x in tensors.items()}
     write_container(path, tensors, header, crc32)
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
-def load_training_memory(path: str, memory: StreamMemory, place: Dict[str, Any]) -> None:
+def load_training_memory(
+    path: str, memory: Optional[StreamMemory], place: Dict[str, Any], window: Optional[LaneStreams] = None
+) -> None:
     """Read a memory from a file in place of what a memory holds, bit by bit.
 
     Args:
         path: Path of the file.
-        memory: Memory of the model that continues.
+        memory: Memory of the model that continues; None where it has none.
         place: What the file must match, as in :func:`save_training_memory`.
+        window: Carried window of the model, or None.
 
     Raises:
         SnapshotError: The file is missing, damaged, changed, or of another place, backbone or setting.
     """
     header, tensors = read_container(path, FORMAT, crc32, "snapshot")
-    saved, current = parse_entry(path, "snapshot", header, "about"), {**place, **_sizes(memory)}
+    saved, current = (
+        parse_entry(path, "snapshot", header, "about"),
+        {**place, **({} if memory is None else _sizes(memory))},
+    )
     if not isinstance(saved, dict):
         raise malformed(path, "snapshot", "it does not state its place in the data")
     changed = [f"{name} was {x} and is {current.get(name)}" for name, x in saved.items() if x != current.get(name)]
     if changed:
         raise SnapshotError(f"the snapshot {path} does not fit: {'; '.join(changed)}")
+    if window is not None:
+        places = parse_entry(path, "snapshot", header, "window")
+        if not _is_window(places, len(window.streams)):
+            raise malformed(path, "snapshot", "its counters are not those of a carried window")
+        carried = {name[len(_WINDOW) :]: x for name, x in tensors.items() if name.startswith(_WINDOW)}
+        _restore(path, window, carried, places)
     state = parse_entry(path, "snapshot", header, "state")
-    if state is None:
+    if state is None or memory is None:
         return
     if not _is_state(state, memory.bank.lanes):
         raise malformed(path, "snapshot", "its counters are not those of a memory")
+    _restore(path, memory, tensors, state)
+
+
+def _restore(path: str, streams: LaneStreams, tensors: Dict[str, Tensor], places: Dict[str, Any]) -> None:
     try:
-        memory.restore(tensors, state)
+        streams.restore(tensors, places)
     except (IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise malformed(path, "snapshot", f"it cannot be put into a memory ({error})") from error
+
+
+def _is_window(places: Any, lanes: int) -> bool:
+    """Return whether a value has the form of the places of a carried window."""
+    try:
+        counters = [places["lengths"], places["streams"], places["ends"]]
+    except (KeyError, TypeError):
+        return False
+    return all(isinstance(x, list) and len(x) == lanes and set(map(type, x)) <= {int} for x in counters)
 
 
 def _is_state(state: Any, lanes: int) -> bool:

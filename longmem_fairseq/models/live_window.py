@@ -1,13 +1,15 @@
 """Incremental decoding: the window that is still being written, with its caches, and the memory behind it.
 
-A window holds at most T inputs. The next input moves the older half of a full one into the memory; the rest is encoded
-again as a window of its own, from position 0. So a token is always scored as :meth:`LongMemDecoder.forward` scores it,
-given the memory of all that was moved and a segment that starts where the window does.
+A window has at most T inputs that are not in the memory yet. The next input moves the older half of them into the
+memory; the rest is encoded again as a window of its own, from position 0. So a token is always scored as
+:meth:`LongMemDecoder.forward` scores it, given the memory of all that was moved and a segment that starts where the
+window does. With a carried window all T are moved, and stay in the window as far as they are carried: text is cut as
+evaluation cuts it.
 
 Rows of a batch differ in length: their caches end at the same column, and start with padding.
 
-Legend: B rows (hypotheses), S columns of the caches, T tokens of a full window, H_kv key/value heads, d width of a
-head.
+Legend: B rows (hypotheses), S columns of the caches, T inputs of a segment, C tokens of a carried window, H_kv
+key/value heads, d width of a head.
 """
 
 from typing import Any, Dict, List, Optional, Sequence
@@ -16,12 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
 from ..memory.reader import MemoryReader
-from ..modules.cached_attention import LEFT_PADDING, CachedAttention
+from ..modules.cached_attention import LEFT_PADDING, SLIDING_WINDOW
 from ..progress import token_bar
+from .carried_window import CarriedWindow, new_carried_window
 from .reading import DocumentReader, encode_side_by_side
+from .window_caches import align_caches, align_right, attention_modules, encode_window, pad
 
 WINDOW = "longmem.window"  # entry of an incremental state that holds the LiveWindow
 
@@ -32,29 +37,33 @@ class LiveWindow:
     Args:
         decoder: A :class:`longmem_fairseq.models.longmem_decoder.LongMemDecoder`, or another decoder with a backbone, a
             ``side_network`` and a ``dictionary``.
-        size: Number of inputs in a full window, T.
+        size: Number of inputs in a segment, T.
         rows: Number of rows, B.
         branches: Memories of the rows, which are read and written; None for none.
+        carried: Number of tokens of a carried window, C; 0 for none.
 
     Attributes:
         tokens: Inputs in the windows, shape (B, S), int64, right-aligned.
-        lengths: Number of inputs of each row, shape (B,), int64.
+        lengths: Number of inputs of each row, those that are carried included, shape (B,), int64.
+        live: Number of inputs of each row that are not in the memory yet, shape (B,), int64.
         branches: Memories of the rows, or None.
 
     Raises:
         ValueError: A window cannot have this size.
     """
 
-    def __init__(self, decoder, size: int, rows: int, branches: Optional[MemoryBranches]):
+    def __init__(self, decoder, size: int, rows: int, branches: Optional[MemoryBranches], carried: int = 0):
         longest = decoder.backbone.max_positions
         if size < 2:
             raise ValueError(f"--tokens-per-sample {size} is too small to generate: a window has at least 2 tokens")
         if longest is not None and size > longest:
             raise ValueError(f"--tokens-per-sample {size} is longer than the backbone's {longest} positions: lower it")
-        self.decoder, self.size = decoder, size
+        self.decoder, self.size, self.carried = decoder, size, carried
+        self._keeps_keys = carried > 0 and decoder.backbone.has_relative_positions
         self.branches = branches
         self.tokens = torch.zeros(rows, 0, dtype=torch.int64, device=decoder.device)
         self.lengths = np.zeros(rows, dtype=np.int64)
+        self.live = np.zeros(rows, dtype=np.int64)
 
     def step(self, tokens: Tensor, state: Dict[str, Any]) -> List[Tensor]:
         """Read one more input of each row.
@@ -66,76 +75,101 @@ class LiveWindow:
         Returns:
             States of the side network (see ``side_network``).
         """
-        full = np.flatnonzero(self.lengths == self.size)
+        full = np.flatnonzero(self.live == self.size)
         if len(full):
             self._roll_over(full.tolist(), state)
         S = self.tokens.size(1)
         left = torch.from_numpy(S - self.lengths).to(tokens.device)  # (B,)
         state[LEFT_PADDING] = {"left": left if self.lengths.min() < S else None}
+        if self._keeps_keys:
+            state[SLIDING_WINDOW] = {"size": self.carried}
         starts = torch.from_numpy(self.lengths).to(tokens.device)
         encoded = self.decoder.backbone.encode(tokens, state, starts)
-        states = self.decoder.side_network(encoded, self._reader(), state)
+        states = self.decoder.side_network(encoded, self.reader(), state)
         self.tokens = torch.cat([self.tokens, tokens], dim=1)  # (B, S + 1)
-        self.lengths = self.lengths + 1
+        self.lengths, self.live = self.lengths + 1, self.live + 1
         return states
 
-    def fill(self, pieces: Sequence[Tensor], state: Dict[str, Any]) -> None:
+    def fill(self, pieces: Sequence[Tensor], state: Dict[str, Any], carried: Optional[CarriedWindow] = None) -> None:
         """Read the first inputs of all rows into their empty windows.
 
         Args:
             pieces: Inputs of each row, shape (length,), int64, length < T.
             state: Incremental state of the decoder, changed in place.
+            carried: Carried window of the inputs before, each row a lane; None for none.
         """
-        self.lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
-        if not self.lengths.any():
+        self.live = np.array([len(piece) for piece in pieces], dtype=np.int64)
+        self.lengths = self.live
+        if carried is not None:
+            self._fill_behind(pieces, state, carried)
+        elif self.live.any():
+            self.tokens, caches = encode_window(self.decoder, pieces, self.reader())
+            state.update(caches)
+
+    def _fill_behind(self, pieces: Sequence[Tensor], state: Dict[str, Any], carried: CarriedWindow) -> None:
+        """Read the first inputs of all rows behind a carried window; arguments are those of :meth:`fill`."""
+        carried.flush()
+        before = carried.caches(np.arange(len(pieces)), carried.lengths)
+        S = int(before.lengths.max())
+        self.lengths = self.live + before.lengths
+        self.tokens = before.tokens if before.tokens is not None else self.tokens.new_zeros(len(pieces), S)
+        if not self.live.any():
+            state.update(before)
             return
-        padded = torch.nn.utils.rnn.pad_sequence(
-            list(pieces), batch_first=True, padding_value=self.decoder.dictionary.pad()
-        ).to(self.tokens.device)  # (B, S), padding behind the tokens, where causality hides it
-        caches = self._encode(padded, self._reader())
-        S = padded.size(1)
-        shift = torch.from_numpy(S - self.lengths).to(padded.device)[:, None]
-        columns = (torch.arange(S, device=padded.device) - shift) % S  # (B, S): to the right end
-        self.tokens = padded.gather(1, columns)
-        for module, cache in caches.items():
-            index = columns[:, None, :, None].expand_as(cache["prev_key"])
-            module.set_cache(state, {name: x.gather(2, index) for name, x in cache.items()})
+        padded = pad(self.decoder, pieces)  # (B, P)
+        padding = torch.from_numpy(padded.size(1) - self.live).to(padded.device)
+        encoded = self.decoder.backbone.encode(padded, before, before.start)
+        self.decoder.side_network(encoded, self.reader(), before)
+        self.tokens = align_right(torch.cat([self.tokens, padded], dim=1), padding)  # (B, S + P)
+        state.update(align_caches(self.decoder, before, padding))
 
     def reorder(self, order: Tensor) -> None:
         """Make row i what row ``order[i]`` was."""
         self.tokens = self.tokens.index_select(0, order)
         rows = order.tolist()
-        self.lengths = self.lengths[rows]
+        self.lengths, self.live = self.lengths[rows], self.live[rows]
         if self.branches is not None:
             self.branches.reorder(rows)
 
-    def _reader(self, rows: Optional[Sequence[int]] = None) -> Optional[MemoryReader]:
+    def reader(self, rows: Optional[Sequence[int]] = None) -> Optional[MemoryReader]:
+        """Return what attention reads from for some rows, by default all; None without a memory."""
         return None if self.branches is None else self.branches.reader(rows)
 
-    def _encode(self, tokens: Tensor, reader: Optional[MemoryReader]) -> Dict[CachedAttention, Dict[str, Tensor]]:
-        """Return the caches of a window that starts with these tokens (b, S)."""
-        state: Dict[str, Any] = {}
-        self.decoder.side_network(self.decoder.backbone.encode(tokens, state), reader, state)
-        modules = [module for module in self.decoder.modules() if isinstance(module, CachedAttention)]
-        return {module: dict(module.cache(state)) for module in modules}
-
     def _roll_over(self, rows: List[int], state: Dict[str, Any]) -> None:
-        """Move the older half of full windows into their memories and encode the rest again."""
-        kept = self.size // 2
-        moved = self.size - kept
+        """Move inputs of full windows into their memories, and drop or encode again what is before the next segment."""
+        left = 0 if self.carried else self.size // 2
         index = torch.tensor(rows, device=self.tokens.device)
-        tokens = self.tokens[index, -self.size :]  # (b, T)
         if self.branches is not None:
-            cached = self.decoder.backbone.cached_memory(state)  # each (B, H_kv, S, d)
-            keys, values = (x[index, :, -self.size :][:, :, :moved] for x in cached)
-            self.branches.write(rows, tokens[:, :moved], keys, values)
-        tokens = tokens[:, moved:]
-        caches = self._encode(tokens, self._reader(rows))
+            S = self.tokens.size(1)
+            moved = slice(S - self.size, S - left)
+            keys, values = (x[index, :, moved] for x in self.decoder.backbone.cached_memory(state))  # (b, H_kv, T, d)
+            self.branches.write(rows, self.tokens[index, moved], keys, values)
+        self.live[rows] = left
+        if self._keeps_keys:
+            self._drop(state)
+        else:
+            self._encode_again(rows, state)
+
+    def _drop(self, state: Dict[str, Any]) -> None:
+        """Drop the columns that no row needs: what is carried no more."""
+        S = int(np.minimum(self.lengths, self.carried + self.live).max())
+        self.tokens, self.lengths = self.tokens[:, self.tokens.size(1) - S :], np.minimum(self.lengths, S)
+        for module in attention_modules(self.decoder):
+            cache = module.cache(state)
+            module.set_cache(state, {name: x[:, :, x.size(2) - S :].contiguous() for name, x in cache.items()})
+
+    def _encode_again(self, rows: List[int], state: Dict[str, Any]) -> None:
+        """Encode what stays in the windows of some rows again, from position 0."""
+        kept = np.minimum(self.lengths[rows], self.carried or self.size // 2)
+        columns = self.tokens.size(1)
+        pieces = [self.tokens[row, columns - length :] for row, length in zip(rows, kept.tolist())]
+        tokens, caches = encode_window(self.decoder, pieces, None if self.carried else self.reader(rows))
+        index = torch.tensor(rows, device=self.tokens.device)
         self.lengths[rows] = kept
         S = int(self.lengths.max())
         self.tokens = _replace(self.tokens, index, tokens, S)
-        for module, new in caches.items():
-            old = module.cache(state)
+        for module in attention_modules(self.decoder):
+            new, old = module.cache(caches), module.cache(state)
             cache = {
                 name: _replace(old[name].transpose(1, 2), index, x.transpose(1, 2), S).transpose(1, 2).contiguous()
                 for name, x in new.items()
@@ -163,7 +197,8 @@ def new_window(decoder, size: int, rows: int, base: Optional[MemoryBank] = None,
     Raises:
         ValueError: A window cannot have this size.
     """
-    return LiveWindow(decoder, size, rows, DocumentReader(decoder, size).branches(rows, base) if use_memory else None)
+    branches = DocumentReader(decoder, size).branches(rows, base) if use_memory else None
+    return LiveWindow(decoder, size, rows, branches, decoder.windows.size)
 
 
 @torch.no_grad()
@@ -191,11 +226,34 @@ def prefill(
     """
     window = new_window(decoder, size, len(inputs), base, use_memory)
     whole = [len(tokens) // size for tokens in inputs]
-    if window.branches is not None:
+    carried = None
+    if window.carried:
+        carried = _read_segments(window, inputs, whole)
+    elif window.branches is not None:
         _write_segments(window, inputs, whole)
     state: Dict[str, Any] = {WINDOW: {"window": window}}
-    window.fill([tokens[n * size :] for tokens, n in zip(inputs, whole)], state)
+    window.fill([tokens[n * size :] for tokens, n in zip(inputs, whole)], state, carried)
     return state
+
+
+def _read_segments(window: LiveWindow, inputs: Sequence[Tensor], whole: Sequence[int]) -> CarriedWindow:
+    """Read the whole segments of all rows behind a carried window, which is returned, each row a lane."""
+    decoder, size = window.decoder, window.size
+    carried = new_carried_window(decoder, len(inputs), window.carried)
+    with token_bar(sum(whole) * size, "reading the prompt") as progress:
+        for s in range(max(whole, default=0)):
+            rows = [row for row, n in enumerate(whole) if n > s]
+            tokens = torch.stack([inputs[row][s * size : (s + 1) * size] for row in rows]).to(decoder.device)
+            place = np.full(len(rows), s * size)
+            segments = Segments(rows, rows, place, np.full(len(rows), size), len(inputs))
+            state = carried.open(segments)
+            encoded = decoder.backbone.encode(tokens, state, state.start)
+            decoder.side_network(encoded, window.reader(rows), state)
+            if window.branches is not None:
+                window.branches.write(rows, tokens, encoded.keys, encoded.values)
+            carried.write(segments, tokens, state)
+            progress.update(tokens.numel())
+    return carried
 
 
 def _write_segments(window: LiveWindow, inputs: Sequence[Tensor], whole: Sequence[int]) -> None:

@@ -62,6 +62,13 @@ class LongMemConfig(FairseqDataclass):
             "far back; for backbones with rotary positions, whose memory holds keys without position"
         },
     )
+    carry_window: int = field(
+        default=0,
+        metadata={
+            "help": "number of tokens before a segment to which every layer of backbone and side network also attends; "
+            "0: each segment starts without a past but the memory"
+        },
+    )
     layer_reduction_factor: int = field(
         default=2, metadata={"help": "number of backbone layers per layer of the side network"}
     )
@@ -218,6 +225,35 @@ def check_options(cfg: Any, backbone: Backbone) -> None:
             f"--memory-query-distance {distance} rotates queries, and a {backbone.config['model']} has no rotary "
             "positions: leave it out"
         )
+    check_carry_window(cfg, backbone)
     longest, segment = backbone.max_positions, safe_getattr(cfg, "tokens_per_sample", None)
     if longest is not None and segment is not None and segment > longest:
         raise ValueError(f"--tokens-per-sample {segment} is longer than the backbone's {longest} positions: lower it")
+
+
+def check_carry_window(cfg: Any, backbone: Backbone) -> None:
+    """Refuse a carried window that contradicts the backbone's positions.
+
+    Args:
+        cfg: Configuration of the model.
+        backbone: Backbone of the model.
+
+    Raises:
+        ValueError: The window is negative or too long.
+    """
+    carried, longest = cfg.carry_window, backbone.max_positions
+    segment = safe_getattr(cfg, "tokens_per_sample", None) or 1
+    if carried < 0:
+        raise ValueError(f"--carry-window {carried} is negative: 0 carries nothing, raise it")
+    if not carried or longest is None:
+        return
+    if backbone.has_relative_positions and carried >= longest:
+        raise ValueError(
+            f"--carry-window {carried} is longer than the backbone's sliding window of {longest} tokens, which has the "
+            f"token itself: lower it to at most {longest - 1}"
+        )
+    if not backbone.has_relative_positions and carried + segment > longest:
+        raise ValueError(
+            f"--carry-window {carried} and --tokens-per-sample {segment} are together longer than the backbone's "
+            f"{longest} positions, with which the carried tokens are encoded again: lower one of them"
+        )

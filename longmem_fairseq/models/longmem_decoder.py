@@ -3,6 +3,7 @@
 Legend: B lanes, T tokens of a segment, D width, V symbols, N backbone layers, R reduction factor.
 """
 
+import logging
 from typing import Dict, List, Optional, Tuple
 
 import numpy as np
@@ -14,11 +15,15 @@ from ..backbones.base import Backbone, EncodedSegment
 from ..backbones.fingerprint import backbone_fingerprint
 from ..data.segments import Segments
 from ..memory.factory import MemoryFactory
+from ..memory.lane_streams import next_segments
 from ..memory.reader import MemoryReader
 from ..memory.split_memories import SplitMemories
 from ..modules.side_layer import SideNetworkOptions
+from .carried_window import SplitWindows
 from .live_window import WINDOW, new_window
 from .longmem_config import plain
+
+logger = logging.getLogger(__name__)
 
 
 class LongMemDecoder(FairseqIncrementalDecoder):
@@ -35,6 +40,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     Attributes:
         reading_layer: Number s of the side layer that reads the memory, counted from 0.
         memories: Memories of training and evaluation.
+        windows: Carried windows of training and evaluation.
         stateful: If true, a call without segments continues the previous call's streams, row by row (for use without
             the task).
     """
@@ -51,6 +57,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         )
         self.layer_norm = backbone.side_norm(options)
         self.memories = SplitMemories(memory_factory)
+        self.windows = SplitWindows(self, cfg.carry_window)
         self.stateful = False
 
     def __getstate__(self):
@@ -75,7 +82,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             segments: Place of each row in its lane's stream. If the decoder is stateful, the default is what follows
                 the tokens of the previous call.
             features_only: If true, return features (B, T, D) in place of logits.
-            read_only: If true, do not write this segment into the memory.
+            read_only: If true, do not write this segment into the memory, nor carry it on.
             without_memory: If true, also compute logits of the side network without reading the memory.
             encoder_out: Ignored; there is no encoder.
             incremental_state: State of generation, see :func:`longmem_fairseq.models.live_window.prefill`; an empty
@@ -94,16 +101,21 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         if incremental_state is not None:
             return self._decode(prev_output_tokens[:, -1:], incremental_state, features_only)
         segments = self._next_segments(prev_output_tokens) if segments is None else segments
-        encoded = self.backbone(prev_output_tokens)
+        window = self.windows.allocate(self.training, segments.n_lanes)
+        carried = None if window is None else window.open(segments)
+        encoded = self.backbone(prev_output_tokens, carried, 0 if carried is None else carried.start)
         memory = self._memory(segments, encoded.keys) if self.has_memory else None
         reader = None if memory is None else memory.open(segments)
-        states = self.side_network(encoded, reader)
+        states = self.side_network(encoded, reader, carried)
         if memory is not None and not read_only:
             memory.write(segments, encoded.keys, encoded.values)  # after the search: nothing retrieves itself
+        if window is not None and not read_only:
+            window.write(segments, prev_output_tokens, carried)
         extra = {"memory": reader, "inner_states": states}
         if without_memory:
             with torch.no_grad():
-                extra["logits_without_memory"] = self.output_layer(self.features(self.side_network(encoded, None)))
+                alone = self.side_network(encoded, None, carried and carried.again())
+                extra["logits_without_memory"] = self.output_layer(self.features(alone))
         x = self.features(states)
         return (x if features_only else self.output_layer(x)), extra
 
@@ -128,13 +140,16 @@ class LongMemDecoder(FairseqIncrementalDecoder):
 
     @torch.no_grad()
     def memorize(self, tokens: Tensor, segments: Segments, restart: bool = False) -> None:
-        """Encode and write segments as :meth:`forward` would, by the backbone alone.
+        """Encode and write segments as :meth:`forward` would, by the backbone alone unless a window is carried.
 
         Args:
             tokens: Token ids, shape (B, T), int64.
             segments: Place of each row in its lane's stream.
             restart: If true, the lanes are emptied first and their streams may start anywhere, for replay.
         """
+        if self.windows.size:  # a carried window holds the side network's keys, so all of the segment is read
+            self._read_again(tokens, segments, restart)
+            return
         if not self.has_memory:
             return
         encoded = self.backbone.encode_for_memory(tokens)
@@ -144,6 +159,25 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         else:
             memory.open(segments)
         memory.write(segments, encoded.keys, encoded.values)
+
+    def _read_again(self, tokens: Tensor, segments: Segments, restart: bool) -> None:
+        """Read and write segments as :meth:`forward` does in evaluation; arguments are those of :meth:`memorize`."""
+        if restart:
+            if self.training:
+                logger.warning(
+                    "the carried window is rebuilt by the side network as it is now, not as it was when the tokens "
+                    "were read; a snapshot (--memory-snapshot) is exact"
+                )
+            for streams in (self.memories.get(self.training), self.windows.get(self.training)):
+                if streams is not None:
+                    streams.restart(segments)
+        training = [layer for layer in self.layers if layer.training]
+        try:
+            self.layers.eval()  # without dropout, and not the decoder, whose mode selects the memory
+            self(tokens, segments=segments, features_only=True)
+        finally:
+            for layer in training:
+                layer.train()
 
     def start_from_backbone(self) -> None:
         """Copy backbone layer R * j + 1 into side layer j, and the backbone's final norm into the side network's."""
@@ -174,6 +208,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     def reset_memory(self) -> None:
         """Forget everything, in training and in evaluation."""
         self.memories.clear()
+        self.windows.clear()
 
     def memory_contents(self, lane: int = 0) -> Optional[Tuple[Tensor, Tensor, Tensor]]:
         """Return a copy of what this mode's memory holds, oldest chunk first; None before anything was written.
@@ -187,10 +222,9 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         return self.memories.contents(self.training, lane)
 
     def needs_replay(self, segments: Segments) -> np.ndarray:
-        """Return which rows' memory is not where their segment starts, shape (B,), bool; none with the memory off."""
-        if not self.has_memory:
-            return np.zeros(len(segments), dtype=bool)
-        return self.memories.needs_replay(self.training, segments)
+        """Return which rows' memory or carried window is not where their segment starts, shape (B,), bool."""
+        behind = self.windows.needs_replay(self.training, segments)
+        return behind | self.memories.needs_replay(self.training, segments) if self.has_memory else behind
 
     def _memory(self, segments: Segments, keys: Tensor):
         # Outside a task several segments may come before one backward pass.
@@ -203,7 +237,8 @@ class LongMemDecoder(FairseqIncrementalDecoder):
                 "longmem_lm was called without segments, so it cannot know which document each row continues: run it "
                 "with --task longmem_language_modeling"
             )
-        return self.memories.next_segments(self.training, tokens, self.dictionary.pad())
+        streams = self.memories.get(self.training) or self.windows.get(self.training)
+        return next_segments(streams, tokens, self.dictionary.pad())
 
     @torch.no_grad()
     def _decode(self, tokens: Tensor, state: Dict, features_only: bool) -> Tuple[Tensor, Dict]:

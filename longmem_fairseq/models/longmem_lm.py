@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import sys
 from typing import Any, Optional
 
 import numpy as np
@@ -147,8 +148,13 @@ class LongMemModel(FairseqLanguageModel):
 
     @property
     def memory_tokens(self) -> int:
-        """Number of tokens of a stream's past that decide its memory: what it holds, and the start of a chunk."""
+        """Number of tokens of a stream's past that decide its memory: what it holds, and the start of a chunk.
+
+        With a carried window all tokens count, since each layer passes on what the layer below saw of the past.
+        """
         settings = self.decoder.memory_factory.settings
+        if self.decoder.windows.size:
+            return sys.maxsize
         return settings.size + settings.chunk_size if settings.enabled else 0
 
     def state_dict(self, *args, **kwargs):

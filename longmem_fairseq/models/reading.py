@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ..backbones.base import Backbone, EncodedSegment
+from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
 from ..memory.document_memory import DocumentMemory
+from ..memory.reader import MemoryReader
 from ..progress import token_bar
+from .carried_window import CarriedSegment, CarriedWindow, new_carried_window
 
 _TOKENS_AT_ONCE = 4096  # number of tokens that are encoded side by side
 
@@ -24,11 +27,18 @@ class ReadSegment(NamedTuple):
         begin: Number of the segment's first input in the document.
         inputs: Inputs, shape (1, T), int64.
         encoded: Segment as the backbone encoded it, with all layers.
+        carried: State behind a carried window, with which the side network must read the segment once; None where no
+            window is carried.
     """
 
     begin: int
     inputs: Tensor
     encoded: EncodedSegment
+    carried: Optional[CarriedSegment] = None
+
+    def again(self) -> "ReadSegment":
+        """Return the segment for another reading, of which nothing is carried on."""
+        return self._replace(carried=self.carried and self.carried.again())
 
 
 def encode_side_by_side(
@@ -126,10 +136,37 @@ class DocumentReader:
         eos = tokens.new_tensor([self.decoder.dictionary.eos()])
         inputs = torch.cat([eos, tokens]).to(self.decoder.device)  # the last token too: later text can read it
         with memory.writing(name, len(inputs)) as bank, token_bar(len(inputs), f"memorizing {name}") as progress:
-            for part, encoded in encode_document(self.decoder.backbone, inputs, self.segment):
+            for part, encoded in self._encode_for_memory(inputs):
                 for keys, values in zip(encoded.keys, encoded.values):
                     bank.append(0, keys, values)
                 progress.update(part.numel())
+
+    def _encode_for_memory(self, inputs: Tensor) -> Iterator[Tuple[Tensor, EncodedSegment]]:
+        """Yield consecutive inputs (b, T) of a document, and what is written of them."""
+        backbone = self.decoder.backbone
+        window = self.carried_window(for_memory=True)
+        if window is None:
+            yield from encode_document(backbone, inputs, self.segment)
+            return
+        for place, piece in self._segments(inputs):
+            state = window.open(place)
+            yield piece, backbone.encode_for_memory(piece, state, state.start)
+            window.write(place, piece, state)
+
+    def carried_window(self, for_memory: bool = False) -> Optional[CarriedWindow]:
+        """Return an empty carried window of one lane; None where none is carried.
+
+        Args:
+            for_memory: Whether the document is only encoded for the memory.
+        """
+        size = self.decoder.windows.size
+        return new_carried_window(self.decoder, 1, size, for_memory) if size else None
+
+    def _segments(self, inputs: Tensor) -> Iterator[Tuple[Segments, Tensor]]:
+        """Yield the places of a document's segments, and their inputs (1, T)."""
+        for begin in range(0, len(inputs), self.segment):
+            piece = inputs[None, begin : begin + self.segment]
+            yield Segments([0], [0], [begin], [piece.size(1)], 1), piece
 
     @torch.no_grad()
     def read(self, inputs: Tensor, branches: Optional[MemoryBranches] = None, begin: int = 0) -> Iterator[ReadSegment]:
@@ -140,15 +177,24 @@ class DocumentReader:
             branches: Memory of one row that is read and written; None for none.
             begin: Number of an input; segments that end before it are only written.
         """
-        for first in range(0, len(inputs), self.segment):
-            piece = inputs[None, first : first + self.segment]
-            if first + self.segment <= begin:
-                encoded = self.decoder.backbone.encode_for_memory(piece)
+        backbone, window = self.decoder.backbone, self.carried_window()
+        for place, piece in self._segments(inputs):
+            first = int(place.starts[0])
+            only_written = first + self.segment <= begin
+            if window is None:
+                encoded = backbone.encode_for_memory(piece) if only_written else backbone.encode(piece)
+                state = None
             else:
-                encoded = self.decoder.backbone.encode(piece)
-                yield ReadSegment(first, piece, encoded)
+                state = window.open(place)
+                encoded = backbone.encode(piece, state, state.start)
+            if not only_written:
+                yield ReadSegment(first, piece, encoded, state)
+            elif state is not None:  # the side network's keys are carried too
+                self.decoder.side_network(encoded, branches and branches.reader(), state)
             if branches is not None:
                 branches.write([0], piece, encoded.keys, encoded.values)
+            if window is not None:
+                window.write(place, piece, state)
 
     @torch.no_grad()
     def score(self, tokens: Tensor, memory: Optional[DocumentMemory] = None, use_memory: bool = True) -> Tensor:
@@ -157,7 +203,8 @@ class DocumentReader:
         Args:
             tokens: Token ids of the document, shape (length,), int64, without end-of-sentence.
             memory: What was memorized, which is only read; None for nothing.
-            use_memory: Whether the document is read behind a memory; if false, each segment is read by itself.
+            use_memory: Whether the document is read behind a memory; if false, a segment reads no more than the
+                carried window.
 
         Returns:
             Log-probability of each token, natural logarithm, shape (length,), float32, on the CPU.
@@ -168,17 +215,18 @@ class DocumentReader:
         for segment in self.read(self.inputs_of(tokens), branches):
             reader = branches and branches.reader()
             target = targets[segment.begin : segment.begin + segment.inputs.size(1)]
-            parts.append(self.target_log_probs(segment.encoded, reader, target))
+            parts.append(self.target_log_probs(segment, reader, target))
         return torch.cat(parts)
 
-    def target_log_probs(self, encoded: EncodedSegment, reader, targets: Tensor) -> Tensor:
+    def target_log_probs(self, segment: ReadSegment, reader: Optional[MemoryReader], targets: Tensor) -> Tensor:
         """Return the log-probability of each target, shape (T,), float32, on the CPU, of a segment of one row.
 
         Args:
-            encoded: Segment as the backbone encoded it.
+            segment: The segment.
             reader: Reader of a memory, or None.
             targets: Token ids to predict, shape (T,), int64.
         """
         decoder = self.decoder
-        logits = decoder.output_layer(decoder.features(decoder.side_network(encoded, reader)))[0]  # (T, V)
+        states = decoder.side_network(segment.encoded, reader, segment.carried)
+        logits = decoder.output_layer(decoder.features(states))[0]  # (T, V)
         return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu()

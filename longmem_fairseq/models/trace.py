@@ -171,8 +171,8 @@ def trace_reads(
             target = targets[segment.begin : segment.begin + T]
             branches.on_read = recorder = ReadRecorder(gates, T, kept)
             columns = {
-                "log_probabilities": reader.target_log_probs(segment.encoded, branches.reader(), target),
-                "without_memory": reader.target_log_probs(segment.encoded, None, target),
+                "log_probabilities": reader.target_log_probs(segment, branches.reader(), target),
+                "without_memory": reader.target_log_probs(segment.again(), None, target),
             }
             part = slice(max(0, begin - segment.begin), end - segment.begin)
             for name, x in {**columns, **recorder.columns}.items():

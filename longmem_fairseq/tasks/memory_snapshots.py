@@ -145,9 +145,10 @@ class MemorySnapshots:
         failure = None
         try:
             os.makedirs(self.directory, exist_ok=True)
-            memory = model.decoder.memories.get(training=True)
-            _check_space(self.directory, memory)
-            size = save_training_memory(path, memory, _place(model, iterator, iterator.iterations_in_epoch))
+            memory, window = model.decoder.memories.get(training=True), model.decoder.windows.get(training=True)
+            _check_space(self.directory, sum(part.nbytes for part in (memory and memory.bank, window) if part))
+            place = _place(model, iterator, iterator.iterations_in_epoch)
+            size = save_training_memory(path, memory, place, window)
         except OSError as error:
             failure = error
         if not _all_ranks(failure is None, model.decoder.device):
@@ -213,8 +214,11 @@ class MemorySnapshots:
         try:
             with torch.autocast("cuda", enabled=autocast):  # the keys of one token show the memory's precision
                 like = model.decoder.backbone.encode_for_memory(sample["net_input"]["src_tokens"][:, :1]).keys
-            memory = model.decoder.memories.allocate(training=True, lanes=segments.n_lanes, like=like)
-            load_training_memory(path, memory, _place(model, iterator, restored.batches))
+            memory, lanes = None, segments.n_lanes
+            if model.decoder.has_memory:
+                memory = model.decoder.memories.allocate(training=True, lanes=lanes, like=like)
+            window = model.decoder.windows.allocate(training=True, lanes=lanes)
+            load_training_memory(path, memory, _place(model, iterator, restored.batches), window)
         except SnapshotError as error:
             raise SnapshotError(f"{error}: {_REPLAY}") from error
         if model.needs_replay(segments).any():
@@ -257,6 +261,7 @@ def _path(directory: str, iterator: LaneIterator, batches: int) -> str:
 def _place(model, iterator: LaneIterator, batches: int) -> Dict[str, Any]:
     """Describe what a snapshot must match: the place in the data, the lanes, and the source of keys and values."""
     backbone, layer = backbone_identity(model.decoder)
+    carried = model.decoder.windows.size
     return {
         "epoch": iterator.epoch,
         "batch": batches,
@@ -264,11 +269,11 @@ def _place(model, iterator: LaneIterator, batches: int) -> Dict[str, Any]:
         **iterator.layout(),
         "backbone (--pretrained-model-path)": backbone[:12],
         "--retrieval-layer-index": layer,
+        **({"--carry-window": carried} if carried else {}),
     }
 
 
-def _check_space(directory: str, memory) -> None:
-    needed = 0 if memory is None else memory.bank.nbytes
+def _check_space(directory: str, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(

@@ -33,9 +33,9 @@ class EverySecondSegment(StreamMemory):
         super().start_stream(lane, stream, position)
         self.segments_read[lane] = 0
 
-    def store(self, pending, rows):
-        lanes = pending.segments.lanes
-        super().store(pending, [row for row in rows if self.segments_read[lanes[row]] % 2 == 0])
+    def store(self, segments, written, rows):
+        lanes = segments.lanes
+        super().store(segments, written, [row for row in rows if self.segments_read[lanes[row]] % 2 == 0])
         self.segments_read[lanes[rows]] += 1
 
     def state(self):

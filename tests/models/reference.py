@@ -23,6 +23,7 @@ class Setting(NamedTuple):
     memory: int  # M
     padding: int
     scaled: bool = True  # embeddings times sqrt(D)
+    carry: int = 0  # tokens of a carried window
 
 
 class Reference:
@@ -40,15 +41,25 @@ class Reference:
         self.N = 1 + max(numbers)
         self.D = self.w["backbone.decoder.layers.0.fc1.weight"].size(1)
         self.past: List[List] = [[] for _ in range(setting.heads)]  # per head, (key, value) of every token so far
+        self.tokens: List[int] = []  # so far
+        self.kept: Dict[str, List] = {}  # by layer, per head, (key, value) of every token so far
 
     def read(self, tokens: List[int]) -> Tensor:
         """Logits (T, V) of the next segment, which is then remembered."""
+        again = 0  # tokens that are encoded again
+        if self.s.positions in ("learned", "sinusoidal"):
+            again = min(self.s.carry, len(self.tokens))
+        elif self.s.carry and not self.kept:
+            self.kept = {"": []}
+        self.tokens += tokens
+        tokens = self.tokens[-again - len(tokens) :]
         hidden, keys, values = self.backbone(tokens)
         R, s = self.s.reduction, self.s.memory_layer // self.s.reduction
         x = hidden[0]
         for j in range(self.N // R):
             residual = hidden[R * (j + 1)] - hidden[R * j]
-            x = self.layer(f"layers.{j}.", x, reads=j == s) + residual
+            x = self.layer(f"layers.{j}.", x, reads=j == s, first=again) + residual
+        x, keys, values = x[again:], [k[again:] for k in keys], [v[again:] for v in values]
         if "layer_norm.weight" in self.w:
             x = self.norm("layer_norm.", x)
         if "backbone.decoder.project_out_dim.weight" in self.w:
@@ -85,16 +96,24 @@ class Reference:
             return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles], dtype=torch.float64)
         return torch.zeros(self.D, dtype=torch.float64)
 
-    def layer(self, name: str, x: Tensor, reads: bool) -> Tensor:
-        """A pre-norm layer; where it ``reads``, its attention is joined with the memory."""
+    def layer(self, name: str, x: Tensor, reads: bool, first: int = 0) -> Tensor:
+        """A pre-norm layer; if it ``reads``, attention from the token ``first`` on is joined with the memory."""
         normed = self.norm(name + "self_attn_layer_norm.", x)
         q, k, v = (self.heads(self.linear(f"{name}self_attn.{p}_proj.", normed)) for p in "qkv")
+        before = 0
+        if self.kept:  # each token attends to the tokens before it, whichever segment they were in
+            kept = self.kept.get(name, [(x.new_zeros(0, y.size(1)), x.new_zeros(0, y.size(1))) for y in k])
+            before = len(kept[0][0])
+            k, v = ([torch.cat([old[i], new]) for old, new in zip(kept, y)] for i, y in enumerate((k, v)))
+            self.kept[name] = list(zip(k, v))
         out = []
         for h in range(self.s.heads):
             rows = []
             for t in range(len(x)):
-                local = self.local(h, q[h][t], k[h][: t + 1], v[h][: t + 1])
-                memory = self.remembered(h, q[h][t]) if reads else None
+                end = before + t + 1
+                begin = max(0, end - 1 - self.s.carry) if self.kept else 0
+                local = self.local(h, q[h][t], k[h][begin:end], v[h][begin:end])
+                memory = self.remembered(h, q[h][t]) if reads and t >= first else None
                 if memory is not None:
                     gate = 1 / (1 + math.exp(-self.w[name + "self_attn.memory_gate"][h]))
                     local = (1 - gate) * local + gate * memory

@@ -17,6 +17,13 @@ MODELS = {
     "llama": dict(model="llama_lm"),
     "no memory": dict(use_external_memory=False),
 }
+CARRIED = {
+    "learned": dict(carry_window=5),
+    "learned, more than a segment": dict(carry_window=16),
+    "alibi": dict(model="alibi_lm", carry_window=5),
+    "llama": dict(model="llama_lm", carry_window=9),
+    "llama, no memory": dict(model="llama_lm", carry_window=2, use_external_memory=False),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -57,6 +64,19 @@ def test_equals_full_forward(model, past):
     expected = read(model, [doc], T)[0][past:]
     actual = decode(model, prefill(model.decoder, [doc[:past]], T), doc[None, past:])[0]
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CARRIED)
+def test_a_carried_window_equals_full_forward(tmp_path, kind):
+    """Whatever was read before, for as long as generation lasts, rows of any lengths side by side."""
+    model = longmem(tmp_path, **CARRIED[kind])
+    pasts = [0, 1, 6, 7, 8, 20, 40]
+    docs = documents([past + 4 * T + 2 for past in pasts], seed=2)
+    state = prefill(model.decoder, [doc[:past] for doc, past in zip(docs, pasts)], T)
+    together = decode(model, state, torch.stack([doc[past:] for doc, past in zip(docs, pasts)]))
+    for doc, past, actual in zip(docs, pasts, together):
+        model.decoder.reset_memory()
+        torch.testing.assert_close(actual, read(model, [doc], T)[0][past:], atol=1e-4, rtol=1e-4)
 
 
 def test_the_memory_matters(tmp_path):

@@ -44,6 +44,15 @@ VARIANTS = {
     "one token a chunk": ("transformer_lm", "learned", {}, {"chunk_size": 1, "k": 5}),
     "reads all": ("transformer_lm", "learned", {}, {"k": 30}),
     "memory of a segment": ("transformer_lm", "learned", {}, {"memory_size": 7, "k": 3}),
+    "carried tokens": ("transformer_lm", "learned", {}, {"carry_window": 9}),
+    "carried sinusoidal": ("transformer_lm", "sinusoidal", {"decoder_learned_pos": False}, {"carry_window": 3}),
+    "carried keys": ("alibi_lm", "alibi", {}, {"carry_window": 9}),
+    "carried keys without positions": (
+        "transformer_lm",
+        "none",
+        {"no_token_positional_embeddings": True},
+        {"carry_window": 2},
+    ),
     "torch search": ("alibi_lm", "alibi", {}, {"memory_search": "torch"}),
 }
 
@@ -61,6 +70,7 @@ def setting_of(model, positions, backbone):
         memory=cfg.memory_size,
         padding=VOCABULARY.pad(),
         scaled=not backbone.get("no_scale_embedding", False),
+        carry=cfg.carry_window,
     )
 
 

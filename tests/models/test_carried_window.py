@@ -1,0 +1,204 @@
+"""A carried window: every layer also attends to the tokens before the segment."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longmem_fairseq.data.segments import Segments
+from longmem_fairseq.memory.training_snapshot import load_training_memory, save_training_memory
+from longmem_fairseq.models.reading import DocumentReader
+from longmem_fairseq.modules.sliding_window import sliding_window_attention
+from tests.models.tiny import LONGMEM, batches, build_longmem, documents, longmem, read
+
+T = LONGMEM["tokens_per_sample"]
+KINDS = {"alibi_lm": 5, "llama_lm": 9, "transformer_lm": 11}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {kind: longmem(tmp_path_factory.mktemp(kind), model=kind, carry_window=C) for kind, C in KINDS.items()}
+
+
+def from_start(model):
+    model.decoder.reset_memory()
+    return model
+
+
+@settings(max_examples=25)
+@given(
+    T=st.integers(1, 9),
+    before=st.integers(0, 11),
+    window=st.integers(1, 12),
+    groups=st.sampled_from([1, 3]),
+    hidden=st.booleans(),
+    alibi=st.booleans(),
+)
+def test_sliding_window_attention(T, before, window, groups, hidden, alibi):
+    """Against one query at a time, forward and backward, with blocks of all sizes."""
+    generator = torch.Generator().manual_seed(T + 100 * before)
+    B, kv_heads, d, S = 2, 2, 4, before + T
+    q = torch.randn(B, groups * kv_heads, T, d, generator=generator, dtype=torch.float64, requires_grad=True)
+    k, v = torch.randn(2, B, kv_heads, S, d, generator=generator, dtype=torch.float64).requires_grad_()
+    left = torch.tensor([0, before // 2]) if hidden else None
+    slopes = torch.linspace(0.1, 0.9, groups * kv_heads).double() if alibi else None
+    rows = []
+    for b in range(B):
+        for h in range(groups * kv_heads):
+            for t in range(T):
+                end = before + t + 1
+                begin = max(end - 1 - window, 0 if left is None else int(left[b]))
+                scores = k[b, h // groups, begin:end] @ q[b, h, t] / d**0.5
+                if alibi:
+                    scores = scores + slopes[h] * torch.arange(begin, end)
+                rows.append(torch.softmax(scores, 0) @ v[b, h // groups, begin:end])
+    expected = torch.stack(rows).view(q.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longmem_fairseq.modules.sliding_window._QUERIES_AT_ONCE", 4)
+        actual = sliding_window_attention(q, k, v, window, left, slopes)
+    torch.testing.assert_close(actual, expected)
+    weights = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad((x * weights).sum(), (q, k, v), retain_graph=True) for x in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@settings(max_examples=20)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    segment=st.integers(1, 12),
+    kind=st.sampled_from(["alibi_lm", "llama_lm"]),
+)
+def test_where_a_text_is_cut_does_not_matter(models, lengths, segment, kind):
+    """With keys carried and the memory off, segments of any length give the same logits, in whatever company."""
+    decoder = models[kind].decoder
+    settings_of_memory = decoder.memory_factory.settings
+    decoder.memory_factory.settings = settings_of_memory.__class__(0, 1, 1)
+    try:
+        docs = documents(lengths)
+        expected = [read(from_start(models[kind]), [doc], len(doc))[0] for doc in docs]
+        torch.testing.assert_close(read(from_start(models[kind]), docs, segment), expected, atol=1e-5, rtol=1e-5)
+    finally:
+        decoder.memory_factory.settings = settings_of_memory
+
+
+def test_each_layer_passes_the_past_on(models):
+    """What is carried is read: a token changes the logits behind the next segment boundary, and further by layers."""
+    for model in models.values():
+        (doc,) = documents([3 * T])
+        changed = doc.clone()
+        changed[T - 2] = 4 + (doc[T - 2] - 3) % 20
+        before, after = (read(from_start(model), [x], T)[0] for x in (doc, changed))
+        assert torch.equal(before[: T - 2], after[: T - 2])
+        assert ((before[T - 2 : 2 * T] - after[T - 2 : 2 * T]).abs().amax(1) > 0).all()
+
+
+@settings(max_examples=15)
+@given(
+    lengths=st.lists(st.integers(1, 4 * T), min_size=2, max_size=4),
+    kind=st.sampled_from(sorted(KINDS)),
+    data=st.data(),
+)
+def test_lanes_are_isolated(models, lengths, kind, data):
+    """One document is another one of its length: the logits of all others are the same, bit by bit."""
+    model = from_start(models[kind])
+    changed = data.draw(st.integers(0, len(lengths) - 1))
+    docs = documents(lengths)
+    before = read(model, docs, T)
+    docs[changed] = documents(lengths, seed=1)[changed]
+    after = read(model, docs, T)
+    assert all(i == changed or torch.equal(before[i], after[i]) for i in range(len(lengths)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_comes_again_is_the_same(models, kind, tmp_path):
+    """Each batch three times, with another document between, in training with activations recomputed."""
+    model = from_start(models[kind]).train()
+    for layer in model.decoder.layers:
+        layer.recompute = True
+    docs, others = documents([4 * T, 2 * T]), documents([2 * T], seed=9)
+    plain = build_longmem(model.cfg.pretrained_model_path, carry_window=KINDS[kind])
+    plain.decoder.load_state_dict(model.decoder.state_dict())
+    names = [name for name, x in plain.named_parameters() if x.requires_grad]
+    for tokens, segments in batches(docs, T):
+        expected = plain.train()(tokens, segments=segments)[0]
+        expected.square().sum().backward()
+        for _ in range(3):
+            model.zero_grad()
+            logits = model(tokens, segments=segments)[0]
+            logits.square().sum().backward()
+            assert torch.equal(logits, expected)
+        for name in names:
+            gradients = [dict(x.named_parameters())[name].grad for x in (model, plain)]
+            torch.testing.assert_close(*gradients, msg=lambda text, name=name: f"{name}: {text}")
+        plain.zero_grad()
+        read(model.eval(), others, T)
+        model.train()
+    for layer in model.decoder.layers:
+        layer.recompute = False
+    model.eval()
+
+
+@settings(max_examples=15)
+@given(pieces=st.integers(2, 6), last=st.integers(1, T), kind=st.sampled_from(sorted(KINDS)))
+def test_replay_and_snapshots_equal_never_having_stopped(models, tmp_path_factory, pieces, last, kind):
+    model = models[kind].eval()
+    parts = list(batches(documents([(pieces - 1) * T + last, 2 * T]), T))
+    from_start(model)
+    for tokens, segments in parts[:-1]:
+        model(tokens, segments=segments)
+    path = str(tmp_path_factory.mktemp("snapshot") / "memory")
+    save_training_memory(path, model.decoder.memories.get(False), {}, model.decoder.windows.get(False))
+    tokens, segments = parts[-1]
+    expected = model(tokens, segments=segments)[0]
+    from_start(model)
+    assert model.needs_replay(segments).all()
+    for i, (earlier, places) in enumerate(parts[:-1]):
+        model.memorize(earlier, places, restart=i == 0)
+    assert torch.equal(model(tokens, segments=segments)[0], expected)
+    read(model, documents([T, T]), T)
+    load_training_memory(path, model.decoder.memories.get(False), {}, model.decoder.windows.get(False))
+    assert torch.equal(model(tokens, segments=segments)[0], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_are_read_in_the_same_way(models, kind):
+    """Scoring in Python, with only a part of the text scored too; and what is memorized of a document."""
+    model = from_start(models[kind])
+    reader = DocumentReader(model.decoder, T)
+    (text,) = documents([4 * T + 3])
+    logits = read(model, [reader.inputs_of(text)], T)[0].log_softmax(-1)
+    expected = logits.gather(1, text[:, None])[:, 0]
+    torch.testing.assert_close(reader.score(text), expected, atol=1e-5, rtol=1e-5)
+    branches = reader.branches(1)
+    inputs = reader.inputs_of(text)
+    last = next(reader.read(inputs, branches, begin=4 * T))
+    scored = reader.target_log_probs(last, branches.reader(), text[4 * T :])
+    torch.testing.assert_close(scored, expected[4 * T :], atol=1e-5, rtol=1e-5)
+    memory = reader.new_memory()
+    reader.memorize(memory, "text", text[:-1])
+    written = model.memory_contents()
+    for actual, keys in zip(memory.bank.contents(0), written):
+        torch.testing.assert_close(actual, keys, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, changes, sentence",
+    [
+        ("alibi_lm", {"carry_window": -1}, "--carry-window -1 is negative"),
+        ("transformer_lm", {"carry_window": 18}, "--carry-window 18 and --tokens-per-sample 7 .* 24 positions.*lower"),
+    ],
+)
+def test_impossible_windows(models, kind, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build_longmem(models[kind].cfg.pretrained_model_path, **changes)
+
+
+def test_a_snapshot_of_another_window_is_refused(models, tmp_path):
+    model, path = from_start(models["alibi_lm"]), str(tmp_path / "memory")
+    read(model, documents([3 * T]), T)
+    save_training_memory(path, None, {}, model.decoder.windows.get(False))
+    other = build_longmem(model.cfg.pretrained_model_path, carry_window=6).eval()
+    read(other, documents([3 * T]), T)
+    with pytest.raises(ValueError, match="carries 5 tokens and --carry-window is 6"):
+        load_training_memory(path, None, {}, other.decoder.windows.get(False))
+    assert not other.needs_replay(Segments([0], [0], [3 * T], [T], 1)).any(), "it is as it was"
