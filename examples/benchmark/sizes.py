@@ -168,7 +168,7 @@ def print_measured(name: str, mode: str, options: argparse.Namespace) -> None:
 
     if options.memory_size:
         model.memorize(**segment(0)["net_input"])
-        for memory in model.decoder.memories:
+        for memory in model.decoder.lane_state.memories:
             memory.flush()
             fill_with_noise(memory.bank)  # the peak does not depend on what the memory holds
     for number in (1, 2):

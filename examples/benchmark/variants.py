@@ -205,14 +205,14 @@ class StreamVariant:
     def _allocated_bank(self) -> MemoryBank:
         """Return the bank after the first segment was written."""
         self.decoder.memorize(*self._next())
-        (memory,) = self.decoder.memories
+        (memory,) = self.decoder.lane_state.memories
         memory.flush()
         return memory.bank
 
     @property
     def banks(self) -> List[MemoryBank]:
         """Memory banks of all lanes."""
-        return [memory.bank for memory in self.decoder.memories]
+        return [memory.bank for memory in self.decoder.lane_state.memories]
 
     @property
     def bank_bytes(self) -> int:

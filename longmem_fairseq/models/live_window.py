@@ -198,7 +198,7 @@ def new_window(decoder, size: int, rows: int, base: Optional[MemoryBank] = None,
         ValueError: A window cannot have this size.
     """
     branches = DocumentReader(decoder, size).branches(rows, base) if use_memory else None
-    return LiveWindow(decoder, size, rows, branches, decoder.windows.size)
+    return LiveWindow(decoder, size, rows, branches, decoder.lane_state.windows.size)
 
 
 @torch.no_grad()

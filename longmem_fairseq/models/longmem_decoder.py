@@ -3,7 +3,6 @@
 Legend: B lanes, T tokens of a segment, D width, V symbols, N backbone layers, R reduction factor.
 """
 
-import logging
 from typing import Dict, List, Optional, Tuple
 
 import numpy as np
@@ -15,15 +14,11 @@ from ..backbones.base import Backbone, EncodedSegment
 from ..backbones.fingerprint import backbone_fingerprint
 from ..data.segments import Segments
 from ..memory.factory import MemoryFactory
-from ..memory.lane_streams import next_segments
 from ..memory.reader import MemoryReader
-from ..memory.split_memories import SplitMemories
 from ..modules.side_layer import SideNetworkOptions
-from .carried_window import SplitWindows
+from .lane_state import LaneState
 from .live_window import WINDOW, new_window
 from .longmem_config import plain
-
-logger = logging.getLogger(__name__)
 
 
 class LongMemDecoder(FairseqIncrementalDecoder):
@@ -39,8 +34,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
 
     Attributes:
         reading_layer: Number s of the side layer that reads the memory, counted from 0.
-        memories: Memories of training and evaluation.
-        windows: Carried windows of training and evaluation.
+        lane_state: Memories and carried windows of training and evaluation.
         stateful: If true, a call without segments continues the previous call's streams, row by row (for use without
             the task).
     """
@@ -56,8 +50,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             backbone.side_layer(j == self.reading_layer, options) for j in range(backbone.num_layers // self.reduction)
         )
         self.layer_norm = backbone.side_norm(options)
-        self.memories = SplitMemories(memory_factory)
-        self.windows = SplitWindows(self, cfg.carry_window)
+        self.lane_state = LaneState(self, memory_factory, cfg.carry_window)
         self.stateful = False
 
     def __getstate__(self):
@@ -100,8 +93,8 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         """
         if incremental_state is not None:
             return self._decode(prev_output_tokens[:, -1:], incremental_state, features_only)
-        segments = self._next_segments(prev_output_tokens) if segments is None else segments
-        window = self.windows.allocate(self.training, segments.n_lanes)
+        segments = self.lane_state.next_segments(prev_output_tokens) if segments is None else segments
+        window = self.lane_state.windows.allocate(self.training, segments.n_lanes)
         carried = None if window is None else window.open(segments)
         encoded = self.backbone(prev_output_tokens, carried, 0 if carried is None else carried.start)
         memory = self._memory(segments, encoded.keys) if self.has_memory else None
@@ -147,8 +140,10 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             segments: Place of each row in its lane's stream.
             restart: If true, the lanes are emptied first and their streams may start anywhere, for replay.
         """
-        if self.windows.size:  # a carried window holds the side network's keys, so all of the segment is read
-            self._read_again(tokens, segments, restart)
+        if (
+            self.lane_state.windows.size
+        ):  # a carried window holds the side network's keys, so all of the segment is read
+            self.lane_state.read_again(tokens, segments, restart)
             return
         if not self.has_memory:
             return
@@ -159,25 +154,6 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         else:
             memory.open(segments)
         memory.write(segments, encoded.keys, encoded.values)
-
-    def _read_again(self, tokens: Tensor, segments: Segments, restart: bool) -> None:
-        """Read and write segments as :meth:`forward` does in evaluation; arguments are those of :meth:`memorize`."""
-        if restart:
-            if self.training:
-                logger.warning(
-                    "the carried window is rebuilt by the side network as it is now, not as it was when the tokens "
-                    "were read; a snapshot (--memory-snapshot) is exact"
-                )
-            for streams in (self.memories.get(self.training), self.windows.get(self.training)):
-                if streams is not None:
-                    streams.restart(segments)
-        training = [layer for layer in self.layers if layer.training]
-        try:
-            self.layers.eval()  # without dropout, and not the decoder, whose mode selects the memory
-            self(tokens, segments=segments, features_only=True)
-        finally:
-            for layer in training:
-                layer.train()
 
     def start_from_backbone(self) -> None:
         """Copy backbone layer R * j + 1 into side layer j, and the backbone's final norm into the side network's."""
@@ -207,8 +183,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
 
     def reset_memory(self) -> None:
         """Forget everything, in training and in evaluation."""
-        self.memories.clear()
-        self.windows.clear()
+        self.lane_state.clear()
 
     def memory_contents(self, lane: int = 0) -> Optional[Tuple[Tensor, Tensor, Tensor]]:
         """Return a copy of what this mode's memory holds, oldest chunk first; None before anything was written.
@@ -219,26 +194,15 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         Returns:
             Keys and values (H_kv, n, C, d), and the mean keys that are searched (H_kv, n, d), of n chunks.
         """
-        return self.memories.contents(self.training, lane)
+        return self.lane_state.memories.contents(self.training, lane)
 
     def needs_replay(self, segments: Segments) -> np.ndarray:
         """Return which rows' memory or carried window is not where their segment starts, shape (B,), bool."""
-        behind = self.windows.needs_replay(self.training, segments)
-        return behind | self.memories.needs_replay(self.training, segments) if self.has_memory else behind
+        return self.lane_state.needs_replay(segments)
 
     def _memory(self, segments: Segments, keys: Tensor):
         # Outside a task several segments may come before one backward pass.
-        return self.memories.allocate(self.training, segments.n_lanes, keys, keep_reads=self.stateful)
-
-    def _next_segments(self, tokens: Tensor) -> Segments:
-        """Return the place of tokens (B, T) that follow those of the previous call."""
-        if not self.stateful:
-            raise ValueError(
-                "longmem_lm was called without segments, so it cannot know which document each row continues: run it "
-                "with --task longmem_language_modeling"
-            )
-        streams = self.memories.get(self.training) or self.windows.get(self.training)
-        return next_segments(streams, tokens, self.dictionary.pad())
+        return self.lane_state.memories.allocate(self.training, segments.n_lanes, keys, keep_reads=self.stateful)
 
     @torch.no_grad()
     def _decode(self, tokens: Tensor, state: Dict, features_only: bool) -> Tuple[Tensor, Dict]:

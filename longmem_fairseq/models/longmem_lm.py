@@ -153,7 +153,7 @@ class LongMemModel(FairseqLanguageModel):
         With a carried window all tokens count, since each layer passes on what the layer below saw of the past.
         """
         settings = self.decoder.memory_factory.settings
-        if self.decoder.windows.size:
+        if self.decoder.lane_state.windows.size:
             return sys.maxsize
         return settings.size + settings.chunk_size if settings.enabled else 0
 

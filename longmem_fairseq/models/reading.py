@@ -159,7 +159,7 @@ class DocumentReader:
         Args:
             for_memory: Whether the document is only encoded for the memory.
         """
-        size = self.decoder.windows.size
+        size = self.decoder.lane_state.windows.size
         return new_carried_window(self.decoder, 1, size, for_memory) if size else None
 
     def _segments(self, inputs: Tensor) -> Iterator[Tuple[Segments, Tensor]]:

@@ -73,4 +73,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], dropout: fl
     if q.size(2) > 1 or heads == kv_heads:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=heads != kv_heads)
     grouped = group_queries(q, kv_heads)  # the queries of a group read the same keys, so that none is repeated
+    if mask is not None and mask.size(1) == heads:
+        mask = group_queries(mask, kv_heads)
     return ungroup(F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout), heads)

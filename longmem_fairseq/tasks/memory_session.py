@@ -195,5 +195,5 @@ def memory_of_evaluation(model, cfg, dictionary, encode: Callable[[str], Tensor]
     session = MemorySession(LongMemGenerator([model], dictionary, cfg.tokens_per_sample), cfg, encode)
     session.start()
     memory = session.generator.document_memories[0]
-    model.decoder.memories.base = memory.bank
+    model.decoder.lane_state.memories.base = memory.bank
     return memory

@@ -145,7 +145,10 @@ class MemorySnapshots:
         failure = None
         try:
             os.makedirs(self.directory, exist_ok=True)
-            memory, window = model.decoder.memories.get(training=True), model.decoder.windows.get(training=True)
+            memory, window = (
+                model.decoder.lane_state.memories.get(training=True),
+                model.decoder.lane_state.windows.get(training=True),
+            )
             _check_space(self.directory, sum(part.nbytes for part in (memory and memory.bank, window) if part))
             place = _place(model, iterator, iterator.iterations_in_epoch)
             size = save_training_memory(path, memory, place, window)
@@ -216,8 +219,8 @@ class MemorySnapshots:
                 like = model.decoder.backbone.encode_for_memory(sample["net_input"]["src_tokens"][:, :1]).keys
             memory, lanes = None, segments.n_lanes
             if model.decoder.has_memory:
-                memory = model.decoder.memories.allocate(training=True, lanes=lanes, like=like)
-            window = model.decoder.windows.allocate(training=True, lanes=lanes)
+                memory = model.decoder.lane_state.memories.allocate(training=True, lanes=lanes, like=like)
+            window = model.decoder.lane_state.windows.allocate(training=True, lanes=lanes)
             load_training_memory(path, memory, _place(model, iterator, restored.batches), window)
         except SnapshotError as error:
             raise SnapshotError(f"{error}: {_REPLAY}") from error
@@ -261,7 +264,7 @@ def _path(directory: str, iterator: LaneIterator, batches: int) -> str:
 def _place(model, iterator: LaneIterator, batches: int) -> Dict[str, Any]:
     """Describe what a snapshot must match: the place in the data, the lanes, and the source of keys and values."""
     backbone, layer = backbone_identity(model.decoder)
-    carried = model.decoder.windows.size
+    carried = model.decoder.lane_state.windows.size
     return {
         "epoch": iterator.epoch,
         "batch": batches,

@@ -112,7 +112,7 @@ def test_activations_that_training_keeps(tmp_path, model, settings):
     *before, (tokens, segments) = batches(documents([3 * T]), T)
     for earlier, places in before:
         longmem_model(earlier, segments=places)
-    (memory,) = longmem_model.decoder.memories
+    (memory,) = longmem_model.decoder.lane_state.memories
     shared = [*longmem_model.parameters(), memory.bank.keys, memory.bank.values]
     if model == "llama_lm":  # one table of sines and cosines for all layers
         shared += longmem_model.decoder.backbone.decoder.rotary._tables[tokens.device]  # noqa: SLF001

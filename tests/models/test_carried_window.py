@@ -147,7 +147,9 @@ def test_replay_and_snapshots_equal_never_having_stopped(models, tmp_path_factor
     for tokens, segments in parts[:-1]:
         model(tokens, segments=segments)
     path = str(tmp_path_factory.mktemp("snapshot") / "memory")
-    save_training_memory(path, model.decoder.memories.get(False), {}, model.decoder.windows.get(False))
+    save_training_memory(
+        path, model.decoder.lane_state.memories.get(False), {}, model.decoder.lane_state.windows.get(False)
+    )
     tokens, segments = parts[-1]
     expected = model(tokens, segments=segments)[0]
     from_start(model)
@@ -156,7 +158,9 @@ def test_replay_and_snapshots_equal_never_having_stopped(models, tmp_path_factor
         model.memorize(earlier, places, restart=i == 0)
     assert torch.equal(model(tokens, segments=segments)[0], expected)
     read(model, documents([T, T]), T)
-    load_training_memory(path, model.decoder.memories.get(False), {}, model.decoder.windows.get(False))
+    load_training_memory(
+        path, model.decoder.lane_state.memories.get(False), {}, model.decoder.lane_state.windows.get(False)
+    )
     assert torch.equal(model(tokens, segments=segments)[0], expected)
 
 
@@ -196,9 +200,9 @@ def test_impossible_windows(models, kind, changes, sentence):
 def test_a_snapshot_of_another_window_is_refused(models, tmp_path):
     model, path = from_start(models["alibi_lm"]), str(tmp_path / "memory")
     read(model, documents([3 * T]), T)
-    save_training_memory(path, None, {}, model.decoder.windows.get(False))
+    save_training_memory(path, None, {}, model.decoder.lane_state.windows.get(False))
     other = build_longmem(model.cfg.pretrained_model_path, carry_window=6).eval()
     read(other, documents([3 * T]), T)
     with pytest.raises(ValueError, match="carries 5 tokens and --carry-window is 6"):
-        load_training_memory(path, None, {}, other.decoder.windows.get(False))
+        load_training_memory(path, None, {}, other.decoder.lane_state.windows.get(False))
     assert not other.needs_replay(Segments([0], [0], [3 * T], [T], 1)).any(), "it is as it was"

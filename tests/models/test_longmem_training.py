@@ -139,7 +139,7 @@ def test_half_precision_agrees_coarsely(tmp_path, kind, dtype):
         assert b.dtype == dtype and b.isfinite().all()
         # Rounding may change which chunks are read, so a few rows may differ by more.
         assert float((a - b.float()).abs().mean() / a.std()) < 0.1
-    assert next(iter(half.decoder.memories)).bank.keys.dtype == dtype
+    assert next(iter(half.decoder.lane_state.memories)).bank.keys.dtype == dtype
     assert all(grad.isfinite().all() for step in losses(half, docs) for grad in step.values())
 
 
@@ -150,7 +150,7 @@ def test_a_memory_in_half_precision_beside_a_full_model(tmp_path, dtype):
     (a,), (b,) = read(full, docs, T), read(half, docs, T)
     assert b.dtype == torch.float32 and torch.equal(a[:T], b[:T])
     assert float((a - b).abs().mean() / a.std()) < 0.05
-    bank = next(iter(half.decoder.memories)).bank
+    bank = next(iter(half.decoder.lane_state.memories)).bank
     assert str(bank.keys.dtype) == f"torch.{dtype}" and bank.means.dtype == torch.float32
 
 
