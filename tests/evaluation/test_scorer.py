@@ -267,6 +267,7 @@ def test_settings_and_errors(files, scorer):
         ),
         ("leave out --backbone", lambda: Scorer.load(str(files.backbone), data, "cpu", backbone=path)),
         ("longer than the backbone's 64 positions", lambda: Scorer.load(path, data, "cpu", tokens_per_sample=65)),
+        ("carries a window .--carry-window 8.*fairseq-eval-lm", lambda: Scorer.load(path, data, "cpu", carry_window=8)),
         ("40 tokens does not fit into a window of 32", lambda: scorer.window(scorer.new_state(), None, 40)),
         ("longer than the room of 3", lambda: scorer.window(scorer.new_state(), None, 3).score([tokens_of(4)])),
         ("without tokens", lambda: scorer.window(scorer.new_state(), None, 3).score([tokens_of(0)])),

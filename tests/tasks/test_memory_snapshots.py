@@ -64,7 +64,7 @@ def new_iterator(scope="document", epoch=1):
 
 
 def new_model(tmp_path, **changes):
-    return longmem(tmp_path, memory_size=30, **changes).train()
+    return longmem(tmp_path, **{"memory_size": 30, **changes}).train()
 
 
 def read(model, batches):
@@ -73,11 +73,20 @@ def read(model, batches):
         return [model(**batch["net_input"])[0] for batch in batches]
 
 
-@pytest.mark.parametrize("scope", ["document", "stream", "shared"])
+@pytest.mark.parametrize(
+    "scope, changes",
+    [
+        ("document", {}),
+        ("stream", {}),
+        ("shared", {}),
+        ("document", {"carry_window": 5}),
+        ("stream", {"carry_window": 9, "model": "alibi_lm", "memory_size": 0}),
+    ],
+)
 @pytest.mark.parametrize("stop", [1, 4, 8])
-def test_continues_bit_by_bit(tmp_path, scope, stop, caplog):
-    """Also one memory for all lanes, which replay does not restore to the bit."""
-    model, iterator = new_model(tmp_path, memory_scope=scope), new_iterator(scope)
+def test_continues_bit_by_bit(tmp_path, scope, changes, stop, caplog):
+    """Also one memory for all lanes, and a carried window, which replay does not restore to the bit."""
+    model, iterator = new_model(tmp_path, memory_scope=scope, **changes), new_iterator(scope)
     resumed = copy.deepcopy(model)
     batches = iterator.next_epoch_itr()
     read(model, [next(batches) for _ in range(stop)])

@@ -131,6 +131,12 @@ class Scorer:
     @classmethod
     def _of_longmem(cls, model: LongMem) -> "Scorer":
         decoder, task = model.model.decoder, model.task
+        carried = decoder.lane_state.windows.size
+        if carried:
+            raise ValueError(
+                f"the model carries a window (--carry-window {carried}), which these evaluations do not: evaluate it "
+                "with fairseq-eval-lm"
+            )
         tokenizer = TextTokenizer(task.dictionary, model.bpe)
         return cls(
             decoder.backbone, decoder, tokenizer, task.args.tokens_per_sample, decoder.memory_factory.settings.size
