@@ -17,12 +17,13 @@ from longmem_fairseq.evaluation.reporting.plots import load_pyplot
 from longmem_fairseq.files import write_json, write_text, write_whole
 
 
-def collect(directory: Path, seconds: int) -> dict:
+def collect(directory: Path, seconds: int, carry: int = 0) -> dict:
     """Collect all results, in the form of report.json.
 
     Args:
         directory: Directory of the run.
         seconds: Duration of this call of run.sh in seconds.
+        carry: Number of tokens of the carried window; 0 for none.
     """
     training = (directory / "logs/train.log").read_text()
     trained = re.search(r"([\d,]+) parameters to train", training)
@@ -34,6 +35,8 @@ def collect(directory: Path, seconds: int) -> dict:
         "heads": next(line for line in copying if line.split()[:1] == [copying[-1].split()[-1]]).split(maxsplit=1)[1],
         "backbone": _by_size(directory, "backbone"),
         "memory": _by_size(directory, "memory"),
+        "carry_window": carry,
+        "carried": _by_size(directory, "carried"),
         "updates": int(_last(training, "num_updates")),
         "training_seconds": _last(training, "wall"),  # also of earlier calls that were interrupted
         "gate": _last(training, "gate"),
@@ -58,12 +61,15 @@ def _by_size(directory: Path, system: str) -> Dict[str, float]:
 
 def results_table(report: dict) -> str:
     """Format the results as a table in Markdown; gains are against the same model's smallest context."""
-    rows = []
+    rows, same = [], f"the same, {report['carry_window']:,} tokens carried"
     for system, label, first in (
         ("backbone", "backbone, full attention over blocks of {} tokens", None),
         ("memory", "LongMem, window 1,024, memory of {} tokens", "LongMem, window 1,024, memory off"),
+        ("carried", f"{same}, memory of {{}} tokens", same),
     ):
-        smallest = next(iter(report[system].values()))
+        if not report[system]:
+            continue
+        smallest = next(iter(report["backbone" if system == "backbone" else "memory"].values()))
         for size, value in report[system].items():
             name = first if int(size) == 0 else label.format(f"{int(size):,}")
             gain = "" if value == smallest else f"{100 * (value / smallest - 1):+.1f} %"
@@ -85,6 +91,9 @@ def plot(report: dict, path: Path) -> None:
     sizes = [1024 + int(size) for size in memories]
     ticks = {*map(int, blocks), *(size for size in sizes if size > 2 * 8192)}
     axes.plot(sizes, list(memories.values()), "o-", label="LongMem, window of 1,024 and memory")
+    if report["carried"]:
+        label = f"the same, and {report['carry_window']:,} tokens carried"
+        axes.plot(sizes, list(report["carried"].values()), "^-", label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(ticks), labels=None)
     axes.xaxis.set_major_formatter(lambda value, _: f"{int(value):,}")
@@ -102,8 +111,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.smollm2.report", description=__doc__.split("\n")[0])
     parser.add_argument("--directory", type=Path, required=True, help="directory of the run")
     parser.add_argument("--seconds", type=int, default=0, help="duration of the run in seconds")
+    parser.add_argument("--carry", type=int, default=0, help="number of tokens of the carried window; 0 for none")
     args = parser.parse_args()
-    directory, report = args.directory, collect(args.directory, args.seconds)
+    directory, report = args.directory, collect(args.directory, args.seconds, args.carry)
     results = results_table(report)
     plot(report, directory / "report.png")
     lines = [

