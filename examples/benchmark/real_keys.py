@@ -172,6 +172,12 @@ def main(arguments: Sequence[str]) -> None:
     try:
         require_writable(options.output)
         model = LongMem.from_pretrained(options.path, options.data, device="cpu", **settings)
+        layers = model.model.decoder.backbone.memory_layers
+        if len(layers) > 1:
+            raise ValueError(
+                f"{options.path} remembers layers {', '.join(map(str, layers))}, and a file of keys is of one: name a "
+                "model with one memory layer"
+            )
         means, queries = keys_and_queries(model, tokens_of(model, options), options)
         tensors = {"means": means, "queries": queries.contiguous()}
         write_tensors(options.output, tensors)

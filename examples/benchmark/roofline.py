@@ -15,6 +15,7 @@ import torch
 
 from examples.benchmark.command import synchronize
 from examples.benchmark.variants import DTYPES, products_only
+from longmem_fairseq.models.memory_layers import parse_memory_layers
 
 
 def memory_work(options: argparse.Namespace, memory_size: int) -> Dict[str, float]:
@@ -28,15 +29,16 @@ def memory_work(options: argparse.Namespace, memory_size: int) -> Dict[str, floa
     chunks, width = memory_size // options.chunk_size, options.head_dim
     auto = "float32" if products_only(options) else options.dtype
     element = _bytes(auto if options.memory_dtype == "auto" else options.memory_dtype)
-    k = min(options.k, memory_size)
+    k, layers = min(options.k, memory_size), len(parse_memory_layers(options.retrieval_layer_index))
     # In generation each token's search reads all chunk means again.
     times = _step(options) if options.mode == "generate" else 1
-    return {
+    work = {
         "search_operations": 2.0 * queries * chunks * width,
         "read_operations": 4.0 * queries * k * width,
         "search_bytes": 4.0 * options.batch * options.kv_heads * chunks * width * times + 4.0 * queries * width,
         "read_bytes": 2.0 * queries * k * width * element,
     }
+    return {part: layers * x for part, x in work.items()}
 
 
 def model_work(options: argparse.Namespace) -> Dict[str, float]:

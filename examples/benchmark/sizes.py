@@ -11,8 +11,8 @@ Computed, in bytes, for B lanes of T tokens, with a side network of half the lay
     training   = evaluation + 12 side network (gradients, Adam's two moments) + activations
 
 The backbone has 4 bytes a parameter, or with --backbone-dtype bfloat16 2 bytes (norms and position embeddings always
-4). Hidden states are 4 B T D (N + 1 + N/2 + 1), and logits 16 B T V (with and without memory, and a softmax of each).
-The side layers keep for the backward pass
+4). The bank holds each memory layer (--retrieval-layer-index 13,17). Hidden states are 4 B T D (N + 1 + N/2 + 1), and
+logits 16 B T V (with and without memory, and a softmax of each). The side layers keep for the backward pass
 
     GPT-2    N/2 * 4 B T (9 D + 5 F), where F = 4 D
     Llama    N/2 * 4 B T (6 D + 3 H d + 2 H_kv d + 4 F), with norms of queries and keys 2 (H + H_kv) d more
@@ -85,6 +85,7 @@ def build(name: str, options: argparse.Namespace, device: str) -> LongMemModel:
         backbone_config=json.dumps(backbone),
         chunk_size=CHUNK,
         memory_size=options.memory_size,
+        retrieval_layer_index=options.retrieval_layer_index,
         tokens_per_sample=options.segment,
         memory_scope="document",
     )
@@ -104,8 +105,8 @@ def parameters(model: torch.nn.Module, trained: bool) -> int:
 
 def bank_bytes(backbone: Backbone, tokens: int, dtype: torch.dtype, lanes: int = 1) -> int:
     """Return the number of bytes of a memory of ``tokens`` tokens per lane."""
-    kv_heads, head_dim = backbone.num_kv_heads, backbone.head_dim
-    return MemoryBank(lanes, kv_heads, head_dim, tokens, CHUNK, dtype, torch.device("meta")).nbytes
+    heads = len(backbone.memory_layers) * backbone.num_kv_heads
+    return MemoryBank(lanes, heads, backbone.head_dim, tokens, CHUNK, dtype, torch.device("meta")).nbytes
 
 
 def kept_by_side_layer(backbone: Backbone) -> int:
@@ -225,6 +226,7 @@ def main(arguments: List[str]) -> None:
         default=65536,
         help="number of tokens that a lane's memory holds (default: %(default)s)",
     )
+    add("--retrieval-layer-index", help="memory layers, as in training (default: one, about two thirds up)")
     add("--segment", type=int, default=1024, help="number of tokens in a segment (default: %(default)s)")
     add("--batch", type=int, default=1, help="number of lanes (default: %(default)s)")
     add("--json", help="path of a JSON file for the figures")

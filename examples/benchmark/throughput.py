@@ -46,11 +46,11 @@ from examples.benchmark.real_keys import RealKeys
 from examples.benchmark.roofline import bound, full_attention_work, machine_speed, memory_work, model_work
 from examples.benchmark.tables import bullet_list, table
 from examples.benchmark.variants import DTYPES, FullAttentionVariant, build_decoder, build_variant, take_sizes
-from longmem_fairseq.backbones.base import BackboneError
 from longmem_fairseq.files import write_json, write_text
 from longmem_fairseq.memory.placement import DEVICES, choose_placement
 from longmem_fairseq.memory.search.base import registered_searches
 from longmem_fairseq.memory.search.index_spec import FLAT, index_spec, split_index
+from longmem_fairseq.models.memory_layers import parse_memory_layers
 from longmem_fairseq.modules.self_attention import forget_masks
 
 
@@ -239,7 +239,7 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     add("--vocab", type=int, default=8000, help="number of symbols in the dictionary (default: %(default)s)")
     add("--positions", choices=("alibi", "learned"), default="alibi", help="position encoding (default: %(default)s)")
     add("--reduction", type=int, default=2, help="backbone layers per side layer (default: %(default)s)")
-    add("--retrieval-layer-index", type=int, help="memory layer, counted from 0 (default: as in training)")
+    add("--retrieval-layer-index", help="memory layer, counted from 0, or several: 13,17 (default: as in training)")
     add("--segment", type=int, default=512, help="number of tokens in a segment (default: %(default)s)")
     add("--batch", type=int, default=1, help="number of lanes (default: %(default)s)")
     add("--k", type=int, default=64, help="number of tokens read per query and head (default: %(default)s)")
@@ -283,7 +283,7 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     try:
         take_sizes(options)
-    except (BackboneError, OSError) as error:
+    except (ValueError, OSError) as error:
         stop(str(error))
     require_at_least(options, 1, "layers", "dim", "heads", "reduction", "segment", "batch", "k", "chunk_size", "steps")
     if options.dim % options.heads or options.layers % options.reduction or options.k % options.chunk_size:
@@ -311,6 +311,8 @@ def load_real_keys(options: argparse.Namespace) -> Optional[RealKeys]:
         return None
     if not Path(options.keys).is_file():
         stop(f"--keys {options.keys} does not exist: make it with real_keys.py")
+    if len(parse_memory_layers(options.retrieval_layer_index)) > 1:
+        stop(f"--keys are of one layer, not of --retrieval-layer-index {options.retrieval_layer_index}: name one")
     real, width = RealKeys(options.keys), options.head_dim
     chunks = max(options.memory_sizes) // options.chunk_size
     if real.means.size(1) < chunks or real.means.size(2) != width:
@@ -330,7 +332,10 @@ def main(arguments: List[str]) -> None:
         return
     real = load_real_keys(options)
     speed = machine_speed(options)
-    decoder = build_decoder(options)
+    try:
+        decoder = build_decoder(options)
+    except ValueError as error:
+        stop(str(error))
     variants = [build_variant(name, decoder, options, real) for name in names_of(options)]
     for variant in variants[: len(options.memory_sizes)]:
         variant.fill()

@@ -31,8 +31,14 @@ from longmem_fairseq.memory.search.index_spec import FLAT
 from longmem_fairseq.memory.settings import MEMORY_DTYPES, MemorySettings
 from longmem_fairseq.memory.split_memories import SplitMemories
 from longmem_fairseq.models.live_window import WINDOW, new_window
-from longmem_fairseq.models.longmem_config import LongMemConfig, default_memory_layer
+from longmem_fairseq.models.longmem_config import LongMemConfig
 from longmem_fairseq.models.longmem_decoder import LongMemDecoder
+from longmem_fairseq.models.memory_layers import (
+    default_memory_layer,
+    memory_layers_setting,
+    parse_memory_layers,
+    select_memory_layers,
+)
 from longmem_fairseq.modules.mixed_precision import compute_products_in
 
 DTYPES = {**MEMORY_DTYPES, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,7 +52,7 @@ def take_sizes(options: argparse.Namespace) -> None:
             weights in the matrices of a layer.
 
     Raises:
-        BackboneError: The checkpoint cannot be a backbone.
+        ValueError: The checkpoint cannot be a backbone, or the memory layers are not numbers.
         OSError: There is no dict.txt beside it.
     """
     options.kv_heads, options.head_dim = options.heads, options.dim // max(1, options.heads)
@@ -61,6 +67,7 @@ def take_sizes(options: argparse.Namespace) -> None:
         options.layer_weights = sum(p.numel() for p in backbone.layers[0].parameters() if p.dim() > 1)
     if options.retrieval_layer_index is None:
         options.retrieval_layer_index = default_memory_layer(options.layers, options.reduction)
+    options.retrieval_layer_index = memory_layers_setting(parse_memory_layers(options.retrieval_layer_index))
 
 
 def dictionary_beside(checkpoint: str) -> Dictionary:
@@ -96,11 +103,15 @@ def random_backbone(options: argparse.Namespace, dictionary: Dictionary) -> Back
         "max_target_positions": max([options.segment, *options.full_windows]),
     }
     torch.manual_seed(0)
-    return build_backbone(config, dictionary, options.retrieval_layer_index)
+    return build_backbone(config, dictionary)
 
 
 def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
-    """Build a decoder on the backbone of the options, or on one with random weights in their shape."""
+    """Build a decoder on the backbone of the options, or on one with random weights in their shape.
+
+    Raises:
+        ValueError: The memory layers are not layers of the backbone that can be read together.
+    """
     if options.backbone is None:
         dictionary = Dictionary()
         for i in range(options.vocab - len(dictionary)):
@@ -108,7 +119,7 @@ def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
         backbone = random_backbone(options, dictionary)
     else:
         dictionary = dictionary_beside(options.backbone)
-        backbone = load_backbone(options.backbone, dictionary, options.retrieval_layer_index)
+        backbone = load_backbone(options.backbone, dictionary)
     cfg = OmegaConf.merge(
         OmegaConf.structured(LongMemConfig),
         {
@@ -126,7 +137,9 @@ def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
             "memory_scope": "document",
         },
     )
-    factory = MemoryFactory(MemorySettings.from_config(cfg), backbone.num_kv_heads, backbone.head_dim)
+    select_memory_layers(cfg, backbone)
+    layers = len(backbone.memory_layers)
+    factory = MemoryFactory(MemorySettings.from_config(cfg), backbone.num_kv_heads, backbone.head_dim, layers=layers)
     decoder = LongMemDecoder(cfg, dictionary, backbone, factory)
     decoder.start_from_backbone()
     if products_only(options):
@@ -155,7 +168,7 @@ def with_memory_size(decoder: LongMemDecoder, memory_size: int, real: Optional[R
     settings = replace(factory.settings, size=memory_size)
     if settings.indexed and not can_index(settings, factory.head_dim):
         settings = replace(settings, index=FLAT, index_parameters="")
-    factory = MemoryFactory(settings, factory.kv_heads, factory.head_dim, factory.attention)
+    factory = factory.with_settings(settings)
     other = copy.copy(decoder)
     other.memory_factory = factory if real is None else RealQueriesFactory(factory, real)
     other.memories = SplitMemories(other.memory_factory)

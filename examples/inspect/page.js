@@ -9,12 +9,15 @@
   };
   const H = data.gates.length;
   const S = data.reads;
+  const layers = data.layers; // the heads of each follow each other
+  const perLayer = H / layers.length;
+  const nameOf = (h) => (layers.length > 1 ? `layer ${layers[Math.floor(h / perLayer)]}, head ${h % perLayer}` : `head ${h}`);
   const first = data.position + data.begin + 1; // place in the stream of the first token shown
   const logp = numbers("logp", Float32Array);
   const without = numbers("without", Float32Array);
   const strongest = numbers("strongest", Uint16Array);
   const byHead = numbers("byHead", Uint8Array);
-  const heads = numbers("heads", Int8Array);
+  const heads = numbers("heads", Int16Array);
   const chunks = numbers("chunks", Uint32Array);
   const scores = numbers("scores", Float32Array);
   const masses = numbers("masses", Uint16Array);
@@ -65,7 +68,7 @@
   const SCALES = { strongest: "gate × mass of the chunk read most, all heads", gain: "gain: log p with − without memory" };
   const select = byId("color");
   for (const [value, label] of Object.entries(SCALES)) select.add(new Option(label, value));
-  data.gates.forEach((gate, h) => select.add(new Option(`gate × mass, head ${h} (gate ${figure(gate, 2)})`, String(h))));
+  data.gates.forEach((gate, h) => select.add(new Option(`gate × mass, ${nameOf(h)} (gate ${figure(gate, 2)})`, String(h))));
   function valuesOf(name) {
     if (name === "gain") return gain;
     if (name === "strongest") return Float32Array.from(strongest, (x) => x / 65535);
@@ -135,7 +138,7 @@
       const inside = documentOf(place);
       item.append(
         element("div", `${whole(first + i - place)} tokens back${inside ? `, in ${inside[0]}` : ""}`),
-        element("div", `head ${head} · gate × mass ${figure(share, 3)} (${figure(data.gates[head], 2)} × ${figure(mass, 3)}) · score ${figure(scores[at], 2)}`, "figures"),
+        element("div", `${nameOf(head)} · gate × mass ${figure(share, 3)} (${figure(data.gates[head], 2)} × ${figure(mass, 3)}) · score ${figure(scores[at], 2)}`, "figures"),
       );
       const bar = element("span", undefined, "bar");
       bar.style.width = `${figure(100 * share, 1)}%`;
@@ -192,7 +195,7 @@
     s.perplexity_per_word === null ? "" : ` · per word ${figure(s.perplexity_per_word, 1)}`,
     s.bits_per_byte === null ? "" : ` · bits per byte ${figure(s.bits_per_byte, 3)}`,
     ` · read ${whole(s.distance)} tokens back on average · window ${whole(s.window)}, memory ${whole(s.memory)}, ` +
-    `${whole(s.k)} tokens per query and head in chunks of ${data.chunk}, layer ${s.layer}, ${H} heads`,
+    `${whole(s.k)} tokens per query and head in chunks of ${data.chunk}, layer${layers.length > 1 ? "s" : ""} ${layers.join(", ")}, ${H} heads`,
   );
   panel.append(element("p", "Point at a token to see what was read to predict it; click to keep it; use the arrow keys to move on."),
     element("p", "A head outputs (1 − gate) × window + gate × memory, and its masses over all chunks that it reads sum to 1. So gate × mass is the share of a head's output that comes from one chunk. A dark token reads mostly one chunk; a pale one reads a little of many."));

@@ -2,7 +2,7 @@
 
     python -m examples.inspect.page --path CHECKPOINT --data DATA --text novel.txt --output novel.html
 
-Open the page in any browser; it is one file and loads nothing else. The color of a token shows how much of the reading
+Open the page in any browser; it is one file and loads nothing else. The color of a token shows how much of a reading
 layer's output, at the step that predicts the token, came from one chunk of the memory (gate x mass); a click shows the
 chunks. The color can also show by how many nats the memory made each token more likely. `--memory-text FILE` memorizes
 other documents first. `--from N --tokens M` shows a part of a long text; the whole text is read in any case.
@@ -118,6 +118,7 @@ def payload(trace: Trace, stream: StreamTexts, settings: Dict[str, object]) -> D
         "chunk": trace.chunk_size,
         "around": AROUND,
         "documents": [[name, begin, end] for name, begin, end in trace.documents],
+        "layers": trace.layers,
         "gates": [round(gate, 4) for gate in trace.gates.tolist()],
         "reads": trace.heads.size(1),
         "texts": texts,
@@ -127,7 +128,7 @@ def payload(trace: Trace, stream: StreamTexts, settings: Dict[str, object]) -> D
         "without": packed(trace.without_memory, "f4"),
         "strongest": packed(trace.strongest * 65535, "u2"),
         "byHead": packed(trace.by_head * 255, "u1"),
-        "heads": packed(trace.heads, "i1"),
+        "heads": packed(trace.heads, "i2"),
         "chunks": packed(trace.chunks.clamp(min=0), "u4"),
         "scores": packed(trace.scores, "f4"),
         "masses": packed(trace.masses.clamp(min=0) * 65535, "u2"),
@@ -171,7 +172,6 @@ def summary(trace: Trace, model: LongMem) -> Dict[str, object]:
         "distance": round(distance),
         "memory": memory.size,
         "k": memory.tokens_per_query,
-        "layer": decoder.backbone.memory_layer,
         "window": model.task.args.tokens_per_sample,
     }
 

@@ -82,7 +82,7 @@ def copying_heads(
     """Measure how often each head of each layer finds what follows the same token in an earlier copy.
 
     Args:
-        backbone: Backbone to measure; its memory layer is the last one afterwards.
+        backbone: Backbone to measure.
         dictionary: Dictionary of the backbone.
         window: Number of tokens in the window, which holds two copies.
         rows: Number of sequences.
@@ -99,10 +99,9 @@ def copying_heads(
     answers = torch.arange(1, length, device=backbone.device)
     shares = []
     for number in tqdm(range(backbone.num_layers), desc="layers", leave=False, disable=None):
-        backbone.select_memory_layer(number)
         layer = backbone.side_layer(reads_memory=True, options=SideNetworkOptions()).to(backbone.device).eval()
         layer.start_from(backbone.layers[number])
-        keys, _ = backbone.memory_keys_and_values(hidden[number])  # (B, H_kv, T, d)
+        keys, _ = backbone.memory_keys_and_values(hidden[number], number)  # (B, H_kv, T, d)
         recorder = _QueryRecorder()
         layer(hidden[number], torch.zeros_like(hidden[number]), recorder)
         queries = recorder.queries[:, :, length + 1 :].float()  # (B, H, length - 1, d)
@@ -153,7 +152,7 @@ def main() -> None:
     parser.add_argument("--layers", action="store_true", help="also show which layers and heads copy")
     args = parser.parse_args()
     dictionary = Dictionary.load(os.path.join(args.data, "dict.txt"))
-    backbone = load_backbone(args.path, dictionary, memory_layer=0)
+    backbone = load_backbone(args.path, dictionary)
     losses = copying_losses(backbone, dictionary, args.window)
     print("random sequence, loss in nats:", ", ".join(f"copy {i + 1}: {loss:.2f}" for i, loss in enumerate(losses)))
     if args.layers:

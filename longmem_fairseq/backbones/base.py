@@ -4,11 +4,11 @@ A family adapts one kind of decoder-only language model of fairseq, so that Long
 one is added in a file of its own (see docs/extending.md).
 
 Legend: B lanes, T tokens of a segment, S cached tokens, D width, H heads, H_kv key/value heads, d width of a head,
-N layers, V symbols.
+N layers, V symbols, n memory layers.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
@@ -27,9 +27,9 @@ class EncodedSegment(NamedTuple):
 
     Attributes:
         hidden: Hidden states h_0 (embedding output) to h_N, each (T, B, D); after
-            :meth:`Backbone.encode_for_memory` only h_0 to h_m.
-        keys: Keys of the memory layer without position, shape (B, H_kv, T, d).
-        values: Values of the memory layer, shape (B, H_kv, T, d).
+            :meth:`Backbone.encode_for_memory` only h_0 to h_m of the highest memory layer m.
+        keys: Keys of the memory layers without position, heads of the lowest layer first, shape (B, n * H_kv, T, d).
+        values: Values of the memory layers, shape (B, n * H_kv, T, d).
     """
 
     hidden: List[Tensor]
@@ -48,7 +48,8 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         config: The description.
-        memory_layer: Number m of the layer whose keys and values are written into the memory, counted from 0.
+        memory_layers: Numbers m of the n layers whose keys and values are written into the memory, counted from 0,
+            ascending.
         fingerprint: SHA-256 of the weights that were loaded (see
             :func:`longmem_fairseq.backbones.fingerprint.backbone_fingerprint`); None before.
         normalize_last_hidden: Whether h_N is taken behind the final norm, as in the released LongMem.
@@ -67,7 +68,7 @@ class Backbone(nn.Module, ABC):
     def __init__(self, config: Dict[str, Any]):
         super().__init__()
         self.config = config
-        self.memory_layer = 0
+        self.memory_layers: Tuple[int, ...] = (0,)
         self.fingerprint: Optional[str] = None
         self.normalize_last_hidden = False
 
@@ -155,11 +156,12 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def memory_keys_and_values(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """Return the memory layer's keys and values without running the layer.
+    def memory_keys_and_values(self, x: Tensor, number: int) -> Tuple[Tensor, Tensor]:
+        """Return a layer's keys and values without running the layer.
 
         Args:
-            x: Input of the memory layer, shape (T, B, D).
+            x: Input of the layer, shape (T, B, D).
+            number: Number of the layer, counted from 0.
 
         Returns:
             Keys without position and values, shape (B, H_kv, T, d).
@@ -218,20 +220,22 @@ class Backbone(nn.Module, ABC):
         """Device of the weights."""
         return next(self.parameters()).device
 
-    def select_memory_layer(self, number: int) -> None:
-        """Choose the layer whose keys and values are written into the memory.
+    def select_memory_layers(self, numbers: Sequence[int]) -> None:
+        """Choose the layers whose keys and values are written into the memory.
 
         Args:
-            number: Number m of the layer, counted from 0.
+            numbers: Numbers m of the layers, counted from 0, at least one and none twice.
 
         Raises:
-            BackboneError: The backbone does not have this layer.
+            BackboneError: The backbone does not have one of the layers.
         """
-        if not 0 <= number < self.num_layers:
-            raise BackboneError(
-                f"--retrieval-layer-index {number} is outside the backbone, whose layers are 0 to {self.num_layers - 1}"
-            )
-        self.memory_layer = number
+        for number in numbers:
+            if not 0 <= number < self.num_layers:
+                raise BackboneError(
+                    f"--retrieval-layer-index {number} is outside the backbone, whose layers are 0 to "
+                    f"{self.num_layers - 1}"
+                )
+        self.memory_layers = tuple(sorted(numbers))
 
     def forward(self, tokens: Tensor, state: IncrementalState = None, start: Union[int, Tensor] = 0) -> EncodedSegment:
         """See :meth:`encode`."""
@@ -246,20 +250,21 @@ class Backbone(nn.Module, ABC):
             state: Incremental state of decoding, which is extended; None for a window that starts here.
             start: Position of the first token in the window, as for :meth:`embed`.
         """
-        hidden = [self.embed(tokens, start)]
+        hidden, remembered = [self.embed(tokens, start)], []
         for number, layer in enumerate(self.layers):
-            # The memory layer always runs with a cache, from which its keys and values are taken.
-            layer_state = {} if state is None and number == self.memory_layer else state
+            # A memory layer always runs with a cache, from which its keys and values are taken.
+            layer_state = {} if state is None and number in self.memory_layers else state
             hidden.append(layer(hidden[-1], incremental_state=layer_state)[0])  # (T, B, D)
-            if number == self.memory_layer:
-                keys, values = (x[:, :, -tokens.size(1) :] for x in self.cached_memory(layer_state))
-        return EncodedSegment(self._residual_stream(hidden), keys, values)
+            if number in self.memory_layers:
+                cached = layer.self_attn.cached_without_position(layer_state)
+                remembered.append(tuple(x[:, :, -tokens.size(1) :] for x in cached))
+        return EncodedSegment(self._residual_stream(hidden), *_heads_of_all(remembered))
 
     @torch.no_grad()
     def encode_for_memory(
         self, tokens: Tensor, state: IncrementalState = None, start: Union[int, Tensor] = 0
     ) -> EncodedSegment:
-        """Encode one segment of each lane only as far as the memory needs: layers above the memory layer do not run.
+        """Encode one segment of each lane only as far as the memory needs: the highest memory layer does not run.
 
         Args:
             tokens: Token ids, shape (B, T), int64.
@@ -267,13 +272,15 @@ class Backbone(nn.Module, ABC):
             start: Position of the first token in the window, as for :meth:`embed`.
         """
         hidden = [self.embed(tokens, start)]
-        for layer in self.layers[: self.memory_layer]:
+        for layer in self.layers[: self.memory_layers[-1]]:
             hidden.append(layer(hidden[-1], incremental_state=state)[0])
-        return EncodedSegment(hidden, *self.memory_keys_and_values(hidden[-1]))
+        remembered = [self.memory_keys_and_values(hidden[number], number) for number in self.memory_layers]
+        return EncodedSegment(hidden, *_heads_of_all(remembered))
 
     def cached_memory(self, state: IncrementalState) -> Tuple[Tensor, Tensor]:
-        """Return the memory layer's keys and values of a window that is being decoded, shape (B, H_kv, S, d)."""
-        return self.layers[self.memory_layer].self_attn.cached_without_position(state)
+        """Return the memory layers' keys and values of a window that is being decoded, shape (B, n * H_kv, S, d)."""
+        layers = [self.layers[number] for number in self.memory_layers]
+        return _heads_of_all([layer.self_attn.cached_without_position(state) for layer in layers])
 
     def final_hidden(self, encoded: EncodedSegment) -> Tensor:
         """Return what the output projection takes, shape (B, T, D), of a segment encoded with all layers."""
@@ -320,6 +327,14 @@ class Backbone(nn.Module, ABC):
         if self.normalize_last_hidden and self.final_norm is not None:
             return hidden[:-1] + [self.final_norm(hidden[-1])]
         return hidden
+
+
+def _heads_of_all(layers: Sequence[Tuple[Tensor, Tensor]]) -> Tuple[Tensor, Tensor]:
+    """Join keys and values of several layers, (B, H_kv, T, d) each, to those of all their heads."""
+    if len(layers) == 1:
+        return layers[0]
+    keys, values = zip(*layers)
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 
 Family = TypeVar("Family", bound=Type[Backbone])

@@ -4,7 +4,7 @@ Legend: B lanes, T tokens of a segment, D width, H_kv key/value heads, d width o
 """
 
 from types import SimpleNamespace
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 from fairseq.utils import safe_getattr
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class LlamaBackbone(Backbone):
     def __init__(self, config: Dict[str, Any], decoder: LlamaDecoder):
         super().__init__(config)
         self.decoder = decoder
-        self.select_memory_layer(0)
+        self.select_memory_layers([0])
         self.freeze()
 
     @classmethod
@@ -105,16 +105,16 @@ class LlamaBackbone(Backbone):
     def trained_window(self) -> int:
         return self.config["max_target_positions"]
 
-    def select_memory_layer(self, number: int) -> None:
-        super().select_memory_layer(number)
+    def select_memory_layers(self, numbers: Sequence[int]) -> None:
+        super().select_memory_layers(numbers)
         for i, layer in enumerate(self.layers):
-            layer.self_attn.caches_unrotated = i == number
+            layer.self_attn.caches_unrotated = i in numbers
 
     def embed(self, tokens: Tensor, start: Union[int, Tensor] = 0) -> Tensor:
         return self.decoder.embed(tokens, start == 0).transpose(0, 1)
 
-    def memory_keys_and_values(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        layer = self.layers[self.memory_layer]
+    def memory_keys_and_values(self, x: Tensor, number: int) -> Tuple[Tensor, Tensor]:
+        layer = self.layers[number]
         return layer.self_attn.keys_and_values(layer.self_attn_norm(x))
 
     def output(self, features: Tensor) -> Tensor:

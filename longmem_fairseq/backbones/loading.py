@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
@@ -50,13 +50,13 @@ def _registered_name(name: str) -> str:
     return next(key for key, value in MODEL_REGISTRY.items() if value is model_class)
 
 
-def build_backbone(config: Dict[str, Any], dictionary, memory_layer: int = 0) -> Backbone:
+def build_backbone(config: Dict[str, Any], dictionary, memory_layers: Sequence[int] = (0,)) -> Backbone:
     """Build a backbone with random weights from its description.
 
     Args:
         config: Description, as :func:`describe_backbone` returns it.
         dictionary: fairseq dictionary of the data.
-        memory_layer: Number of the layer whose keys and values are written into the memory, counted from 0.
+        memory_layers: Numbers of the layers whose keys and values are written into the memory, counted from 0.
 
     Raises:
         BackboneError: The dictionary does not fit, or there is no such layer.
@@ -75,18 +75,20 @@ def build_backbone(config: Dict[str, Any], dictionary, memory_layer: int = 0) ->
         raise
     except Exception as error:  # a malformed description makes fairseq's decoders raise anything
         raise BackboneError(f"its description does not make a {config['model']} ({error!r}): write it again") from error
-    backbone.select_memory_layer(memory_layer)
+    backbone.select_memory_layers(memory_layers)
     return backbone
 
 
-def load_backbone(path: str, dictionary, memory_layer: int = 0, dtype: torch.dtype = torch.float32) -> Backbone:
+def load_backbone(
+    path: str, dictionary, memory_layers: Sequence[int] = (0,), dtype: torch.dtype = torch.float32
+) -> Backbone:
     """Load a backbone from a checkpoint.
 
     Args:
         path: Path of a checkpoint of a language model of a registered family, or of a ``longmem_lm`` that holds its
             backbone.
         dictionary: fairseq dictionary of the data.
-        memory_layer: Number of the layer whose keys and values are written into the memory, counted from 0.
+        memory_layers: Numbers of the layers whose keys and values are written into the memory, counted from 0.
         dtype: Precision of the weights and of the products with them; everything else is float32.
 
     Raises:
@@ -97,7 +99,7 @@ def load_backbone(path: str, dictionary, memory_layer: int = 0, dtype: torch.dty
     try:
         config, weights = _describe(state)
         with torch.device("meta" if backbone_family(config["model"]).builds_on_meta else "cpu"):
-            backbone = build_backbone(config, dictionary, memory_layer)
+            backbone = build_backbone(config, dictionary, memory_layers)
         _check_dictionary(state, dictionary)
         backbone.load_weights(weights, dtype)
     except ValueError as error:

@@ -213,8 +213,8 @@ class TransformerBackbone(Backbone):
             table.weights = table.get_embedding(first + end, table.embedding_dim, table.padding_idx).to(table.weights)
         return table.weights[first + begin : first + end]
 
-    def memory_keys_and_values(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        layer = self.layers[self.memory_layer]
+    def memory_keys_and_values(self, x: Tensor, number: int) -> Tuple[Tensor, Tensor]:
+        layer = self.layers[number]
         return layer.self_attn.keys_and_values(layer.self_attn_layer_norm(x))
 
     def output(self, features: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ _FIGURES = (
     "memory_hits",
     "memory_compared",
 )
+_GATE_OF_LAYER = "gate_"  # followed by the number of the memory layer, where there are several
 
 
 @dataclass
@@ -40,9 +41,10 @@ class LongMemCrossEntropyConfig(CrossEntropyCriterionConfig):
 class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
     """fairseq's cross-entropy with figures of the memory beside it.
 
-    Logged besides ``loss`` and ``ppl`` (base 2): ``gate``, the mean of sigmoid(g) over heads; ``mem_fill``, the share
-    of the memory in use; ``mem_dist``, the mean number of tokens between a query and the chunks it reads; on sampled
-    updates ``ppl_no_mem``, the perplexity of the same side network when it reads nothing, and ``mem_gain``, the
+    Logged besides ``loss`` and ``ppl`` (base 2): ``gate``, the mean of sigmoid(g) over heads, and with several memory
+    layers also ``gate_13``, that over the heads that read layer 13, and so on; ``mem_fill``, the share of the memory
+    in use; ``mem_dist``, the mean number of tokens between a query and the chunks it reads; on sampled updates
+    ``ppl_no_mem``, the perplexity of the same side network when it reads nothing, and ``mem_gain``, the
     percentage by which reading lowers it; and with an approximate index (``--memory-index``), on sampled updates,
     ``mem_recall``, the percentage of the chunks found by exact search that the index finds too.
 
@@ -121,7 +123,8 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
 
         batches = total("memory_batches")
         if batches:
-            metrics.log_scalar("gate", total("gate") / batches, batches, round=3)
+            for name in ["gate", *(key for key in logging_outputs[0] if key.startswith(_GATE_OF_LAYER))]:
+                metrics.log_scalar(name, total(name) / batches, batches, round=3)
             metrics.log_scalar("mem_fill", total("memory_fill") / batches, batches, round=3)
         reads = total("memory_reads")
         if reads:
@@ -169,9 +172,12 @@ def memory_figures(model, reader, zero) -> dict:
         return dict.fromkeys(_FIGURES, zero)
     distance, reads = reader.distance()
     hits, compared = reader.recall or (0.0, 0.0)
+    layers, gates = model.decoder.backbone.memory_layers, model.decoder.gates
+    of_layers = gates.view(len(layers), -1).mean(dim=1) if len(layers) > 1 else ()
     return {
         "memory_batches": zero + 1,
-        "gate": zero + model.decoder.gates.mean(),
+        "gate": zero + gates.mean(),
+        **{f"{_GATE_OF_LAYER}{layer}": zero + gate for layer, gate in zip(layers, of_layers)},
         "memory_fill": zero + reader.fill,
         "memory_reads": zero + reads,
         "memory_distance": zero + distance,

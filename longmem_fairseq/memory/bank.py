@@ -1,7 +1,7 @@
 """The memory bank: keys and values of past tokens, in chunks, per lane and head (docs/method.md, "One step").
 
-Legend: L lanes, H key/value heads, N chunks that a lane holds, C tokens of a chunk, d width of a head, T tokens of a
-segment.
+Legend: L lanes, H key/value heads of all memory layers, n memory layers, N chunks that a lane holds, C tokens of a
+chunk, d width of a head, T tokens of a segment.
 """
 
 import copy
@@ -25,7 +25,7 @@ class MemoryBank:
 
     Args:
         lanes: Number of lanes, L.
-        heads: Number of key/value heads, H.
+        heads: Number of key/value heads, H: those of all memory layers, the lowest layer's first.
         head_dim: Width of a head, d.
         memory_size: Number of tokens that a lane holds, rounded down to whole chunks: N = memory_size // chunk_size.
         chunk_size: Number of tokens in a chunk, C.
@@ -34,6 +34,7 @@ class MemoryBank:
         exact_means: Whether keys are averaged before they are rounded to ``dtype``, as the released LongMem does.
             Otherwise the stored keys are averaged, so that it does not matter which chunks a segment's end cut in two.
         placement: Devices and files of the buffers; None for ``device``.
+        layers: Number of memory layers, n.
 
     Attributes:
         keys: Keys, shape (L, H, N, C, d).
@@ -44,7 +45,7 @@ class MemoryBank:
         written: One past the number of the last chunk of each lane, shape (L,), int64.
         position: Number of tokens of each lane's stream so far, shape (L,), int64.
         resets: Number of resets of each lane, shape (L,), int64: while it stays the same, no chunk changes.
-        indices: Indices of lanes that are searched approximately (see
+        indices: Indices of the lanes of :meth:`by_layer` that are searched approximately (see
             :class:`longmem_fairseq.memory.search.index.IndexSearch`).
 
     Raises:
@@ -63,6 +64,7 @@ class MemoryBank:
         device: torch.device = torch.device("cpu"),
         exact_means: bool = False,
         placement: Optional[Placement] = None,
+        layers: int = 1,
     ):
         if chunk_size < 1:
             raise ValueError(f"--chunk-size {chunk_size}: a chunk has at least one token")
@@ -72,6 +74,7 @@ class MemoryBank:
                 "lower --chunk-size"
             )
         self.lanes, self.heads, self.head_dim, self.chunk_size = lanes, heads, head_dim, chunk_size
+        self.layers = layers
         self.chunks = memory_size // chunk_size
         self.placement = placement = placement or Placement(device, device)
         shape = (lanes, heads, self.chunks, chunk_size, head_dim)
@@ -95,6 +98,24 @@ class MemoryBank:
     def nbytes(self) -> int:
         """Number of bytes of the buffers."""
         return sum(x.numel() * x.element_size() for x in (self.keys, self.values, self.means, self.tail))
+
+    def by_layer(self) -> "MemoryBank":
+        """Return the bank as search and attention read it: memory layer i of lane l is lane l * n + i.
+
+        It shares the buffers, and has counters of its own: it is only read, and before this bank is written again.
+        """
+        n = self.layers
+        if n == 1:
+            return self
+        bank = object.__new__(MemoryBank)
+        vars(bank).update(vars(self), lanes=self.lanes * n, heads=self.heads // n, layers=1)
+        for name in ("keys", "values", "means"):
+            buffer = getattr(self, name)
+            setattr(bank, name, buffer.view(bank.lanes, bank.heads, *buffer.shape[2:]))
+        bank.tail = self.tail.view(2, bank.lanes, bank.heads, *self.tail.shape[3:])
+        for name in ("first", "written", "position", "resets"):
+            setattr(bank, name, np.repeat(getattr(self, name), n))
+        return bank
 
     def reset(self, lane: int, position: int = 0) -> None:
         """Empty a lane.
@@ -214,6 +235,7 @@ class MemoryBank:
             self.keys.dtype,
             exact_means=self.tail.dtype != self.keys.dtype,
             placement=self.placement,
+            layers=self.layers,
         )
         other.tail = self.tail.clone()
         for name in ("first", "written", "position", "resets"):
@@ -229,7 +251,7 @@ class MemoryBank:
         """Pickle what the bank holds, without its indices and empty slots."""
         sizes = (self.lanes, self.heads, self.head_dim, self.chunks * self.chunk_size, self.chunk_size)
         exact_means = self.tail.dtype != self.keys.dtype
-        return _restored, (sizes, self.keys.dtype, exact_means, self.placement, *self.state())
+        return _restored, (sizes, self.keys.dtype, exact_means, self.placement, self.layers, *self.state())
 
     def tokens(self, lane: int, dtype: Optional[torch.dtype] = None) -> Tuple[Tensor, Tensor]:
         """Return a copy of all tokens of a lane, oldest first, those that do not fill a chunk yet included.
@@ -276,8 +298,8 @@ class MemoryBank:
         return newest - (newest - slots) % self.chunks
 
 
-def _restored(sizes, dtype, exact_means, placement, tensors, counters) -> MemoryBank:
+def _restored(sizes, dtype, exact_means, placement, layers, tensors, counters) -> MemoryBank:
     """Return a bank that was pickled."""
-    bank = MemoryBank(*sizes, dtype, exact_means=exact_means, placement=placement)
+    bank = MemoryBank(*sizes, dtype, exact_means=exact_means, placement=placement, layers=layers)
     bank.restore(tensors, counters)
     return bank

@@ -1,6 +1,7 @@
 """The memories of generation: hypotheses share one until they write different tokens.
 
-Legend: B rows of a batch, H query heads, H_kv key/value heads, T tokens, d width of a head, R rows that share a bank.
+Legend: B rows of a batch, H query heads, H_kv key/value heads of all memory layers, T tokens, d width of a head, R rows
+that share a bank.
 """
 
 import copy
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor
 
 from .bank import MemoryBank
-from .reader import ChunkReader, MemoryReader, Observer, chunk_ages
-
-_LANE = np.zeros(1, dtype=np.int64)  # the only lane of each bank
+from .layered_reader import join_layers
+from .reader import BatchReader, ChunkReader, MemoryReader, Observer, chunk_ages
 
 
 class MemoryBranches:
@@ -26,6 +26,7 @@ class MemoryBranches:
         new_bank: Function that makes an empty bank of one lane.
         chunk_reader: Search and attention.
         base: Bank of one lane that every row starts with, which is only read; None for an empty memory.
+        layers: Number of memory layers.
 
     Attributes:
         banks: Bank of each row; None where there is nothing to read yet.
@@ -38,8 +39,9 @@ class MemoryBranches:
         new_bank: Callable[[], MemoryBank],
         chunk_reader: ChunkReader,
         base: Optional[MemoryBank] = None,
+        layers: int = 1,
     ):
-        self.new_bank, self.chunk_reader, self.base = new_bank, chunk_reader, base
+        self.new_bank, self.chunk_reader, self.base, self.layers = new_bank, chunk_reader, base, layers
         self.banks: List[Optional[MemoryBank]] = [base] * rows
         self.on_read: Optional[Observer] = None
 
@@ -71,25 +73,30 @@ class MemoryBranches:
             for row in writers:
                 self.banks[row] = bank
 
-    def reader(self, rows: Optional[Sequence[int]] = None) -> "BranchReader":
+    def reader(self, rows: Optional[Sequence[int]] = None) -> BatchReader:
         """Return what attention reads from for some rows, by default all."""
         banks = self.banks if rows is None else [self.banks[row] for row in rows]
-        reader = BranchReader(banks, self.chunk_reader)
-        reader.on_read = self.on_read
-        return reader
+        readers = [BranchReader(banks, self.chunk_reader, layer) for layer in range(self.layers)]
+        for reader in readers:
+            reader.on_read = self.on_read
+        return join_layers(readers)
 
 
 class BranchReader(MemoryReader):
-    """What one batch reads, each row from a bank that it may share; every bank is searched once for all its rows.
+    """What one batch reads from one memory layer, each row from a bank that it may share.
+
+    Every bank is searched once for all its rows.
 
     Args:
         banks: Bank of each row, or None.
         chunk_reader: Search and attention.
+        layer: Number of the memory layer, counted from 0 among the memory layers.
     """
 
-    def __init__(self, banks: Sequence[Optional[MemoryBank]], chunk_reader: ChunkReader):
-        super().__init__()
+    def __init__(self, banks: Sequence[Optional[MemoryBank]], chunk_reader: ChunkReader, layer: int = 0):
+        super().__init__(layer)
         self.banks, self.chunk_reader = banks, chunk_reader
+        self._lanes = np.full(1, layer)  # of each bank by layer: a bank has one lane
         self._rows: Dict[int, List[int]] = {}  # by the identity of their bank
         self._reads: List[Tuple[List[int], Tensor, Tensor, Tensor, int]] = []
         for row, bank in enumerate(banks):
@@ -101,12 +108,12 @@ class BranchReader(MemoryReader):
         z, present = torch.zeros_like(q), torch.zeros(B, dtype=torch.bool)
         self._reads = []
         for rows in self._rows.values():
-            bank, R = self.banks[rows[0]], len(rows)
+            bank, R = self.banks[rows[0]].by_layer(), len(rows)
             queries = q if R == B else q[torch.tensor(rows, device=q.device)]
             queries = queries.transpose(0, 1).reshape(1, H, R * T, d)  # the rows' queries end to end
-            slots = self.chunk_reader.find(bank, _LANE, queries)  # (1, H, R * T, n)
-            self.observe(bank, _LANE, queries, slots, scaling)
-            lane = slots.new_zeros(1)
+            slots = self.chunk_reader.find(bank, self._lanes, queries)  # (1, H, R * T, n)
+            self.observe(bank, self._lanes, queries, slots, scaling)
+            lane = slots.new_full((1,), self.layer)
             read = self.chunk_reader.attend(bank.keys, bank.values, lane, queries, slots, scaling)
             z[rows] = read.view(H, R, T, d).transpose(0, 1)
             written, held = (torch.from_numpy(x.copy()) for x in (bank.written, bank.held))  # later writes change them

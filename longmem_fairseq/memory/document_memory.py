@@ -1,6 +1,6 @@
 """Documents in a memory, by name: what generation reads beside a prompt.
 
-Legend: H_kv key/value heads, d width of a head.
+Legend: H_kv key/value heads of all memory layers, d width of a head.
 """
 
 import copy

@@ -26,10 +26,11 @@ class MemoryFactory:
 
     Args:
         settings: Settings of the memory, checked.
-        kv_heads: Number of key/value heads of the memory layer, H_kv.
+        kv_heads: Number of key/value heads of a memory layer, H_kv.
         head_dim: Width of a head, d.
         attention: Function that attends to retrieved chunks (see
             :func:`longmem_fairseq.modules.memory_attention.memory_attention`).
+        layers: Number of memory layers.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class MemoryFactory:
         kv_heads: int,
         head_dim: int,
         attention: MemoryAttention = memory_attention,
+        layers: int = 1,
     ):
         self.settings, self.kv_heads, self.head_dim, self.attention = settings, kv_heads, head_dim, attention
+        self.layers = layers
         self._placements: Dict[torch.device, Placement] = {}
         self._searches: Dict[torch.device, SearchBackend] = {}
         self._sizes: Dict[int, MemoryFactory] = {}
@@ -56,8 +59,12 @@ class MemoryFactory:
         if settings.size not in self._sizes:
             if len(self._sizes) >= _SIZES_KEPT:  # an evaluation may ask for another size for every text
                 del self._sizes[next(iter(self._sizes))]
-            self._sizes[settings.size] = MemoryFactory(settings, self.kv_heads, self.head_dim, self.attention)
+            self._sizes[settings.size] = self.with_settings(settings)
         return self._sizes[settings.size]
+
+    def with_settings(self, settings: MemorySettings) -> "MemoryFactory":
+        """Return a factory of memories of the same model with other settings, which are checked."""
+        return MemoryFactory(settings, self.kv_heads, self.head_dim, self.attention, self.layers)
 
     def placement(self, device: torch.device) -> Placement:
         """Return where banks are stored for a model on a device."""
@@ -92,22 +99,23 @@ class MemoryFactory:
         try:
             return self._new_bank(lanes, dtype, device)
         except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # whatever PyTorch raises for this size
-            size = self.settings.size
+            size, layers = self.settings.size, f" in {self.layers} layers" if self.layers > 1 else ""
             raise ValueError(
-                f"there is no room for --memory-size {size:,} (tokens of each of {lanes} lanes): lower it"
+                f"there is no room for --memory-size {size:,} (tokens of each of {lanes} lanes{layers}): lower it"
             ) from error
 
     def _new_bank(self, lanes: int, dtype: torch.dtype, device: torch.device) -> MemoryBank:
         settings = self.settings
         return MemoryBank(
             lanes,
-            self.kv_heads,
+            self.layers * self.kv_heads,
             self.head_dim,
             settings.size,
             settings.chunk_size,
             settings.dtype or dtype,
             exact_means=memory_policy(settings.scope).exact_means,
             placement=self.placement(device),
+            layers=self.layers,
         )
 
     def memory(self, lanes: int, like: Tensor, keep_reads: bool = False) -> StreamMemory:
@@ -133,4 +141,5 @@ class MemoryFactory:
             device: Device of the model.
             base: Bank of one lane that every row starts with, which is only read; None for an empty memory.
         """
-        return MemoryBranches(rows, lambda: self.bank(1, dtype, device), self.chunk_reader(device), base)
+        chunk_reader = self.chunk_reader(device)
+        return MemoryBranches(rows, lambda: self.bank(1, dtype, device), chunk_reader, base, self.layers)

@@ -1,10 +1,10 @@
 """A memory of documents on disk: keys and values with the backbone and layer that they belong to.
 
-Legend: H_kv key/value heads, d width of a head.
+Legend: H_kv key/value heads of all memory layers, d width of a head.
 """
 
 import json
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Union
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ FORMAT = "longmem memory 1"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def save_memory(path: str, memory: DocumentMemory, backbone: str, layer: int, dtype: str = "float16") -> None:
+def save_memory(
+    path: str, memory: DocumentMemory, backbone: str, layers: Union[int, str], dtype: str = "float16"
+) -> None:
     """Write a memory to a file, whole or not at all; a file of that name is replaced.
 
     Args:
         path: Path of the file.
         memory: Memory to write.
         backbone: Fingerprint of the backbone that computed the keys and values.
-        layer: Number of the backbone layer that they belong to.
+        layers: Number of the backbone layer that they belong to, or numbers separated by commas.
         dtype: Precision in the file: ``float16``, ``bfloat16`` or ``float32``.
 
     Raises:
@@ -42,7 +44,7 @@ def save_memory(path: str, memory: DocumentMemory, backbone: str, layer: int, dt
     header = {
         "format": FORMAT,
         "backbone": backbone,
-        "layer": str(layer),
+        "layer": str(layers),
         "chunk_size": str(memory.bank.chunk_size),
         "tokens": str(memory.tokens),
         "documents": json.dumps(documents),
@@ -50,20 +52,20 @@ def save_memory(path: str, memory: DocumentMemory, backbone: str, layer: int, dt
     write_container(path, {"keys": keys, "values": values}, header, sha256)
 
 
-def load_memory(path: str, memory: DocumentMemory, backbone: str, layer: int) -> None:
+def load_memory(path: str, memory: DocumentMemory, backbone: str, layers: Union[int, str]) -> None:
     """Read a memory from a file in place of what a memory holds; if the file has more tokens, the newest are kept.
 
     Args:
         path: Path of the file.
         memory: Memory that takes the tokens, in its own precision and chunks.
         backbone: Fingerprint of the model's backbone; the file must have the same.
-        layer: Number of the model's memory layer; the file must have the same.
+        layers: Number of the model's memory layer, or numbers separated by commas; the file must have the same.
 
     Raises:
         SnapshotError: The file is missing, damaged, changed, or of another model.
     """
     header, tensors = read_container(path, FORMAT, sha256, "memory")
-    _check_model(path, header, backbone, layer)
+    _check_model(path, header, backbone, str(layers))
     _check_tensors(path, tensors, memory)
     documents = _read_documents(path, header, tensors["keys"].size(1))
     device = memory.bank.keys.device
@@ -76,16 +78,17 @@ def largest(x: Tensor) -> float:
     return float(torch.stack(x.aminmax()).abs().max()) if x.numel() else 0.0
 
 
-def _check_model(path: str, header: Header, backbone: str, layer: int) -> None:
+def _check_model(path: str, header: Header, backbone: str, layers: str) -> None:
     """Refuse a file of another model."""
     if header.get("backbone") != backbone:
         raise SnapshotError(
             f"the memory {path} was made by a backbone with fingerprint {str(header.get('backbone'))[:12]}, but the "
             f"model's has {backbone[:12]}: memorize the documents again with this one"
         )
-    if header.get("layer") != str(layer):
+    if header.get("layer") != layers:
+        several = "memory layers are" if "," in layers else "memory layer is"
         raise SnapshotError(
-            f"the memory {path} is of layer {header.get('layer')}, but the model's memory layer is {layer} "
+            f"the memory {path} is of layer {header.get('layer')}, but the model's {several} {layers} "
             "(--retrieval-layer-index): memorize the documents again"
         )
 

@@ -26,6 +26,7 @@ class ReadEvent(NamedTuple):
         queries: Queries, shape (B, H, T, d), without gradient.
         slots: Slots that were found, best first, shape (B, H, T, n), int64; -1 for none.
         scaling: Factor of the scores.
+        layer: Number of the memory layer that was read, counted from 0 among the memory layers.
     """
 
     bank: MemoryBank
@@ -33,6 +34,7 @@ class ReadEvent(NamedTuple):
     queries: Tensor
     slots: Tensor
     scaling: float
+    layer: int = 0
 
 
 Observer = Callable[[ReadEvent], None]
@@ -84,38 +86,26 @@ class ChunkReader:
         return ungroup(self.attention(q, keys, values, lanes, slots, scaling), heads)
 
 
-class MemoryReader(ABC):
-    """What one batch reads from: attention calls it with the queries of a layer.
+class BatchReader(ABC):
+    """What one batch reads from: a :class:`MemoryReader` for each memory layer, and figures of what was read.
 
     Attributes:
         recall: Chunks that the last search shares with exact search, and chunks that were searched for, where an
             approximate index was compared; None otherwise.
-        on_read: Function that is called with a :class:`ReadEvent` after each reading; None for none.
     """
 
-    def __init__(self):
-        self.recall: Optional[Tuple[float, float]] = None
-        self.on_read: Optional[Observer] = None
+    recall: Optional[Tuple[float, float]]
 
     @abstractmethod
-    def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
-        """Search for the queries and attend to what is found.
-
-        Args:
-            q: Queries without position, shape (B, H, T, d).
-            scaling: Factor of the scores, 1 / sqrt(d).
-
-        Returns:
-            Z, shape (B, H, T, d), zero where nothing can be read; and which rows can read something, shape (B,), bool,
-            or None where all can.
-        """
+    def of_layer(self, number: int) -> "MemoryReader":
+        """Return the reader of a memory layer, counted from 0 among the memory layers."""
 
     @property
     @abstractmethod
     def retrieved(self) -> Optional[Tensor]:
         """Chunks that were read, best first, shape (B, H, T, k / C), int64: 0 is the oldest chunk held, -1 is none.
 
-        None before anything was read.
+        None before anything was read. H counts the heads of all reading layers, those of the lowest layer first.
         """
 
     @property
@@ -130,10 +120,42 @@ class MemoryReader(ABC):
         """
         return torch.zeros(()), torch.zeros(())
 
+
+class MemoryReader(BatchReader):
+    """What one batch reads from one memory layer: attention calls it with the queries of a layer.
+
+    Args:
+        layer: Number of the memory layer, counted from 0 among the memory layers.
+
+    Attributes:
+        on_read: Function that is called with a :class:`ReadEvent` after each reading; None for none.
+    """
+
+    def __init__(self, layer: int = 0):
+        self.layer = layer
+        self.recall = None
+        self.on_read: Optional[Observer] = None
+
+    def of_layer(self, number: int) -> "MemoryReader":
+        return self
+
+    @abstractmethod
+    def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
+        """Search for the queries and attend to what is found.
+
+        Args:
+            q: Queries without position, shape (B, H, T, d).
+            scaling: Factor of the scores, 1 / sqrt(d).
+
+        Returns:
+            Z, shape (B, H, T, d), zero where nothing can be read; and which rows can read something, shape (B,), bool,
+            or None where all can.
+        """
+
     def observe(self, bank: MemoryBank, lanes: np.ndarray, q: Tensor, slots: Tensor, scaling: float) -> None:
         """Call the observer, if there is one; arguments are those of :class:`ReadEvent`."""
         if self.on_read is not None:
-            self.on_read(ReadEvent(bank, lanes, q.detach(), slots, scaling))
+            self.on_read(ReadEvent(bank, lanes, q.detach(), slots, scaling, self.layer))
 
 
 def tables_to_read(bank: MemoryBank, q: Tensor, keep: bool) -> Tuple[Tensor, Tensor]:

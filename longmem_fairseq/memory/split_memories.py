@@ -55,10 +55,11 @@ class SplitMemories:
         memory = self._memories[training] = self.factory.memory(lanes, like, keep_reads)
         memory.base = None if training else self.base
         logger.info(
-            "memory for %s: %d lanes x %d tokens (%s) on %s, %.1f MiB, search by %s",
+            "memory for %s: %d lanes x %d tokens%s (%s) on %s, %.1f MiB, search by %s",
             "training" if training else "evaluation",
             memory.bank.lanes,
             self.factory.settings.size,
+            f" x {memory.bank.layers} layers" if memory.bank.layers > 1 else "",
             str(memory.bank.keys.dtype).split(".")[-1],
             printable(str(memory.bank.placement)),
             memory.bank.nbytes / 2**20,

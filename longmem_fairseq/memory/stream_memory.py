@@ -1,6 +1,6 @@
 """The memory of one split: a bank, its search, and the stream that each lane is in.
 
-Legend: B rows of a batch, H_kv key/value heads, T tokens of a segment, d width of a head.
+Legend: B rows of a batch, H_kv key/value heads of all memory layers, T tokens of a segment, d width of a head.
 """
 
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -12,8 +12,9 @@ from torch import Tensor
 from ..data.segments import Segments
 from .bank import MemoryBank
 from .lane_streams import LaneStreams
+from .layered_reader import join_layers
 from .policies import MemoryPolicy, register_memory_policy
-from .reader import ChunkReader, MemoryReader, chunk_ages, tables_to_read
+from .reader import BatchReader, ChunkReader, MemoryReader, chunk_ages, tables_to_read
 
 
 class WrittenSegments(NamedTuple):
@@ -31,8 +32,8 @@ class WrittenSegments(NamedTuple):
 class StreamMemory(LaneStreams):
     """Streams of tokens in a bank, one lane each (``--memory-scope document`` and ``stream``).
 
-    For each batch: ``reader = memory.open(segments)``, attention calls ``reader(q, scaling)``, then
-    ``memory.write(segments, keys, values)``.
+    For each batch: ``reader = memory.open(segments)``, attention calls ``reader.of_layer(i)(q, scaling)`` for each
+    memory layer i, then ``memory.write(segments, keys, values)``.
 
     A memory policy derives from this class and overrides :meth:`reader`, :meth:`start_stream` and :meth:`store`.
 
@@ -52,9 +53,9 @@ class StreamMemory(LaneStreams):
 
     # What a policy may override ----------------------------------------------------------------------------------
 
-    def reader(self, segments: Segments) -> MemoryReader:
-        """Return what the rows of a batch read from; every lane is at the start of its segment."""
-        return StreamReader(self.bank, self.chunk_reader, segments, self.keep_reads)
+    def reader(self, segments: Segments, layer: int) -> MemoryReader:
+        """Return what the rows of a batch read from one memory layer; every lane is at the start of its segment."""
+        return StreamReader(self.bank, self.chunk_reader, segments, self.keep_reads, layer)
 
     def start_stream(self, lane: int, stream: int, position: int) -> None:
         self.bank.reset(lane, position)
@@ -67,7 +68,7 @@ class StreamMemory(LaneStreams):
 
     # What all policies share -------------------------------------------------------------------------------------
 
-    def open(self, segments: Segments) -> MemoryReader:
+    def open(self, segments: Segments) -> BatchReader:
         """Bring each lane to the start of its segment and return what attention reads from.
 
         Args:
@@ -80,7 +81,7 @@ class StreamMemory(LaneStreams):
         for row in np.flatnonzero(segments.starts == 0):
             if self.base is not None:
                 self.bank.load(int(segments.lanes[row]), self.base)
-        return self.reader(segments)
+        return join_layers([self.reader(segments, layer) for layer in range(self.bank.layers)])
 
     def write(self, segments: Segments, keys: Tensor, values: Tensor) -> None:
         """Write a batch's keys and values as soon as its lanes continue.
@@ -111,7 +112,7 @@ class StreamMemory(LaneStreams):
 
 
 class StreamReader(MemoryReader):
-    """What one batch reads, each row from its own lane.
+    """What one batch reads from one memory layer, each row from its own lane.
 
     The slots are kept, so that a second call for the same batch (recomputation of activations in the backward pass)
     reads the same chunks without another search.
@@ -121,19 +122,28 @@ class StreamReader(MemoryReader):
         chunk_reader: Search and attention.
         segments: Places of the batch's rows.
         keep_reads: Whether a backward pass may come after later batches were written.
+        layer: Number of the memory layer, counted from 0 among the memory layers.
     """
 
-    def __init__(self, bank: MemoryBank, chunk_reader: ChunkReader, segments: Segments, keep_reads: bool = False):
-        super().__init__()
-        self.bank, self.chunk_reader, self.segments, self.keep_reads = bank, chunk_reader, segments, keep_reads
+    def __init__(
+        self,
+        bank: MemoryBank,
+        chunk_reader: ChunkReader,
+        segments: Segments,
+        keep_reads: bool = False,
+        layer: int = 0,
+    ):
+        super().__init__(layer)
+        self.bank, self.lanes = bank.by_layer(), segments.lanes * bank.layers + layer
+        self.chunk_reader, self.segments, self.keep_reads = chunk_reader, segments, keep_reads
         self.slots: Optional[Tensor] = None  # (B, H, T, n)
-        self._held, self._written = bank.held[segments.lanes], bank.written[segments.lanes]
-        self._positions = bank.position[segments.lanes]
+        self._held, self._written = self.bank.held[self.lanes], self.bank.written[self.lanes]
+        self._positions = self.bank.position[self.lanes]
 
     def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
         if not self._held.any():
             return torch.zeros_like(q), q.new_zeros(q.size(0), dtype=torch.bool)
-        bank, lanes = self.bank, self.segments.lanes
+        bank, lanes = self.bank, self.lanes
         if self.slots is None:
             self.slots = self.chunk_reader.find(bank, lanes, q)
             self.recall = self.chunk_reader.search.recall
@@ -160,7 +170,7 @@ class StreamReader(MemoryReader):
         slots, C = self.slots, self.bank.chunk_size
         starts, lengths = (_to(slots.device, x).view(-1, 1, 1, 1) for x in (self._positions, self.segments.lengths))
         t = torch.arange(slots.size(2), device=slots.device).view(1, 1, -1, 1)
-        middle = self.bank.chunk_numbers(self.segments.lanes, slots) * C + (C - 1) / 2
+        middle = self.bank.chunk_numbers(self.lanes, slots) * C + (C - 1) / 2
         read = (slots >= 0) & (t < lengths)
         return ((starts + t - middle) * read).sum(dtype=torch.float32), read.sum(dtype=torch.float32)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
-from ..memory.reader import MemoryReader
+from ..memory.reader import BatchReader
 from ..modules.cached_attention import LEFT_PADDING, SLIDING_WINDOW
 from ..progress import token_bar
 from .carried_window import CarriedWindow, new_carried_window
@@ -131,7 +131,7 @@ class LiveWindow:
         if self.branches is not None:
             self.branches.reorder(rows)
 
-    def reader(self, rows: Optional[Sequence[int]] = None) -> Optional[MemoryReader]:
+    def reader(self, rows: Optional[Sequence[int]] = None) -> Optional[BatchReader]:
         """Return what attention reads from for some rows, by default all; None without a memory."""
         return None if self.branches is None else self.branches.reader(rows)
 

@@ -48,11 +48,13 @@ class LongMemConfig(FairseqDataclass):
         default=4,
         metadata={"help": "number of tokens in a chunk: searched by its mean key and read whole"},
     )
-    retrieval_layer_index: Optional[int] = field(
+    # A number, also in files of earlier versions, or text with several.
+    retrieval_layer_index: Any = field(
         default=None,
         metadata={
             "help": "backbone layer, counted from 0, whose keys and values the memory holds (default: about two thirds "
-            "up, 17 of 24 layers)"
+            "up, 17 of 24 layers); or several, 13,17,21, each of which is read by a side layer of its own and takes as "
+            "much memory as one"
         },
     )
     memory_query_distance: int = field(
@@ -180,24 +182,6 @@ def plain(cfg: Any) -> Any:
             with contextlib.suppress(OmegaConfBaseException):
                 values[name] = OmegaConf.to_container(OmegaConf.create([cfg[name]]), resolve=True, enum_to_str=True)[0]
     return OmegaConf.create(values)
-
-
-def default_memory_layer(num_layers: int, reduction: int) -> int:
-    """Return the memory layer of a backbone for which the user named none.
-
-    Side layer s = m // R reads the memory of backbone layer m and starts from backbone layer R * s + 1, so its queries
-    fit the keys where m = R * s + 1. Of these layers the first one at two thirds of the depth is taken: layer 17 of 24,
-    the published setting.
-
-    Args:
-        num_layers: Number of layers of the backbone, N.
-        reduction: Number of backbone layers per layer of the side network, R.
-
-    Returns:
-        Number m of the layer, counted from 0.
-    """
-    fitting = range(1, num_layers, reduction) if reduction > 1 else range(num_layers)
-    return next((m for m in fitting if 3 * m >= 2 * num_layers), fitting[-1])
 
 
 def check_options(cfg: Any, backbone: Backbone) -> None:

@@ -14,7 +14,7 @@ from ..backbones.base import Backbone, EncodedSegment
 from ..backbones.fingerprint import backbone_fingerprint
 from ..data.segments import Segments
 from ..memory.factory import MemoryFactory
-from ..memory.reader import MemoryReader
+from ..memory.reader import BatchReader
 from ..modules.side_layer import SideNetworkOptions
 from .lane_state import LaneState
 from .live_window import WINDOW, new_window
@@ -29,11 +29,11 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     Args:
         cfg: Configuration of the model (:class:`longmem_fairseq.models.longmem_config.LongMemConfig`).
         dictionary: fairseq dictionary of the data and the backbone.
-        backbone: Frozen backbone with its memory layer selected.
+        backbone: Frozen backbone with its memory layers selected.
         memory_factory: Factory of the memories; its settings are checked.
 
     Attributes:
-        reading_layer: Number s of the side layer that reads the memory, counted from 0.
+        reading_layers: Number s of the side layer that reads each memory layer, counted from 0, ascending.
         lane_state: Memories and carried windows of training and evaluation.
         stateful: If true, a call without segments continues the previous call's streams, row by row (for use without
             the task).
@@ -43,11 +43,11 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         super().__init__(dictionary)
         self.cfg, self.backbone, self.memory_factory = cfg, backbone, memory_factory
         self.reduction = cfg.layer_reduction_factor
-        self.reading_layer = backbone.memory_layer // self.reduction
+        self.reading_layers = tuple(m // self.reduction for m in backbone.memory_layers)
         backbone.normalize_last_hidden = cfg.normalize_last_hidden
         options = SideNetworkOptions.from_config(cfg)
         self.layers = nn.ModuleList(
-            backbone.side_layer(j == self.reading_layer, options) for j in range(backbone.num_layers // self.reduction)
+            backbone.side_layer(j in self.reading_layers, options) for j in range(backbone.num_layers // self.reduction)
         )
         self.layer_norm = backbone.side_norm(options)
         self.lane_state = LaneState(self, memory_factory, cfg.carry_window)
@@ -83,7 +83,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
                 and ``segments``, ``read_only`` and ``without_memory`` have no meaning.
 
         Returns:
-            Logits (B, T, V), and a dictionary with ``memory`` (the :class:`MemoryReader`, None with the memory off),
+            Logits (B, T, V), and a dictionary with ``memory`` (the :class:`BatchReader`, None with the memory off),
             ``inner_states`` (x_0 to x_{N/R}, each (T, B, D)) and, if requested, ``logits_without_memory`` (B, T, V,
             without gradient).
 
@@ -113,13 +113,14 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         return (x if features_only else self.output_layer(x)), extra
 
     def side_network(
-        self, encoded: EncodedSegment, reader: Optional[MemoryReader], incremental_state=None
+        self, encoded: EncodedSegment, reader: Optional[BatchReader], incremental_state=None
     ) -> List[Tensor]:
         """Return x_0 to x_{N/R}, each (T, B, D): x_{j+1} = SideLayer_j(x_j) + (h_{R(j+1)} - h_{Rj})."""
         states = [encoded.hidden[0]]
+        readers = {} if reader is None else {s: reader.of_layer(i) for i, s in enumerate(self.reading_layers)}
         for j, layer in enumerate(self.layers):
             below, above = encoded.hidden[self.reduction * j], encoded.hidden[self.reduction * (j + 1)]
-            states.append(layer(states[-1], above - below, reader, incremental_state))
+            states.append(layer(states[-1], above - below, readers.get(j), incremental_state))
         return states
 
     def features(self, states: List[Tensor]) -> Tensor:
@@ -178,8 +179,9 @@ class LongMemDecoder(FairseqIncrementalDecoder):
 
     @property
     def gates(self) -> Tensor:
-        """The gates sigmoid(g) of the reading layer, shape (H,), float32, without gradient."""
-        return torch.sigmoid(self.layers[self.reading_layer].self_attn.memory_gate.detach().float())
+        """The gates sigmoid(g) of the n reading layers, shape (n * H,), lowest layer first, float32, no gradient."""
+        gates = [self.layers[s].self_attn.memory_gate.detach() for s in self.reading_layers]
+        return torch.sigmoid(torch.cat(gates).float())
 
     def reset_memory(self) -> None:
         """Forget everything, in training and in evaluation."""
@@ -192,7 +194,8 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             lane: Number of the lane; 0 where all lanes share a memory.
 
         Returns:
-            Keys and values (H_kv, n, C, d), and the mean keys that are searched (H_kv, n, d), of n chunks.
+            Keys and values (H_kv, n, C, d), and the mean keys that are searched (H_kv, n, d), of n chunks; H_kv counts
+            the heads of all memory layers, those of the lowest layer first.
         """
         return self.lane_state.memories.contents(self.training, lane)
 

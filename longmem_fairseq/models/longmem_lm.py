@@ -25,11 +25,11 @@ from .longmem_config import (
     LongMemConfig,
     check_options,
     check_task,
-    default_memory_layer,
     plain,
     with_defaults,
 )
 from .longmem_decoder import LongMemDecoder
+from .memory_layers import memory_layers_setting, select_memory_layers
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class LongMemModel(FairseqLanguageModel):
         backbone = _find_backbone(cfg, task.source_dictionary)
         _check_fingerprint(cfg.backbone_fingerprint, backbone, cfg.pretrained_model_path)
         check_options(cfg, backbone)
-        _select_memory_layer(cfg, backbone)
+        select_memory_layers(cfg, backbone)
         settings = MemorySettings.from_config(cfg)
         if settings.enabled:
             settings.check(backbone.head_dim, safe_getattr(cfg, "tokens_per_sample", None))
@@ -99,7 +99,8 @@ class LongMemModel(FairseqLanguageModel):
         for option in ("gpt_encoder_path", "no_token_positional_embeddings"):
             if safe_getattr(cfg, option, None):
                 logger.info("--%s has no effect: the backbone and the data decide it", option.replace("_", "-"))
-        factory = MemoryFactory(settings, backbone.num_kv_heads, backbone.head_dim)
+        layers = backbone.memory_layers
+        factory = MemoryFactory(settings, backbone.num_kv_heads, backbone.head_dim, layers=len(layers))
         decoder = LongMemDecoder(cfg, task.source_dictionary, backbone, factory)
         if cfg.reload_ptm_layer:
             decoder.start_from_backbone()
@@ -107,15 +108,15 @@ class LongMemModel(FairseqLanguageModel):
             cfg,
             backbone_config=json.dumps(backbone.config, sort_keys=True),
             backbone_fingerprint=backbone.fingerprint or cfg.backbone_fingerprint,
-            retrieval_layer_index=backbone.memory_layer,
+            retrieval_layer_index=memory_layers_setting(layers),
         )
         model = cls(cfg, decoder)
+        readings = [f"layer {s} reads the memory of backbone layer {m}" for s, m in zip(decoder.reading_layers, layers)]
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info(
-            "side network: %d layers, layer %d reads the memory of backbone layer %d; %s parameters to train",
+            "side network: %d layers, %s; %s parameters to train",
             len(decoder.layers),
-            decoder.reading_layer,
-            backbone.memory_layer,
+            ", ".join(readings),
             f"{trained:,}",
         )
         return model
@@ -212,7 +213,7 @@ class LongMemModel(FairseqLanguageModel):
                 f"LayerNorms and its last residual: train it further with --arch {checkpoint_format.architecture}"
             )
         checkpoint_format.rename_longmem(state_dict, _BACKBONE)
-        gate = f"decoder.layers.{self.decoder.reading_layer}.self_attn.memory_gate"
+        gate = f"decoder.layers.{self.decoder.reading_layers[0]}.self_attn.memory_gate"
         state_dict.setdefault(gate, torch.zeros(self.decoder.backbone.num_heads))  # one trained without a memory
         if any(key.startswith(_BACKBONE) for key in state_dict) and self.decoder.backbone.fingerprint is None:
             self.cfg.pretrained_model_path = None  # a path of its authors' machine
@@ -268,13 +269,6 @@ def _load_named(cfg, dictionary) -> Backbone:
     if not cfg.pretrained_model_path:
         raise BackboneError("longmem_lm needs a backbone: name its checkpoint with --pretrained-model-path")
     return load_backbone(cfg.pretrained_model_path, dictionary, dtype=getattr(torch, str(cfg.backbone_dtype)))
-
-
-def _select_memory_layer(cfg, backbone: Backbone) -> None:
-    number = cfg.retrieval_layer_index
-    if number is None:
-        number = default_memory_layer(backbone.num_layers, cfg.layer_reduction_factor)
-    backbone.select_memory_layer(number)
 
 
 def _longmem_settings(cfg: Any, task):

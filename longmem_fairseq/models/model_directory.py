@@ -22,6 +22,7 @@ from ..memory.container import crc32
 from ..safe_load import refuse_adapter
 from ..tensor_files import read_tensors, write_tensors
 from .longmem_config import LongMemConfig
+from .memory_layers import parse_memory_layers
 
 CONFIG, SIDE_NETWORK, BACKBONE = "config.json", "side_network.safetensors", "backbone.safetensors"
 FORMAT = {"format": "longmem", "version": 1}
@@ -174,6 +175,8 @@ def _check_settings(path: str, settings: Dict[str, Any]) -> None:
         try:
             if name not in (*_SETTINGS, "backbone_fingerprint", "tokens_per_sample"):
                 raise ValueError("it is unknown")
+            if name == "retrieval_layer_index":
+                parse_memory_layers(value)
             known[name] = value
         except (OmegaConfBaseException, ValueError) as error:
             reason = str(error).splitlines()[0]

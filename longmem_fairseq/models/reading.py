@@ -13,7 +13,7 @@ from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
 from ..memory.document_memory import DocumentMemory
-from ..memory.reader import MemoryReader
+from ..memory.reader import BatchReader
 from ..progress import token_bar
 from .carried_window import CarriedSegment, CarriedWindow, new_carried_window
 
@@ -218,7 +218,7 @@ class DocumentReader:
             parts.append(self.target_log_probs(segment, reader, target))
         return torch.cat(parts)
 
-    def target_log_probs(self, segment: ReadSegment, reader: Optional[MemoryReader], targets: Tensor) -> Tensor:
+    def target_log_probs(self, segment: ReadSegment, reader: Optional[BatchReader], targets: Tensor) -> Tensor:
         """Return the log-probability of each target, shape (T,), float32, on the CPU, of a segment of one row.
 
         Args:

@@ -1,7 +1,7 @@
 """What a model reads from its memory while it reads a text, token by token.
 
-Legend: L tokens of the part that is traced, H query heads, H_kv key/value heads, T tokens of a segment, d width of a
-head, n chunks read per query and head, S reads that are kept of each token.
+Legend: L tokens of the part that is traced, H query heads of a reading layer, A heads of all reading layers, those of
+the lowest layer first, T tokens of a segment, n chunks read per query and head, S reads that are kept of each token.
 """
 
 from typing import Dict, List, NamedTuple, Optional, Tuple
@@ -34,9 +34,10 @@ class Trace(NamedTuple):
         documents: Other documents in the stream, from before.
         log_probabilities: Log-probability of each token, natural logarithm, shape (L,), float32.
         without_memory: Log-probability where the side network reads nothing, shape (L,), float32.
-        gates: Gate sigma(g) of each head, shape (H,), float32.
-        strongest: Largest share of the layer's output, over all heads, that came from one chunk, shape (L,).
-        by_head: Largest gate * mass of each head, shape (L, H).
+        layers: Numbers of the memory layers, ascending; the heads of each follow each other.
+        gates: Gate sigma(g) of each head, shape (A,), float32.
+        strongest: Largest share of a reading layer's output, over all its heads, that came from one chunk, shape (L,).
+        by_head: Largest gate * mass of each head, shape (L, A).
         heads: Head of each read, shape (L, S), int64, by falling gate * mass; -1 where fewer chunks were read.
         chunks: Number of the chunk's first token in the stream, shape (L, S), int64.
         scores: Inner product of query and mean key, by which the chunk was found, shape (L, S), float32.
@@ -50,6 +51,7 @@ class Trace(NamedTuple):
     documents: List[MemorizedDocument]
     log_probabilities: Tensor
     without_memory: Tensor
+    layers: Tuple[int, ...]
     gates: Tensor
     strongest: Tensor
     by_head: Tensor
@@ -78,50 +80,57 @@ class ReadRecorder:
     """Observer of a reader: keeps the reads of one segment, those with the largest gate * mass first.
 
     Args:
-        gates: Gate of each head, shape (H,), float32.
+        gates: Gate of each head, shape (A,), float32.
         tokens: Number of tokens in the segment, T.
         kept: Number of reads that are kept of each token, S.
-
-    Attributes:
-        columns: The fields of :class:`Trace` that describe reads, shape (T, ...) each, on the CPU.
     """
 
     def __init__(self, gates: Tensor, tokens: int, kept: int):
-        self.gates, self.kept = gates, kept
-        absent, zero = torch.full((tokens, kept), -1), torch.zeros(tokens, kept)
-        self.columns: Dict[str, Tensor] = {
-            "heads": absent,
-            "chunks": absent,
-            "scores": zero,
-            "masses": zero,
-            "strongest": torch.zeros(tokens),
-            "by_head": torch.zeros(tokens, len(gates)),
-        }
+        self.gates, self.tokens, self.kept = gates, tokens, kept
+        self._layers: Dict[int, Dict[str, Tensor]] = {}
 
     def __call__(self, event: ReadEvent) -> None:
         bank, q, slots = event.bank, event.queries, event.slots  # of one row
         H, n = slots.size(1), slots.size(3)
+        first = event.layer * H
         lanes = torch.from_numpy(event.lanes).to(slots.device)
         grouped_q, grouped_slots = group_queries(q, bank.heads), group_queries(slots, bank.heads)
         masses = ungroup(chunk_masses(grouped_q, bank.keys, lanes, grouped_slots, event.scaling), H)
         scores = ungroup(chunk_scores(grouped_q, bank.means, lanes, grouped_slots), H)
         chunks = bank.chunk_numbers(event.lanes, slots) * bank.chunk_size
         masses, scores, chunks = (x[0].transpose(0, 1) for x in (masses, scores, chunks))  # (T, H, n)
-        shares = masses * self.gates[:, None]
+        shares = masses * self.gates[first : first + H, None]
         absent = (slots[0] < 0).transpose(0, 1).flatten(1)  # (T, H * n)
-        best = shares.flatten(1).masked_fill(absent, -1.0).topk(min(self.kept, H * n), dim=1).indices  # (T, S)
-        self.columns = {
-            "heads": self._widen(torch.where(absent.gather(1, best), -1, best // n)),
-            "chunks": self._widen(chunks.flatten(1).gather(1, best)),
-            "scores": self._widen(scores.flatten(1).gather(1, best)),
-            "masses": self._widen(masses.flatten(1).gather(1, best)),
+        order, best = shares.flatten(1).masked_fill(absent, -1.0).topk(min(self.kept, H * n), dim=1)  # (T, S)
+        self._layers[event.layer] = {
+            "order": order.cpu(),
+            "heads": torch.where(absent.gather(1, best), -1, first + best // n).cpu(),
+            "chunks": chunks.flatten(1).gather(1, best).cpu(),
+            "scores": scores.flatten(1).gather(1, best).cpu(),
+            "masses": masses.flatten(1).gather(1, best).cpu(),
             "strongest": _largest_sum(chunks.flatten(1), shares.flatten(1) / H),
             "by_head": shares.amax(-1).cpu(),
         }
 
+    @property
+    def columns(self) -> Dict[str, Tensor]:
+        """The fields of :class:`Trace` that describe reads, shape (T, ...) each, on the CPU."""
+        if not self._layers:
+            absent, zero = torch.full((self.tokens, self.kept), -1), torch.zeros(self.tokens, self.kept)
+            reads = {"heads": absent, "chunks": absent, "scores": zero, "masses": zero}
+            by_head = torch.zeros(self.tokens, len(self.gates))
+            return {**reads, "strongest": torch.zeros(self.tokens), "by_head": by_head}
+        layers = [self._layers[number] for number in sorted(self._layers)]
+        joined = {name: torch.cat([x[name] for x in layers], dim=1) for name in layers[0] if name != "strongest"}
+        best = joined.pop("order").argsort(dim=1, descending=True, stable=True)[:, : self.kept]  # (T, S)
+        by_head = joined.pop("by_head")
+        reads = {name: self._widen(x.gather(1, best)) for name, x in joined.items()}
+        strongest = torch.stack([x["strongest"] for x in layers]).amax(0)
+        return {**reads, "strongest": strongest, "by_head": by_head}
+
     def _widen(self, x: Tensor) -> Tensor:
-        """Return x (T, fewer columns) with S columns, on the CPU; -1 where there are no reads."""
-        return torch.nn.functional.pad(x, (0, self.kept - x.size(1)), value=-1).cpu()
+        """Return x (T, fewer columns) with S columns; -1 where there are no reads."""
+        return torch.nn.functional.pad(x, (0, self.kept - x.size(1)), value=-1)
 
 
 def _largest_sum(chunks: Tensor, shares: Tensor) -> Tensor:
@@ -183,6 +192,7 @@ def trace_reads(
         begin=begin,
         position=memory.end,
         documents=list(memory.documents),
+        layers=reader.decoder.backbone.memory_layers,
         gates=gates.cpu(),
         chunk_size=memory.bank.chunk_size,
         **{name: torch.cat(x) for name, x in parts.items()},

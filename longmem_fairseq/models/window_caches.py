@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..memory.reader import MemoryReader
+from ..memory.reader import BatchReader
 from ..modules.cached_attention import CachedAttention
 
 Caches = Dict[str, Any]  # an incremental state with nothing but caches
@@ -20,7 +20,7 @@ def attention_modules(decoder) -> List[CachedAttention]:
 
 
 def encode_window(
-    decoder, pieces: Sequence[Tensor], reader: Optional[MemoryReader] = None, for_memory: bool = False
+    decoder, pieces: Sequence[Tensor], reader: Optional[BatchReader] = None, for_memory: bool = False
 ) -> Tuple[Tensor, Caches]:
     """Encode windows that start with their first inputs, by the backbone and the side network.
 

@@ -63,7 +63,7 @@ class SideLayer(nn.Module):
         Args:
             x: Input, shape (T, B, D).
             skip: Difference of two hidden states of the backbone that is added to the output, shape (T, B, D).
-            reader: A :class:`longmem_fairseq.memory.reader.MemoryReader`, or None; ignored by layers that do not read.
+            reader: The :class:`longmem_fairseq.memory.reader.MemoryReader` of this layer, or None.
             incremental_state: Incremental state of decoding, or None.
 
         Returns:

@@ -16,8 +16,8 @@ from .parallel_lm import ParallelLanguageModel
 class ParallelBackbone(TransformerBackbone):
     """A decoder of parallel layers; all else is as in fairseq's own decoders."""
 
-    def memory_keys_and_values(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        layer = self.layers[self.memory_layer]
+    def memory_keys_and_values(self, x: Tensor, number: int) -> Tuple[Tensor, Tensor]:
+        layer = self.layers[number]
         # Normalized with the batch first, as in the layer itself: it decides the last digits.
         return layer.self_attn.keys_and_values(layer.ln_1(x.transpose(0, 1) if layer.batch_first else x))
 

@@ -54,9 +54,9 @@ class SharedMemory(StreamMemory):
         if not (segments.starts == 0).all():
             return reader
         self.bank.reset(0)
-        return self.reader(segments)
+        return self.reader(segments, layer=0)
 
-    def reader(self, segments: Segments) -> "SharedReader":
+    def reader(self, segments: Segments, layer: int) -> "SharedReader":
         return SharedReader(self.bank, self.chunk_reader, len(segments), self.keep_reads)
 
     def start_stream(self, lane: int, stream: int, position: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..memory.document_memory import DocumentMemory
 from ..models.live_window import expand_state, prefill
+from ..models.memory_layers import memory_layers_setting
 from ..models.reading import DocumentReader
 from .continuation_text import StopStrings
 from .no_repeated_ngrams import NoRepeatedNgrams
@@ -204,6 +205,6 @@ def backbone_identity(decoder) -> tuple:
         decoder: Decoder of the model.
 
     Returns:
-        Fingerprint of the backbone in hexadecimal, and number of the memory layer.
+        Fingerprint of the backbone in hexadecimal, and the memory layers as in ``--retrieval-layer-index``.
     """
-    return decoder.backbone.fingerprint, decoder.backbone.memory_layer
+    return decoder.backbone.fingerprint, memory_layers_setting(decoder.backbone.memory_layers)

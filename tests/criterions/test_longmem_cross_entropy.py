@@ -226,7 +226,7 @@ def test_a_line_of_the_log_after_a_reset_shows_no_old_gain(model):
 
 def test_gate_is_the_mean_over_heads(model):
     gate = torch.tensor([-2.0, 0.5, 3.0])
-    model.decoder.layers[model.decoder.reading_layer].self_attn.memory_gate.data = gate
+    model.decoder.layers[model.decoder.reading_layers[0]].self_attn.memory_gate.data = gate
     ranks = logs(model, criterion())
     assert reduced(ranks)["gate"] == pytest.approx(float(gate.sigmoid().mean()), abs=1e-3)
     assert all(log["memory_batches"] == 1 for log in ranks)

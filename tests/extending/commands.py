@@ -171,5 +171,5 @@ def stock_backbone(path: Path) -> str:
 def stock_reference(checkpoint: Path, kind=StockReference) -> StockReference:
     """Return a reference of a model adapted from ``stock_backbone`` with ``ADAPT`` and ``--save-backbone``."""
     gelu = torch.nn.functional.gelu
-    setting = Setting(HEADS, gelu, "learned", reduction=2, memory_layer=1, chunk=4, k=8, memory=64, padding=1)
+    setting = Setting(HEADS, gelu, "learned", reduction=2, memory_layers=(1,), chunk=4, k=8, memory=64, padding=1)
     return kind({name[len("decoder.") :]: value for name, value in weights(checkpoint).items()}, setting)

@@ -187,8 +187,8 @@ class GroupedBackbone(Backbone):
     def embed(self, tokens, start=0):
         return self.decoder.embed_tokens(tokens).transpose(0, 1)
 
-    def memory_keys_and_values(self, x):
-        layer = self.layers[self.memory_layer]
+    def memory_keys_and_values(self, x, number):
+        layer = self.layers[number]
         return layer.self_attn.keys_and_values(layer.self_attn_norm(x))
 
     def output(self, features):

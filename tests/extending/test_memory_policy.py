@@ -26,8 +26,8 @@ class EverySecondSegment(StreamMemory):
         super().__init__(*arguments, **options)
         self.segments_read = np.zeros(self.bank.lanes, dtype=np.int64)
 
-    def reader(self, segments):
-        return SparseReader(self.bank, self.chunk_reader, segments)
+    def reader(self, segments, layer):
+        return SparseReader(self.bank, self.chunk_reader, segments, layer=layer)
 
     def start_stream(self, lane, stream, position):
         super().start_stream(lane, stream, position)
@@ -62,7 +62,7 @@ class EverySecondReference(Reference):
     count = 0
 
     def read(self, tokens):
-        before = [list(past) for past in self.past]
+        before = {layer: [list(past) for past in heads] for layer, heads in self.past.items()}
         logits = super().read(tokens)
         if self.count % 2:
             self.past = before

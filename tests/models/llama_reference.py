@@ -20,7 +20,7 @@ class LlamaSetting(NamedTuple):
         magnitude: Factor of rotated queries and keys.
         eps: Number added to the mean square in norms.
         reduction: R.
-        memory_layer: m.
+        memory_layers: m, ascending.
         chunk: C.
         k: K.
         memory: M.
@@ -34,7 +34,7 @@ class LlamaSetting(NamedTuple):
     magnitude: float = 1.0
     eps: float = 1e-5
     reduction: int = 2
-    memory_layer: int = 1
+    memory_layers: Sequence[int] = (1,)
     chunk: int = 4
     k: int = 8
     memory: int = 64
@@ -53,7 +53,8 @@ class LlamaReference:
     def __init__(self, weights: Dict[str, Tensor], setting: LlamaSetting):
         self.w = {name: value.double() for name, value in weights.items() if value.is_floating_point()}
         self.s, self.group = setting, setting.heads // setting.kv_heads
-        self.past: List[List] = [[] for _ in range(setting.kv_heads)]  # per head, (key, value) of every token so far
+        # Per memory layer and KV head, (key, value) of every token so far.
+        self.past: Dict[int, List[List]] = {m: [[] for _ in range(setting.kv_heads)] for m in setting.memory_layers}
 
     def read(self, tokens: List[int]) -> Tensor:
         """Logits (T, V) of the next segment, which is then written into the memory."""
@@ -61,22 +62,23 @@ class LlamaReference:
         if tokens[0] == 2 and self.s.start is not None:
             tokens[0] = self.s.start
         x = self.w["backbone.decoder.embed_tokens.weight"][torch.tensor(tokens)]
-        hidden, number, R = [x], 0, self.s.reduction
+        hidden, number, R, remembered = [x], 0, self.s.reduction, {}
         while f"backbone.decoder.layers.{number}.up_proj.weight" in self.w:
             name = f"backbone.decoder.layers.{number}."
-            if number == self.s.memory_layer:
-                _, keys, values = self.projections(name, hidden[-1])
-            hidden.append(self.layer(name, hidden[-1], reads=False))
+            if number in self.s.memory_layers:
+                remembered[number] = self.projections(name, hidden[-1])[1:]
+            hidden.append(self.layer(name, hidden[-1]))
             number += 1
-        x = hidden[0]
+        x, layer_read = hidden[0], {m // R: m for m in self.s.memory_layers}
         for j in range(number // R):
             skip = hidden[R * (j + 1)] - hidden[R * j]
-            x = self.layer(f"layers.{j}.", x, reads=j == self.s.memory_layer // R) + skip
-        for past, key, value in zip(self.past, keys, values):
-            past += zip(key, value)
+            x = self.layer(f"layers.{j}.", x, layer_read.get(j)) + skip
+        for m, (keys, values) in remembered.items():
+            for past, key, value in zip(self.past[m], keys, values):
+                past += zip(key, value)
         return self.norm("layer_norm.", x) @ self.w["backbone.decoder.output_projection.weight"].T
 
-    def layer(self, name: str, x: Tensor, reads: bool) -> Tensor:
+    def layer(self, name: str, x: Tensor, reads: Optional[int] = None) -> Tensor:
         queries, keys, values = self.projections(name, x)
         outputs = []
         for h, q in enumerate(queries):
@@ -99,14 +101,14 @@ class LlamaReference:
             parts.append(split)
         return parts
 
-    def attend(self, name: str, h: int, t: int, q: Tensor, k: Tensor, v: Tensor, reads: bool) -> Tensor:
+    def attend(self, name: str, h: int, t: int, q: Tensor, k: Tensor, v: Tensor, reads: Optional[int]) -> Tensor:
         scale = self.s.magnitude**2 / math.sqrt(q.size(1))
         scores = [self.turn(q[t], t) @ self.turn(k[s], s) * scale for s in range(t + 1)]
         local = torch.softmax(torch.stack(scores), dim=0) @ v[: t + 1]
-        past = self.past[h // self.group]
+        past = [] if reads is None else self.past[reads][h // self.group]
         chunks = [past[i : i + self.s.chunk] for i in range(0, len(past) - self.s.chunk + 1, self.s.chunk)]
         chunks = chunks[-(self.s.memory // self.s.chunk) :]
-        if not reads or not chunks:
+        if not chunks:
             return local
         query = self.turn(q[t], self.s.distance)
         means = [sum(key.float() for key, _ in chunk) / self.s.chunk for chunk in chunks]

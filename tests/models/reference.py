@@ -4,7 +4,7 @@ It shares no code with the package: it is given weights by name and tokens, and 
 """
 
 import math
-from typing import Callable, Dict, List, NamedTuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class Setting(NamedTuple):
     activation: Callable[[Tensor], Tensor]
     positions: str  # "learned", "sinusoidal", "alibi" or "none"
     reduction: int  # R
-    memory_layer: int  # m
+    memory_layers: Sequence[int]  # m, ascending
     chunk: int  # C
     k: int  # K
     memory: int  # M
@@ -40,7 +40,8 @@ class Reference:
         numbers = [int(name.split(".")[3]) for name in self.w if name.startswith("backbone.decoder.layers.")]
         self.N = 1 + max(numbers)
         self.D = self.w["backbone.decoder.layers.0.fc1.weight"].size(1)
-        self.past: List[List] = [[] for _ in range(setting.heads)]  # per head, (key, value) of every token so far
+        # Per memory layer and head, (key, value) of every token so far.
+        self.past: Dict[int, List[List]] = {m: [[] for _ in range(setting.heads)] for m in setting.memory_layers}
         self.tokens: List[int] = []  # so far
         self.kept: Dict[str, List] = {}  # by layer, per head, (key, value) of every token so far
 
@@ -53,23 +54,25 @@ class Reference:
             self.kept = {"": []}
         self.tokens += tokens
         tokens = self.tokens[-again - len(tokens) :]
-        hidden, keys, values = self.backbone(tokens)
-        R, s = self.s.reduction, self.s.memory_layer // self.s.reduction
+        hidden, remembered = self.backbone(tokens)
+        R = self.s.reduction
+        layer_read = {m // R: m for m in self.s.memory_layers}
         x = hidden[0]
         for j in range(self.N // R):
             residual = hidden[R * (j + 1)] - hidden[R * j]
-            x = self.layer(f"layers.{j}.", x, reads=j == s, first=again) + residual
-        x, keys, values = x[again:], [k[again:] for k in keys], [v[again:] for v in values]
+            x = self.layer(f"layers.{j}.", x, layer_read.get(j), first=again) + residual
+        x = x[again:]
         if "layer_norm.weight" in self.w:
             x = self.norm("layer_norm.", x)
         if "backbone.decoder.project_out_dim.weight" in self.w:
             x = x @ self.w["backbone.decoder.project_out_dim.weight"].T
-        for h in range(self.s.heads):
-            self.past[h] += zip(keys[h], values[h])
+        for m, (keys, values) in remembered.items():
+            for h in range(self.s.heads):
+                self.past[m][h] += zip(keys[h][again:], values[h][again:])
         return x @ self.w["backbone.decoder.output_projection.weight"].T
 
     def backbone(self, tokens: List[int]):
-        """h_0 to h_N, (T, D) each, and layer m's keys and values, per head (T, d)."""
+        """h_0 to h_N, (T, D) each, and each memory layer's keys and values, per head (T, d)."""
         embedding = self.w["backbone.decoder.embed_tokens.weight"]
         x = torch.stack([embedding[token] for token in tokens]) * (math.sqrt(self.D) if self.s.scaled else 1.0)
         if "backbone.decoder.project_in_dim.weight" in self.w:
@@ -77,15 +80,15 @@ class Reference:
         x = x + torch.stack([self.position(i) for i in range(len(tokens))])
         if "backbone.decoder.layernorm_embedding.weight" in self.w:
             x = self.norm("backbone.decoder.layernorm_embedding.", x)
-        hidden = [x]
+        hidden, remembered = [x], {}
         for i in range(self.N):
-            if i == self.s.memory_layer:
+            if i in self.s.memory_layers:
                 name = f"backbone.decoder.layers.{i}."
                 normed = self.norm(name + "self_attn_layer_norm.", x)
-                keys, values = (self.heads(self.linear(f"{name}self_attn.{p}_proj.", normed)) for p in "kv")
-            x = self.layer(f"backbone.decoder.layers.{i}.", x, reads=False)
+                remembered[i] = [self.heads(self.linear(f"{name}self_attn.{p}_proj.", normed)) for p in "kv"]
+            x = self.layer(f"backbone.decoder.layers.{i}.", x)
             hidden.append(x)
-        return hidden, keys, values
+        return hidden, remembered
 
     def position(self, i: int) -> Tensor:
         if self.s.positions == "learned":
@@ -96,8 +99,8 @@ class Reference:
             return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles], dtype=torch.float64)
         return torch.zeros(self.D, dtype=torch.float64)
 
-    def layer(self, name: str, x: Tensor, reads: bool, first: int = 0) -> Tensor:
-        """A pre-norm layer; if it ``reads``, attention from the token ``first`` on is joined with the memory."""
+    def layer(self, name: str, x: Tensor, reads: Optional[int] = None, first: int = 0) -> Tensor:
+        """A pre-norm layer; from the token ``first`` on it also reads the memory of the backbone layer ``reads``."""
         normed = self.norm(name + "self_attn_layer_norm.", x)
         q, k, v = (self.heads(self.linear(f"{name}self_attn.{p}_proj.", normed)) for p in "qkv")
         before = 0
@@ -113,9 +116,9 @@ class Reference:
                 end = before + t + 1
                 begin = max(0, end - 1 - self.s.carry) if self.kept else 0
                 local = self.local(h, q[h][t], k[h][begin:end], v[h][begin:end])
-                memory = self.remembered(h, q[h][t]) if reads and t >= first else None
+                memory = None if reads is None or t < first else self.remembered(self.past[reads][h], q[h][t])
                 if memory is not None:
-                    gate = 1 / (1 + math.exp(-self.w[name + "self_attn.memory_gate"][h]))
+                    gate = torch.sigmoid(self.w[name + "self_attn.memory_gate"][h])
                     local = (1 - gate) * local + gate * memory
                 rows.append(local)
             out.append(torch.stack(rows))
@@ -130,17 +133,17 @@ class Reference:
             scores = scores + slopes(self.s.heads)[h] * torch.arange(len(keys))
         return torch.softmax(scores, dim=0) @ values
 
-    def remembered(self, h: int, q: Tensor):
+    def remembered(self, past: List, q: Tensor):
         """Attention to the K/C chunks whose mean key has the largest product with q, by float32; None without any."""
         C = self.s.chunk
-        whole = len(self.past[h]) // C
-        chunks = [self.past[h][i * C : i * C + C] for i in range(whole)][-(self.s.memory // C) :]
+        whole = len(past) // C
+        chunks = [past[i * C : i * C + C] for i in range(whole)][-(self.s.memory // C) :]
         if not chunks:
             return None
         scores = []
         for chunk in chunks:
             mean = sum(key.float() for key, _ in chunk) / C
-            scores.append(float(mean @ q.float()))
+            scores.append((mean @ q.float()).item())
         best = sorted(range(len(chunks)), key=lambda i: -scores[i])[: self.s.k // C]
         tokens = [token for i in best for token in chunks[i]]
         keys, values = (torch.stack(x) for x in zip(*tokens))

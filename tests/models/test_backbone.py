@@ -36,7 +36,7 @@ def load(tmp_path):
     def load(model="transformer_lm", **changes):
         stock = stock_model(model, **changes)
         path = write_checkpoint(tmp_path / "backbone.pt", stock, stock_config(model, **changes))
-        return stock, load_backbone(path, VOCABULARY, M)
+        return stock, load_backbone(path, VOCABULARY, [M])
 
     return load
 

@@ -54,11 +54,11 @@ def as_fairseq_0_12_2(state):
 def test_its_checkpoints_are_backbones(write_backbone, learned):
     """It is the same backbone, with the same fingerprint, so that checkpoints may be exchanged."""
     path = write_backbone(decoder_learned_pos=learned)
-    actual = load_backbone(path, VOCABULARY, 1)
+    actual = load_backbone(path, VOCABULARY, [1])
     state = as_fairseq_0_12_2(torch.load(path))
     assert ("decoder.embed_positions._float_tensor" in state["model"]) != learned
     torch.save(state, path)
-    expected = load_backbone(path, VOCABULARY, 1)
+    expected = load_backbone(path, VOCABULARY, [1])
     assert expected.fingerprint == actual.fingerprint
     x = torch.arange(4, 22).view(2, 9)
     assert torch.equal(expected(x).hidden[-1], actual(x).hidden[-1])
@@ -66,7 +66,7 @@ def test_its_checkpoints_are_backbones(write_backbone, learned):
 
 def test_its_fingerprints_are_the_same(write_backbone):
     """There the positions of every backbone have that buffer; it is never read, so it makes no other backbone."""
-    backbone = load_backbone(write_backbone(decoder_learned_pos=False), VOCABULARY, 1)
+    backbone = load_backbone(write_backbone(decoder_learned_pos=False), VOCABULARY, [1])
     for number in (0.0, float("nan")):
         backbone.decoder.embed_positions.register_buffer("_float_tensor", torch.tensor([number]))
         assert "embed_positions._float_tensor" in backbone.decoder.state_dict()

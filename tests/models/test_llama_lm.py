@@ -22,6 +22,7 @@ VARIANTS = {
     "Llama": (PLAIN, {}),
     "Qwen2": ({**PLAIN, "qkv_bias": True, "decoder_kv_heads": 3, "decoder_head_dim": None}, {}),
     "Qwen3": ({**PLAIN, "qk_norm": True, "share_decoder_input_output_embed": False}, {}),
+    "both layers read": ({}, {"retrieval_layer_index": "1,3", "memory_query_distance": 5}),
     "R = 4": ({}, {"layer_reduction_factor": 4, "retrieval_layer_index": 1}),
     "queries at a distance": ({}, {"memory_query_distance": 13}),
 }
@@ -64,7 +65,7 @@ def test_equals_the_reference(tmp_path, variant):
         frequencies=decoder.rotary.frequencies.tolist(),
         magnitude=decoder.rotary.magnitude,
         reduction=cfg.layer_reduction_factor,
-        memory_layer=cfg.retrieval_layer_index,
+        memory_layers=model.decoder.backbone.memory_layers,
         chunk=cfg.chunk_size,
         k=cfg.k,
         memory=cfg.memory_size,

@@ -18,7 +18,7 @@ from tests.models.tiny import LAYERS, VOCABULARY, longmem, stock_config, stock_m
 def refusal(path, dictionary=VOCABULARY, layer=1) -> str:
     """The one sentence with which a file is refused."""
     with pytest.raises(BackboneError) as caught:
-        load_backbone(str(path), dictionary, layer)
+        load_backbone(str(path), dictionary, [layer])
     message = str(caught.value)
     assert str(path) in message, "the message names the file"
     assert "\n" not in message and len(message) < 400 + len(str(path)), "it is one sentence"
@@ -49,7 +49,7 @@ def hidden(backbone):
 def test_a_checkpoint_of_fairseq_train(tiny_backbone):
     """Its model, loaded by fairseq, gives the same numbers; its sizes come from the file."""
     dictionary = Dictionary.load(str(tiny_backbone.parents[1] / "data" / "dict.txt"))
-    backbone = load_backbone(str(tiny_backbone), dictionary, 1)
+    backbone = load_backbone(str(tiny_backbone), dictionary, [1])
     overrides = {"data": str(tiny_backbone.parents[1] / "data")}
     stock = checkpoint_utils.load_model_ensemble([str(tiny_backbone)], overrides)[0][0].eval()
     assert backbone.num_layers == 2 and backbone.num_heads == 2 and backbone.head_dim == 8
@@ -59,18 +59,18 @@ def test_a_checkpoint_of_fairseq_train(tiny_backbone):
 
 
 def test_named_architectures(checkpoint):
-    plain = load_backbone(checkpoint(), VOCABULARY, 1)
+    plain = load_backbone(checkpoint(), VOCABULARY, [1])
     named = {**stock_config(), "_name": "transformer_lm_gpt2_small"}
-    loaded = load_backbone(checkpoint(cfg={"_name": None, "model": named}), VOCABULARY, 1)
+    loaded = load_backbone(checkpoint(cfg={"_name": None, "model": named}), VOCABULARY, [1])
     assert loaded.fingerprint == plain.fingerprint
 
 
 def test_options_as_before_fairseq_0_11(checkpoint):
     """A Namespace of all commands' options, with the architecture's name."""
-    plain = load_backbone(checkpoint(), VOCABULARY, 1)
+    plain = load_backbone(checkpoint(), VOCABULARY, [1])
     values = {key: value for key, value in stock_config().items() if key != "_name"}
     args = argparse.Namespace(arch="transformer_lm", task="language_modeling", **values)
-    loaded = load_backbone(checkpoint(cfg=None, args=args, name="old.pt"), VOCABULARY, 1)
+    loaded = load_backbone(checkpoint(cfg=None, args=args, name="old.pt"), VOCABULARY, [1])
     assert loaded.fingerprint == plain.fingerprint
 
 
@@ -80,7 +80,7 @@ def test_a_missing_version_does_not_drop_the_final_norm(checkpoint):
     state = torch.load(path)
     assert state["model"].pop("decoder.version") is not None
     torch.save(state, path)
-    backbone = load_backbone(path, VOCABULARY, 1)
+    backbone = load_backbone(path, VOCABULARY, [1])
     stock = stock_model().decoder.layer_norm
     assert torch.equal(backbone.decoder.layer_norm.weight, stock.weight)
 
@@ -90,7 +90,7 @@ def test_half_precision_files(checkpoint):
     state = torch.load(path)
     state["model"] = {key: value.half() for key, value in state["model"].items()}
     torch.save(state, path)
-    weight = load_backbone(path, VOCABULARY, 1).decoder.layers[0].fc1.weight
+    weight = load_backbone(path, VOCABULARY, [1]).decoder.layers[0].fc1.weight
     assert weight.dtype == torch.float32
     assert torch.equal(weight, stock_model().decoder.layers[0].fc1.weight.half().float())
 
@@ -100,7 +100,7 @@ def test_a_self_contained_longmem_checkpoint(tmp_path):
     model = longmem(tmp_path, save_backbone=True)
     cfg = {key: model.cfg[key] for key in ("backbone_config", "save_backbone")}
     path = write_checkpoint(tmp_path / "longmem.pt", model, {"_name": "longmem_gpt2_tiny", **cfg})
-    backbone = load_backbone(path, VOCABULARY, 1)
+    backbone = load_backbone(path, VOCABULARY, [1])
     assert torch.equal(hidden(backbone), hidden(model.decoder.backbone))
     assert backbone.fingerprint == model.decoder.backbone.fingerprint
 
@@ -222,7 +222,7 @@ def test_another_dictionary_of_the_same_size(checkpoint):
     for i in range(30):
         other.add_symbol(f"v{i}")
     path = checkpoint(task_state={"dictionary_sha256": dictionary_fingerprint(VOCABULARY.symbols)})
-    load_backbone(path, VOCABULARY, 1)
+    load_backbone(path, VOCABULARY, [1])
     message = refusal(path, other)
     assert "trained with another dictionary of 34 symbols" in message and "the backbone's dict.txt" in message
 

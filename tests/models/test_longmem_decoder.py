@@ -41,6 +41,13 @@ VARIANTS = {
     ),
     "R = N": ("transformer_lm", "learned", {}, {"layer_reduction_factor": 4, "retrieval_layer_index": 0}),
     "second layer reads": ("transformer_lm", "learned", {}, {"retrieval_layer_index": 2}),
+    "both layers read": ("transformer_lm", "learned", {}, {"retrieval_layer_index": "1,3"}),
+    "three of four layers read": (
+        "alibi_lm",
+        "alibi",
+        {},
+        {"layer_reduction_factor": 1, "retrieval_layer_index": "3, 0,1"},
+    ),
     "one token a chunk": ("transformer_lm", "learned", {}, {"chunk_size": 1, "k": 5}),
     "reads all": ("transformer_lm", "learned", {}, {"k": 30}),
     "memory of a segment": ("transformer_lm", "learned", {}, {"memory_size": 7, "k": 3}),
@@ -64,7 +71,7 @@ def setting_of(model, positions, backbone):
         activation=ACTIVATIONS[backbone.get("activation_fn", "gelu")],
         positions=positions,
         reduction=cfg.layer_reduction_factor,
-        memory_layer=cfg.retrieval_layer_index,
+        memory_layers=model.decoder.backbone.memory_layers,
         chunk=cfg.chunk_size,
         k=cfg.k,
         memory=cfg.memory_size,
@@ -91,6 +98,24 @@ def test_equals_the_reference(tmp_path, variant):
         expected = torch.cat([reference.read(piece.tolist()) for piece in doc.split(T)])
         # Products with remembered keys are taken in float32, as the search's are.
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["learned positions", "both layers read"])
+def test_gradients_equal_the_references(tmp_path, variant):
+    """Of the last segment of a document, for every weight of the side network, gates included."""
+    kind, positions, backbone, changes = VARIANTS[variant]
+    model = longmem(tmp_path, model=kind, backbone=backbone, **changes).double()
+    (doc,) = documents([3 * T])
+    weights = {name: x.clone().requires_grad_("backbone" not in name) for name, x in weights_of(model).items()}
+    reference = Reference(weights, setting_of(model, positions, backbone))
+    for piece, (tokens, segments) in zip(doc.split(T), batches([doc], T)):
+        actual, expected = model(tokens, segments=segments)[0][0], reference.read(piece.tolist())
+    actual.square().sum().backward()
+    expected.square().sum().backward()
+    gradients = {name: x.grad for name, x in model.decoder.named_parameters() if x.grad is not None}
+    assert gradients.keys() == {name for name, x in weights.items() if x.grad is not None}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, weights[name].grad, rtol=1e-4, atol=1e-4)
 
 
 def test_the_memory_matters_in_these_comparisons(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from fairseq.models import ARCH_MODEL_REGISTRY
 
 from longmem_fairseq.memory.search.faiss import has_faiss_gpu
-from longmem_fairseq.models.longmem_config import default_memory_layer
 from longmem_fairseq.models.longmem_lm import LongMemConfig, LongMemModel
+from longmem_fairseq.models.memory_layers import default_memory_layer
 from tests.models.tiny import LAYERS, POSITIONS
 
 ARCHITECTURES = {
@@ -56,8 +56,8 @@ def test_the_memory_layer_follows_from_the_backbones_depth(train, write_backbone
     built = train(write_backbone(decoder_layers=layers), arch=arch, default_layer=True)
     decoder = built.model.decoder
     assert memory_layer == 2 * (memory_layer // 2) + 1 and 0.6 < (memory_layer + 1) / layers <= 1
-    assert len(decoder.layers) == layers // 2 and decoder.backbone.memory_layer == memory_layer
-    assert decoder.reading_layer == memory_layer // 2
+    assert len(decoder.layers) == layers // 2 and decoder.backbone.memory_layers == (memory_layer,)
+    assert decoder.reading_layers == (memory_layer // 2,)
     assert built.cfg.model.retrieval_layer_index == memory_layer
 
 
@@ -177,7 +177,7 @@ def test_the_released_scripts_model_is_built(train, write_backbone, caplog):
     with caplog.at_level(logging.INFO):
         built = train(path, *line, arch="longmem_gpt2_medium")
     decoder = built.model.decoder
-    assert len(decoder.layers) == 12 and decoder.reading_layer == 8 and decoder.backbone.memory_layer == 17
+    assert len(decoder.layers) == 12 and decoder.reading_layers == (8,) and decoder.backbone.memory_layers == (17,)
     assert built.model.memory_tokens == 65536 + 4
     explained = [line for line in messages(caplog) if "no effect" in line]
     assert [re.match(r"--(\S+) has no effect", line)[1] for line in explained] == [

@@ -306,7 +306,7 @@ def test_code_in_a_file_is_not_run(tmp_path, files):
     with pytest.raises(BackboneError, match="malicious.pt is not a readable .*: it asks for posix.mkdir"):
         load_released(files["side network"], malicious)
     with pytest.raises(BackboneError, match="malicious.pt is not a readable .*: it asks for posix.mkdir"):
-        load_backbone(malicious, load_released(files["side network"]).decoder.dictionary, 0)
+        load_backbone(malicious, load_released(files["side network"]).decoder.dictionary)
     assert not created.exists()
     torch.load(malicious, weights_only=False)
     assert created.exists()  # so it would have been, had the code been run
@@ -339,7 +339,7 @@ def test_files_refused(files, tmp_path):
     state["cfg"]["model"].newgpt_mode = "rotary"
     torch.save(state, rotary)
     with pytest.raises(BackboneError, match="rotary.pt cannot be the backbone: newgpt_mode=rotary is not supported"):
-        load_backbone(rotary, load_released(files["side network"]).decoder.dictionary, 0)
+        load_backbone(rotary, load_released(files["side network"]).decoder.dictionary)
     side["decoder.layers.0.fc1.weight"] = side["decoder.layers.0.fc1.weight"][:, :5]
     with pytest.raises(ValueError, match="do not fit its settings: size mismatch for decoder.layers.0.fc1.weight"):
         load_released(save(tmp_path / "odd.pt", side, side_settings(Shape())))

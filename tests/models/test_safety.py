@@ -59,7 +59,7 @@ READERS = {
     "--path": lambda path, _: read_checkpoint(path),
     "--restore-file": lambda path, _: prepare_restore(path, os.path.dirname(path), None, VOCABULARY),
     "--finetune-from-model": lambda path, _: prepare_restore("checkpoint_last.pt", "none", path, VOCABULARY),
-    "--pretrained-model-path": lambda path, _: load_backbone(path, VOCABULARY, 1),
+    "--pretrained-model-path": lambda path, _: load_backbone(path, VOCABULARY, [1]),
     "load_released": lambda path, _: load_released(path),
     "the hub": lambda path, _: LongMem.from_pretrained(path),
     "evaluations": lambda path, _: Scorer.load(path),

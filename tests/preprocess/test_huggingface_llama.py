@@ -64,7 +64,7 @@ def convert(model, tmp_path, **options):
     model.save_pretrained(tmp_path / "hf", **options)
     from_huggingface(tmp_path / "hf", tmp_path / "fairseq")
     dictionary = Dictionary.load(str(tmp_path / "fairseq" / "dict.txt"))
-    return load_backbone(str(tmp_path / "fairseq" / "checkpoint.pt"), dictionary, memory_layer=1)
+    return load_backbone(str(tmp_path / "fairseq" / "checkpoint.pt"), dictionary, memory_layers=[1])
 
 
 def tokens(B=2, T=31):

@@ -22,7 +22,7 @@ from ...backbones.loading import load_backbone
 from ...hub import LongMem
 from ...memory.branches import MemoryBranches
 from ...memory.cache import CacheSettings, NeuralCache
-from ...memory.reader import MemoryReader
+from ...memory.reader import BatchReader
 from ...models.longmem_decoder import LongMemDecoder
 from ...models.longmem_lm import LongMemModel
 from ...models.model_directory import is_model_directory
@@ -247,7 +247,7 @@ class Scorer:
         factory = self.decoder.memory_factory.with_size(bank.chunks * bank.chunk_size)
         return factory.branches(rows, self.backbone.dtype, self.device, bank)
 
-    def reader(self, state: TextState, rows: int) -> Optional[MemoryReader]:
+    def reader(self, state: TextState, rows: int) -> Optional[BatchReader]:
         """Return the reader of a state's memory for a number of rows; None without a memory."""
         branches = self.branches(state, rows)
         return None if branches is None else branches.reader()

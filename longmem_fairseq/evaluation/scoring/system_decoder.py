@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...backbones.base import EncodedSegment
 from ...memory.cache import log_distribution, mix
-from ...memory.reader import MemoryReader
+from ...memory.reader import BatchReader
 from ...models.live_window import WINDOW, LiveWindow
 from .systems import BACKBONE, ON, without_cache
 from .text_state import TextState
@@ -49,7 +49,7 @@ class SystemDecoder(FairseqIncrementalDecoder):
         return self._scorer[0].device
 
     def side_network(
-        self, encoded: EncodedSegment, reader: Optional[MemoryReader], incremental_state=None
+        self, encoded: EncodedSegment, reader: Optional[BatchReader], incremental_state=None
     ) -> List[Tensor]:
         """Return the input of the output layer, (B, T, D), in a list; keeps the backbone's final hidden states."""
         scorer = self._scorer[0]
