@@ -116,7 +116,7 @@ class BranchReader(MemoryReader):
             lane = slots.new_full((1,), self.layer)
             read = self.chunk_reader.attend(bank.keys, bank.values, lane, queries, slots, scaling)
             z[rows] = read.view(H, R, T, d).transpose(0, 1)
-            written, held = (torch.from_numpy(x.copy()) for x in (bank.written, bank.held))  # later writes change them
+            written, held = (torch.from_numpy(x[self._lanes]) for x in (bank.written, bank.held))  # as they are now
             self._reads.append((rows, slots.view(H, R, T, -1), written, held, bank.chunks))
             present[rows] = True
         return z, None if present.all() else present.to(q.device)

@@ -29,7 +29,7 @@ from .longmem_config import (
     with_defaults,
 )
 from .longmem_decoder import LongMemDecoder
-from .memory_layers import memory_layers_setting, select_memory_layers
+from .memory_layers import check_gates, memory_layers_setting, select_memory_layers
 
 logger = logging.getLogger(__name__)
 
@@ -175,12 +175,14 @@ class LongMemModel(FairseqLanguageModel):
 
         Raises:
             BackboneError: The checkpoint was made with another backbone.
-            ValueError: The checkpoint has a foreign format, and this model has other settings.
+            ValueError: The checkpoint has a foreign format, and this model has other settings; or other layers of its
+                side network read the memory.
         """
         for checkpoint_format in checkpoint_formats():
             if checkpoint_format.holds_longmem(state_dict):
                 self._rename_foreign(state_dict, checkpoint_format)
         backbone, saved = self.decoder.backbone, _pop_fingerprint(state_dict)
+        check_gates(state_dict, self.decoder.reading_layers, backbone.memory_layers)
         _check_fingerprint(saved, backbone, self.cfg.pretrained_model_path)
         if not any(key.startswith(_BACKBONE) for key in state_dict):
             weights = backbone

@@ -5,7 +5,7 @@ layer that reads it.
 """
 
 import re
-from typing import Any, List, Sequence, Tuple, Union
+from typing import Any, Iterable, List, Sequence, Tuple, Union
 
 from fairseq.utils import safe_getattr
 
@@ -90,6 +90,27 @@ def select_memory_layers(cfg: Any, backbone: Backbone) -> None:
     backbone.select_memory_layers(layers)
     if len(layers) > 1:
         _check_several(cfg, layers)
+
+
+def check_gates(names: Iterable[str], reading_layers: Sequence[int], layers: Sequence[int]) -> None:
+    """Refuse the weights of a side network of which other layers read the memory.
+
+    Args:
+        names: Names of the weights; those of a model without gates are not checked.
+        reading_layers: Numbers s of the side layers that read the memory in this model.
+        layers: Numbers m of this model's memory layers.
+
+    Raises:
+        ValueError: Other side layers have gates.
+    """
+    matches = (re.fullmatch(r"decoder\.layers\.(\d+)\.self_attn\.memory_gate", name) for name in names)
+    saved = sorted(int(match[1]) for match in matches if match)
+    if saved and saved != sorted(reading_layers):
+        raise ValueError(
+            f"--retrieval-layer-index {memory_layers_setting(layers)} is read by side layer "
+            f"{', '.join(map(str, reading_layers))}, but the checkpoint was trained to read in side layer "
+            f"{', '.join(map(str, saved))}: leave the option as it was, or train another side network"
+        )
 
 
 def _check_several(cfg: Any, layers: Sequence[int]) -> None:

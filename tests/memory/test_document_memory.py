@@ -20,7 +20,8 @@ FILES = tuple(f"longmem_fairseq/{name}.py" for name in ("memory/bank", "memory/d
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    return DocumentReader(longmem(tmp_path_factory.mktemp("model")).decoder, T)  # its memory has 16 tokens
+    model = longmem(tmp_path_factory.mktemp("model"), retrieval_layer_index="1,3")  # its memory has 16 tokens
+    return DocumentReader(model.decoder, T)
 
 
 def filled(reader, *lengths) -> DocumentMemory:

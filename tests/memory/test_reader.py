@@ -4,6 +4,8 @@ A bank of 3 key/value heads that 9 query heads read must give the same as a bank
 head is repeated for its three query heads.
 """
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,50 @@ def test_a_trace_of_grouped_heads_equals_that_of_repeated_heads():
     assert set(columns[0]) == {"heads", "chunks", "scores", "masses", "strongest", "by_head"}
     for name, x in columns[0].items():
         torch.testing.assert_close(x, columns[1][name])
+
+
+def read_in_layers(reader, q, layers):
+    """Let each memory layer answer its share of the query heads."""
+    return torch.cat([reader.of_layer(i)(x, SCALING)[0] for i, x in enumerate(q.chunk(layers, dim=1))], dim=1)
+
+
+def streams_of_layers(bank, keys, values):
+    """What two streams read of the two segments before, in other lanes than their rows."""
+    memory = StreamMemory(bank, chunk_reader())
+    place = Segments([2, 1], [0, 1], np.zeros(B), np.full(B, 2 * T), 3)
+    memory.open(place)
+    memory.write(place, keys, values)
+    return memory.open(Segments([2, 1], [0, 1], np.full(B, 2 * T), np.full(B, T), 3))
+
+
+def branches_of_layers(bank, keys, values):
+    """What two rows read, of which one has written other tokens, into a copy of the bank."""
+    base = pickle.loads(pickle.dumps(bank))
+    base.append(0, keys[0], values[0])
+    branches = MemoryBranches(B, lambda: None, chunk_reader(), base, bank.layers)
+    branches.write([1], torch.arange(2 * T)[None], keys[1:], values[1:])
+    branches.reorder([1, 0])
+    return branches.reader()
+
+
+@pytest.mark.parametrize("lanes, read", [(3, streams_of_layers), (1, branches_of_layers)])
+def test_three_layers_of_three_heads_read_what_nine_heads_of_one_layer_read(lanes, read):
+    results = []
+    for layers in (1, 3):
+        keys, values, q = random(B, H, 2 * T, d, seed=0), random(B, H, 2 * T, d, seed=1), random(B, H, T, d, seed=2)
+        reader = read(MemoryBank(lanes, H, d, N * C, C, layers=layers), keys, values)
+        recorder = ReadRecorder(torch.linspace(0.1, 0.9, H), T, kept=4)  # of the first row
+        q = q.requires_grad_()
+        parts = []
+        for i, queries in enumerate(q.chunk(layers, dim=1)):
+            reader.of_layer(i).on_read = recorder
+            parts.append(reader.of_layer(i)(queries, SCALING)[0])
+        z = torch.cat(parts, dim=1)
+        z.backward(random(B, H, T, d, seed=3))
+        columns = {name: x for name, x in recorder.columns.items() if name != "strongest"}  # of one layer's output
+        results.append([z.detach(), q.grad, reader.retrieved, reader.fill, *reader.distance(), columns])
+    torch.testing.assert_close(*results)
+    assert results[0][2].shape == (B, H, T, 3) and (results[0][2] >= 0).all()
 
 
 def test_retrieved_numbers_chunks_by_age():

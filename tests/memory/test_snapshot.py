@@ -132,6 +132,20 @@ def test_a_smaller_memory_takes_the_newest(tmp_path):
     assert [document.name for document in other.documents] == ["document 1"]
 
 
+def test_a_file_of_several_layers_names_them(tmp_path):
+    """The keys of all heads, the lowest layer's first; a file of one layer is as it always was."""
+    path = str(tmp_path / "memory")
+    save_memory(path, make_memory(7), FINGERPRINT, "1,3")
+    other = make_memory()
+    load_memory(path, other, FINGERPRINT, "1,3")
+    assert held(other) == list(range(7))
+    with pytest.raises(SnapshotError, match="is of layer 1,3, but the model's memory layer is 3 .--retrieval-layer"):
+        load_memory(path, other, FINGERPRINT, 3)
+    with pytest.raises(SnapshotError, match="is of layer 3, but the model's memory layers are 1,3 .--retrieval-layer"):
+        load_memory(save(tmp_path / "memory"), other, FINGERPRINT, "1,3")
+    assert held(other) == list(range(7))
+
+
 def test_what_was_evicted_is_not_saved(tmp_path):
     path = save(tmp_path / "memory", make_memory(7, 11, 10, memory_size=12))
     other = make_memory()

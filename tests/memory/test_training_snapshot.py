@@ -24,18 +24,19 @@ from tests.memory.test_memory import SCALING, C, D, H, at, make_memory, states
 ABOUT = {"epoch": 1, "batch": 12, "backbone": "0123"}
 
 
-def make(shared=False, dtype=torch.float32, N=4):
+def make(shared=False, dtype=torch.float32, N=4, layers=1):
     lanes = 1 if shared else 3
-    bank = MemoryBank(lanes, H, D, N * C, C, dtype, exact_means=shared)
+    bank = MemoryBank(lanes, H, D, N * C, C, dtype, exact_means=shared, layers=layers)
     return (SharedMemory if shared else StreamMemory)(bank, ChunkReader(TorchSearch(), memory_attention, 2))
 
 
 def step(memory, segments):
     """One batch; returns what was read, (B, H, T, D)."""
     q, k, v = states(segments)
-    z, _ = memory.open(segments)(q, SCALING)
+    reader = memory.open(segments)
+    z = [reader.of_layer(i)(x, SCALING)[0] for i, x in enumerate(q.chunk(memory.bank.layers, dim=1))]
     memory.write(segments, k, v)
-    return z
+    return torch.cat(z, dim=1)
 
 
 @settings(max_examples=40)
@@ -43,11 +44,12 @@ def step(memory, segments):
     lanes=st.lists(st.lists(st.integers(1, 10), min_size=1, max_size=6), min_size=1, max_size=3),
     stop=st.integers(0, 5),
     shared=st.booleans(),
+    layers=st.integers(1, 2),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     repeat=st.booleans(),
 )
 def test_a_memory_that_was_loaded_goes_on_as_the_one_that_was_saved(
-    tmp_path_factory, lanes, stop, shared, dtype, repeat
+    tmp_path_factory, lanes, stop, shared, layers, dtype, repeat
 ):
     """Whatever is held, held back, evicted or waiting for a chunk to be full; also where the last batch comes again."""
     path = str(tmp_path_factory.mktemp("memory") / "m.safetensors")
@@ -55,7 +57,7 @@ def test_a_memory_that_was_loaded_goes_on_as_the_one_that_was_saved(
     for i in range(max(len(lane) for lane in lanes)):
         rows = [row for row, lane in enumerate(lanes) if i < len(lane)]
         batches.append(at(rows, rows, [sum(lanes[row][:i]) for row in rows], [lanes[row][i] for row in rows]))
-    saved, loaded = make(shared, dtype), make(shared, dtype)
+    saved, loaded = (make(shared, dtype, layers=1 if shared else layers) for _ in range(2))
     if shared:
         step(loaded, at([0], [9], [0], [20]))  # what was there before is gone afterwards
     else:

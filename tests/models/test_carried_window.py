@@ -13,15 +13,15 @@ from tests.models.tiny import LONGMEM, batches, build_longmem, documents, longme
 
 T = LONGMEM["tokens_per_sample"]
 KINDS = {"alibi_lm": 5, "llama_lm": 9, "transformer_lm": 11}
-LAYERS_READ = {"alibi_lm": 1, "llama_lm": "1,3", "transformer_lm": "1,3"}
+
+
+def options_of(kind):
+    return {"carry_window": KINDS[kind], "retrieval_layer_index": 1 if kind == "alibi_lm" else "1,3"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return {
-        kind: longmem(tmp_path_factory.mktemp(kind), model=kind, carry_window=C, retrieval_layer_index=LAYERS_READ[kind])
-        for kind, C in KINDS.items()
-    }
+    return {kind: longmem(tmp_path_factory.mktemp(kind), model=kind, **options_of(kind)) for kind in KINDS}
 
 
 def from_start(model):
@@ -120,8 +120,7 @@ def test_a_batch_that_comes_again_is_the_same(models, kind, tmp_path):
     for layer in model.decoder.layers:
         layer.recompute = True
     docs, others = documents([4 * T, 2 * T]), documents([2 * T], seed=9)
-    options = {"carry_window": KINDS[kind], "retrieval_layer_index": LAYERS_READ[kind]}
-    plain = build_longmem(model.cfg.pretrained_model_path, **options)
+    plain = build_longmem(model.cfg.pretrained_model_path, **options_of(kind))
     plain.decoder.load_state_dict(model.decoder.state_dict())
     names = [name for name, x in plain.named_parameters() if x.requires_grad]
     for tokens, segments in batches(docs, T):

@@ -13,8 +13,8 @@ T = 7  # tokens of a segment; the tiny memory holds 5 chunks of 3
 MODELS = {
     "learned": dict(),
     "sinusoidal": dict(backbone={"decoder_learned_pos": False}),
-    "alibi": dict(model="alibi_lm"),
-    "llama": dict(model="llama_lm"),
+    "alibi": dict(model="alibi_lm", retrieval_layer_index="1,3"),
+    "llama": dict(model="llama_lm", retrieval_layer_index="1,3"),
     "no memory": dict(use_external_memory=False),
 }
 CARRIED = {

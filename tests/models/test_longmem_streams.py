@@ -21,7 +21,8 @@ def from_start(model):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return {kind: longmem(tmp_path_factory.mktemp(kind), model=kind) for kind in KINDS}
+    layers = dict(zip(KINDS, ("1,3", 1, "1,3")))
+    return {k: longmem(tmp_path_factory.mktemp(k), model=k, retrieval_layer_index=layers[k]) for k in KINDS}
 
 
 @settings(max_examples=20)
@@ -122,11 +123,17 @@ def test_more_lanes_than_before(tmp_path):
 
 
 @settings(max_examples=15)
-@given(pieces=st.integers(2, 9), last=st.integers(1, T), memory=st.integers(T, 3 * T), data=st.data())
-def test_replay_equals_never_having_stopped(tmp_path_factory, pieces, last, memory, data):
+@given(
+    pieces=st.integers(2, 9),
+    last=st.integers(1, T),
+    memory=st.integers(T, 3 * T),
+    layers=st.sampled_from([1, "1,3"]),
+    data=st.data(),
+)
+def test_replay_equals_never_having_stopped(tmp_path_factory, pieces, last, memory, layers, data):
     """From ``memory_tokens`` before on, and whatever the memory held: the same logits, bit by bit."""
     directory = tmp_path_factory.mktemp("replay")
-    whole, resumed = longmem(directory, memory_size=memory), longmem(directory, memory_size=memory)
+    whole, resumed = (longmem(directory, memory_size=memory, retrieval_layer_index=layers) for _ in range(2))
     parts = list(batches(documents([(pieces - 1) * T + last, 2 * T]), T))
     for tokens, segments in parts[:-1]:
         whole(tokens, segments=segments)
