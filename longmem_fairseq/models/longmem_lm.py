@@ -182,7 +182,7 @@ class LongMemModel(FairseqLanguageModel):
             if checkpoint_format.holds_longmem(state_dict):
                 self._rename_foreign(state_dict, checkpoint_format)
         backbone, saved = self.decoder.backbone, _pop_fingerprint(state_dict)
-        check_gates(state_dict, self.decoder.reading_layers, backbone.memory_layers)
+        check_gates(state_dict, backbone.memory_layers, self.decoder.reduction)
         _check_fingerprint(saved, backbone, self.cfg.pretrained_model_path)
         if not any(key.startswith(_BACKBONE) for key in state_dict):
             weights = backbone

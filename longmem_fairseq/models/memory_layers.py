@@ -92,24 +92,24 @@ def select_memory_layers(cfg: Any, backbone: Backbone) -> None:
         _check_several(cfg, layers)
 
 
-def check_gates(names: Iterable[str], reading_layers: Sequence[int], layers: Sequence[int]) -> None:
+def check_gates(names: Iterable[str], layers: Sequence[int], reduction: int) -> None:
     """Refuse the weights of a side network of which other layers read the memory.
 
     Args:
         names: Names of the weights; those of a model without gates are not checked.
-        reading_layers: Numbers s of the side layers that read the memory in this model.
         layers: Numbers m of this model's memory layers.
+        reduction: Number of backbone layers per layer of its side network, R.
 
     Raises:
         ValueError: Other side layers have gates.
     """
     matches = (re.fullmatch(r"decoder\.layers\.(\d+)\.self_attn\.memory_gate", name) for name in names)
-    saved = sorted(int(match[1]) for match in matches if match)
-    if saved and saved != sorted(reading_layers):
+    saved, reading = sorted(int(match[1]) for match in matches if match), [m // reduction for m in layers]
+    if saved and saved != reading:
         raise ValueError(
-            f"--retrieval-layer-index {memory_layers_setting(layers)} is read by side layer "
-            f"{', '.join(map(str, reading_layers))}, but the checkpoint was trained to read in side layer "
-            f"{', '.join(map(str, saved))}: leave the option as it was, or train another side network"
+            f"--retrieval-layer-index {memory_layers_setting(layers)} and --layer-reduction-factor {reduction} let side "
+            f"layer {' and '.join(map(str, reading))} read, but the checkpoint was trained to read in side layer "
+            f"{' and '.join(map(str, saved))}: leave both options out"
         )
 
 

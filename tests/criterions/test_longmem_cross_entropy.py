@@ -232,6 +232,19 @@ def test_gate_is_the_mean_over_heads(model):
     assert all(log["memory_batches"] == 1 for log in ranks)
 
 
+def test_gates_of_several_layers(tmp_path):
+    """The mean over all heads, and that of each layer under its number; fill and distance are means over layers."""
+    model = longmem(tmp_path, retrieval_layer_index="1,3", k=30)
+    for layer, gate in zip(model.decoder.layers, (-2.0, 1.0)):
+        layer.self_attn.memory_gate.data.fill_(gate)
+    figures, one = reduced(logs(model, criterion())), reduced(logs(longmem(tmp_path, k=30), criterion()))
+    gates = torch.tensor([-2.0, 1.0]).sigmoid()
+    assert [figures["gate_1"], figures["gate_3"]] == pytest.approx(gates.tolist(), abs=1e-3)
+    assert figures["gate"] == pytest.approx(float(gates.mean()), abs=1e-3)
+    assert [figures[name] for name in ("mem_fill", "mem_dist")] == [one[name] for name in ("mem_fill", "mem_dist")]
+    assert not any(name.startswith("gate_") for name in one)
+
+
 def test_fill_is_the_mean_over_lanes_and_batches(model):
     """Lane by lane from the tokens before: whole chunks, no more than the memory holds."""
     N, C = LONGMEM["memory_size"] // LONGMEM["chunk_size"], LONGMEM["chunk_size"]

@@ -239,24 +239,28 @@ def test_a_graph_is_rebuilt_when_half_of_it_was_evicted():
     assert max(sizes) < 100 and sizes[-10:] == [60, 70, 80, 90, 50, 60, 70, 80, 90, 50]
 
 
-def test_copies_of_a_bank_are_independent():
-    """Each hypothesis of a beam has an index of what all share, and then of what it wrote."""
+@pytest.mark.parametrize("layers", [1, H])
+def test_copies_of_a_bank_are_independent(layers):
+    """Each hypothesis of a beam has an index of what all share, and then of what it wrote; in each memory layer."""
     generator = torch.Generator().manual_seed(0)
-    bank = MemoryBank(1, H, D, 300 * C, C)
+    bank = MemoryBank(1, H, D, 300 * C, C, layers=layers)
     search = search_of("IVF4,Flat", "nprobe=4", 300)
     write(bank, 0, 290 * C, generator)
     chunk_reader = ChunkReader(search, memory_attention, 4)
-    branches = MemoryBranches(2, lambda: MemoryBank(1, H, D, 300 * C, C), chunk_reader, base=bank)
+    branches = MemoryBranches(2, lambda: None, chunk_reader, bank, layers)
     queries = torch.randn(2, H, 3, D, generator=generator)
-    branches.reader()(queries, 1.0)
+    for layer, q in enumerate(queries.chunk(layers, dim=1)):
+        branches.reader().of_layer(layer)(q, 1.0)
     keys = torch.randn(2, H, 60 * C, D, generator=generator)
     branches.write([0, 1], torch.arange(2 * 60 * C).view(2, -1), keys, keys)
     branches.reorder([1, 0, 0])
     assert len({id(b) for b in branches.banks} | {id(bank)}) == 3
-    lane = np.array([0])
     for branch in (*branches.banks, bank):
-        slots, exact = (s(branch, lane, queries[:1], 4) for s in (search, torch_search))
-        torch.testing.assert_close(scores(branch, lane, queries[:1], slots), scores(branch, lane, queries[:1], exact))
+        branch = branch.by_layer()
+        for layer, q in enumerate(queries[:1].chunk(layers, dim=1)):
+            lane = np.array([layer])
+            slots, exact = (s(branch, lane, q, 4) for s in (search, torch_search))
+            torch.testing.assert_close(scores(branch, lane, q, slots), scores(branch, lane, q, exact))
 
 
 def test_a_loaded_memory_is_indexed_again(tmp_path):

@@ -43,9 +43,21 @@ def test_holds_the_side_network_alone_and_the_backbones_fingerprint_as_text(buil
     assert made.cfg.model.backbone_fingerprint == made.model.decoder.backbone.fingerprint
 
 
-def test_comes_back_with_the_same_logits(built, tmp_path):
-    made = built()
+@pytest.mark.parametrize("layers", ["1", "3,1"])
+def test_comes_back_with_the_same_logits(built, tmp_path, layers):
+    made = built("--retrieval-layer-index", layers)
     assert same_logits(load(save(made, tmp_path / "c.pt")), made.model)
+
+
+@pytest.mark.parametrize(
+    "trained, changed, saved, needed", [("1", "1,3", "0", "0 and 1"), ("1,3", "3", "0 and 1", "1")]
+)
+def test_other_reading_layers_are_refused(built, tmp_path, trained, changed, saved, needed):
+    path = save(built("--retrieval-layer-index", trained), tmp_path / "c.pt")
+    sentence = f"index {changed} and .* let side layer {needed} read, but the checkpoint was trained .* {saved}: leave"
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load(path, retrieval_layer_index=changed)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +268,7 @@ def test_settings_of_the_memory_can_be_overridden_in_evaluation(built, tmp_path)
 
 def test_a_checkpoint_of_unfitting_settings_is_refused(built, tmp_path):
     path = save(built(), tmp_path / "c.pt")
-    with pytest.raises(RuntimeError, match="decoder.layers.2.*"):
+    with pytest.raises(ValueError, match="--layer-reduction-factor 1 let side layer 1 read, but .* in side layer 0: "):
         load(path, layer_reduction_factor=1)
     with pytest.raises(ValueError, match="--k 7 is not a positive multiple of --chunk-size 3"):
         load(path, k=7)

@@ -11,7 +11,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from longmem_fairseq.memory.search.faiss import has_faiss_gpu
 from longmem_fairseq.models.longmem_lm import LongMemConfig, LongMemModel
 from longmem_fairseq.models.memory_layers import default_memory_layer
-from tests.models.tiny import LAYERS, POSITIONS
+from tests.models.tiny import LAYERS, POSITIONS, longmem
 
 ARCHITECTURES = {
     "longmem_gpt2_tiny": (4, 3),
@@ -59,6 +59,14 @@ def test_the_memory_layer_follows_from_the_backbones_depth(train, write_backbone
     assert len(decoder.layers) == layers // 2 and decoder.backbone.memory_layers == (memory_layer,)
     assert decoder.reading_layers == (memory_layer // 2,)
     assert built.cfg.model.retrieval_layer_index == memory_layer
+
+
+@pytest.mark.parametrize("value, setting", [(" 3, 1", "1,3"), ([3, 1], "1,3"), ("3", 3), (2, 2), ([0], 0)])
+def test_memory_layers_are_saved_in_one_form(tmp_path, value, setting):
+    """A number, as in files of earlier versions, or text with several, ascending."""
+    model = longmem(tmp_path, retrieval_layer_index=value)
+    assert model.cfg.retrieval_layer_index == setting
+    assert model.decoder.reading_layers == tuple(m // 2 for m in model.decoder.backbone.memory_layers)
 
 
 @pytest.mark.parametrize("layers, reduction, expected", [(12, 1, 8), (12, 3, 10), (6, 6, 1), (1, 1, 0), (30, 2, 21)])
@@ -223,6 +231,29 @@ def test_a_gpu_search_that_cannot_be_had_is_an_error(train, write_backbone):
         (
             ["--retrieval-layer-index", LAYERS],
             f"--retrieval-layer-index {LAYERS} is outside the backbone, whose layers are 0 to {LAYERS - 1}",
+        ),
+        (
+            ["--retrieval-layer-index", f"1,{LAYERS}"],
+            f"--retrieval-layer-index {LAYERS} is outside the backbone, whose layers are 0 to {LAYERS - 1}",
+        ),
+        (["--retrieval-layer-index", "3,1,3"], "--retrieval-layer-index 3,1,3 names layer 3 twice: leave one out"),
+        (
+            ["--retrieval-layer-index", "3,2"],
+            r"--retrieval-layer-index 2,3: layers 2 and 3 would both be read by side layer 1 .--layer-reduction-factor 2.: "
+            "leave one out",
+        ),
+        *(
+            (
+                ["--retrieval-layer-index", value],
+                f"--retrieval-layer-index {value} is neither the number of a layer nor numbers separated by commas: "
+                "write it as 17 or 13,17,21",
+            )
+            for value in ("one", "1.5", "1,,3", "1,", "True")
+        ),
+        (
+            ["--retrieval-layer-index", "1,3", "--memory-scope", "shared"],
+            "--retrieval-layer-index 1,3 names 2 layers, but --memory-scope shared holds one: name one of them, or set "
+            "--memory-scope document",
         ),
         (["--retrieval-layer-index", -1], f"--retrieval-layer-index -1 is outside the backbone, .* 0 to {LAYERS - 1}"),
         (

@@ -14,10 +14,11 @@ EOS = torch.tensor([VOCABULARY.eos()])
 EARLIER = documents([9, 5], seed=4)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    model = longmem(tmp_path_factory.mktemp("trace"), memory_size=60)
-    model.decoder.layers[0].self_attn.memory_gate.data = torch.tensor([0.5, -1.0, 2.0])
+@pytest.fixture(scope="module", params=[1, "1,3"])
+def model(request, tmp_path_factory):
+    model = longmem(tmp_path_factory.mktemp("trace"), memory_size=60, retrieval_layer_index=request.param)
+    for s in model.decoder.reading_layers:
+        model.decoder.layers[s].self_attn.memory_gate.data = torch.tensor([0.5, -1.0, 2.0]) * (1 - 2 * s)
     return model
 
 
@@ -41,7 +42,11 @@ def test_scores_are_those_of_the_forward_pass(model):
 
 def test_reads_make_up_what_the_memory_gave(model):
     """All reads of a query, weighted with their masses and with the values that lie at their places, give Z."""
-    reads = trace_reads(DocumentReader(model.decoder, T), TEXT, memory_of(model), kept=6)  # 3 heads x 2 chunks: all
+    layers = model.decoder.reading_layers
+    heads = 3 * len(layers)
+    kept = 2 * heads  # two chunks a head: all
+    reads = trace_reads(DocumentReader(model.decoder, T), TEXT, memory_of(model), kept=kept)
+    assert reads.layers == model.decoder.backbone.memory_layers and torch.equal(reads.gates, model.decoder.gates)
     inputs = torch.cat([EOS, TEXT[:-1]])
     keys, values = [], []
     with torch.no_grad():
@@ -49,32 +54,33 @@ def test_reads_make_up_what_the_memory_gave(model):
             encoded = model.decoder.backbone(piece[None])
             keys.append(encoded.keys[0])
             values.append(encoded.values[0])
-    keys, values = torch.cat(keys, dim=1), torch.cat(values, dim=1)  # (H, length, d)
-    queries, answers = [], []
+    keys, values = torch.cat(keys, dim=1), torch.cat(values, dim=1)  # (heads of all layers, length, d)
+    queries, answers = ({s: [] for s in layers} for _ in range(2))
     for i, piece in enumerate(inputs.split(T)):
         segments = Segments([0], [0], [i * T], [len(piece)], 1)
-        attention = model.decoder.layers[0].self_attn
-        hold = attention.reading
+        attentions = {s: model.decoder.layers[s].self_attn for s in layers}
+        for s, attention in attentions.items():
 
-        def reading(reader, hold=hold):
-            def watched(q, scaling):
-                z, present = reader(q, scaling)
-                queries.append(q[0] * scaling)
-                answers.append(z[0])
-                return z, present
+            def reading(reader, hold=attention.reading, s=s):
+                def watched(q, scaling):
+                    z, present = reader(q, scaling)
+                    queries[s].append(q[0] * scaling)
+                    answers[s].append(z[0])
+                    return z, present
 
-            return hold(watched)
+                return hold(watched)
 
-        attention.reading = reading
+            attention.reading = reading
         try:
             with torch.no_grad():
                 model(piece[None], segments=segments)
         finally:
-            del attention.reading
-    q, z = torch.cat(queries, dim=1), torch.cat(answers, dim=1)  # (H, length, d)
+            for attention in attentions.values():
+                del attention.reading
+    q, z = (torch.cat([torch.cat(x[s], dim=1) for s in layers]) for x in (queries, answers))
     assert (reads.heads[:T] == -1).all() and (reads.heads[T:] >= 0).all()
     for t in (T, 3 * T - 1, len(TEXT) - 1):
-        for head in range(3):
+        for head in range(heads):
             reading = reads.heads[t] == head
             places = (reads.chunks[t, reading][:, None] + torch.arange(3)).flatten()
             assert len(places) == 6 and places.max() < t // T * T
@@ -85,8 +91,11 @@ def test_reads_make_up_what_the_memory_gave(model):
             torch.testing.assert_close(reads.by_head[t, head], share)
     shares = reads.masses * reads.gates[reads.heads.clamp(min=0)] * (reads.heads >= 0)
     assert (shares.diff(dim=1) <= 1e-6).all(), "the most read come first"
-    by_chunk = torch.zeros(len(TEXT), len(TEXT)).scatter_add(1, reads.chunks.clamp(min=0), shares / 3).amax(1)
-    torch.testing.assert_close(reads.strongest, by_chunk)
+    strongest = []
+    for i in range(len(layers)):
+        of_layer = shares * (reads.heads // 3 == i) / 3
+        strongest.append(torch.zeros(len(TEXT), len(TEXT)).scatter_add(1, reads.chunks.clamp(min=0), of_layer).amax(1))
+    torch.testing.assert_close(reads.strongest, torch.stack(strongest).amax(0))
 
 
 def test_earlier_documents_are_read_and_named(model):

@@ -79,7 +79,7 @@ def read(model, batches):
         ("document", {}),
         ("stream", {}),
         ("shared", {}),
-        ("document", {"carry_window": 5}),
+        ("document", {"carry_window": 5, "retrieval_layer_index": "1,3"}),
         ("stream", {"carry_window": 9, "model": "alibi_lm", "memory_size": 0}),
     ],
 )
@@ -131,6 +131,9 @@ def test_snapshots_that_do_not_fit_are_refused(stopped, tmp_path):
     batch = next(stopped.batches)
     other = new_model(tmp_path, retrieval_layer_index=2)
     with pytest.raises(SnapshotError, match="--retrieval-layer-index was 1 and is 2: .*--resume-memory replay"):
+        continued(stopped).load(batch, other, stopped.iterator)
+    other = new_model(tmp_path, retrieval_layer_index="1,3")
+    with pytest.raises(SnapshotError, match="--retrieval-layer-index was 1 and is 1,3; heads was .*--resume-memory"):
         continued(stopped).load(batch, other, stopped.iterator)
     other = new_model(tmp_path, backbone={"seed": 5})
     with pytest.raises(SnapshotError, match="backbone .* was .* and is .*: .*--resume-memory replay"):

@@ -206,10 +206,10 @@ def test_other_lanes_cannot_continue_within_an_epoch(killed, tmp_path):
 
 @pytest.fixture(scope="module")
 def ranks(tiny_options, tmp_path_factory):
-    """A training on two ranks of two lanes: its options, directory and log."""
+    """A training on two ranks of two lanes that reads two layers: its options, directory and log."""
     directory = tmp_path_factory.mktemp("ranks")
     options = [*tiny_options, "--batch-size", 2, "--num-workers", 0, "--dropout", 0]
-    options += ["--valid-subset", "valid,single"]
+    options += ["--valid-subset", "valid,single", "--layer-reduction-factor", 1, "--retrieval-layer-index", "0,1"]
     log, _ = run_ranks("train", *options, "--save-dir", directory / "whole", cwd=directory)
     return SimpleNamespace(options=options, checkpoint=directory / "whole" / "checkpoint_last.pt", log=log)
 
