@@ -9,7 +9,8 @@ nothing that is worth searching for further back.
 With ``--layers``, the memory is every layer in turn: the first copy of the sequence is remembered, and the heads of the
 side layer, as they start from the layer's weights, search it with the tokens of the second copy. A head that copies
 finds the token that follows the same token in the first copy. The layer whose best heads find it most often is a good
-``--retrieval-layer-index``.
+``--retrieval-layer-index``; if several layers have a head that finds it at least half of the time, they are a list to
+try.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from longmem_fairseq.modules.query_groups import group_queries, ungroup
 from longmem_fairseq.modules.side_layer import SideNetworkOptions
 
 _BEST_HEADS = 3  # by whose mean layers are compared
+_COPIES = 0.5  # share of the queries from which on a head copies
 
 
 def random_copies(dictionary: Dictionary, length: int, copies: int, rows: int, seed: int) -> Tensor:
@@ -122,15 +124,15 @@ class _QueryRecorder:
 
 
 def heads_table(shares: Tensor, reduction: int = 2) -> str:
-    """Return the shares of :func:`copying_heads` as a table, and the layer to remember.
+    """Return the shares of :func:`copying_heads` as a table, and the layers to remember.
 
     Args:
         shares: Shares by layer and head, shape (N, H).
         reduction: Number of backbone layers per layer of the side network, R.
 
     Returns:
-        One line a layer with its best heads first. The layer that is named is the best of those that a side layer
-        starts from (m = R * s + 1).
+        One line a layer with its best heads first. The layer that the last line names is the best of those that a side
+        layer starts from (m = R * s + 1); the line before names all of them that copy, where they are several.
     """
     best, heads = shares.sort(dim=1, descending=True)
     lines = ["layer  best heads (how often the nearest key is the one to copy)"]
@@ -139,9 +141,12 @@ def heads_table(shares: Tensor, reduction: int = 2) -> str:
         lines.append(f"{number:5}  " + ", ".join(list(parts)[:6]))
     fitting = [m for m in range(len(shares)) if reduction == 1 or m % reduction == 1]
     chosen = max(fitting, key=lambda m: float(best[m, :_BEST_HEADS].mean()))
-    return "\n".join(
-        [*lines, f"the side layer that starts from layer {chosen} copies best: --retrieval-layer-index {chosen}"]
-    )
+    copying = [m for m in fitting if float(best[m, 0]) >= _COPIES]
+    if len(copying) > 1:
+        option = f"--retrieval-layer-index {','.join(map(str, copying))}"
+        lines.append(f"{len(copying)} side layers start from layers that copy; try {option} too")
+    lines.append(f"the side layer that starts from layer {chosen} copies best: --retrieval-layer-index {chosen}")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -107,8 +107,8 @@ def check_gates(names: Iterable[str], layers: Sequence[int], reduction: int) -> 
     saved, reading = sorted(int(match[1]) for match in matches if match), [m // reduction for m in layers]
     if saved and saved != reading:
         raise ValueError(
-            f"--retrieval-layer-index {memory_layers_setting(layers)} and --layer-reduction-factor {reduction} let side "
-            f"layer {' and '.join(map(str, reading))} read, but the checkpoint was trained to read in side layer "
+            f"--retrieval-layer-index {memory_layers_setting(layers)} and --layer-reduction-factor {reduction} let "
+            f"side layer {' and '.join(map(str, reading))} read, but the checkpoint was trained to read in side layer "
             f"{' and '.join(map(str, saved))}: leave both options out"
         )
 

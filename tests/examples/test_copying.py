@@ -48,7 +48,7 @@ def copying_backbone(directory):
     previous[0, 0] = 0
     previous[torch.arange(1, 64), torch.arange(63)] = 0
 
-    def attend_to_the_previous(q, k, v, left=None):
+    def attend_to_the_previous(q, k, v, *unused):
         T = q.size(2)
         return torch.softmax(previous[:T, :T], dim=-1) @ v
 
@@ -71,6 +71,17 @@ def test_the_head_that_copies_is_found(tmp_path):
     assert shares[1, 2] > 0.5 and shares[1, 2] == shares.max() and shares[0].max() < 0.3
     table = heads_table(shares).splitlines()
     assert table[2].split()[1] == "2:" and table[-1].endswith("--retrieval-layer-index 1")
+
+
+def test_all_layers_that_copy_are_named_on_the_line_before():
+    """Of those that a side layer starts from; scripts read the last line."""
+    shares = torch.zeros(8, H)
+    shares[1, 0], shares[3], shares[4, 1], shares[5, 2], shares[7, 3] = 0.5, 0.2, 1.0, 0.9, 0.49
+    before, last = heads_table(shares).splitlines()[-2:]
+    assert before == "2 side layers start from layers that copy; try --retrieval-layer-index 1,5 too"
+    assert last == "the side layer that starts from layer 5 copies best: --retrieval-layer-index 5"
+    shares[1, 0] = 0.4
+    assert "try" not in heads_table(shares)
 
 
 def test_losses_are_those_of_the_model(tmp_path):

@@ -239,8 +239,8 @@ def test_a_gpu_search_that_cannot_be_had_is_an_error(train, write_backbone):
         (["--retrieval-layer-index", "3,1,3"], "--retrieval-layer-index 3,1,3 names layer 3 twice: leave one out"),
         (
             ["--retrieval-layer-index", "3,2"],
-            r"--retrieval-layer-index 2,3: layers 2 and 3 would both be read by side layer 1 .--layer-reduction-factor 2.: "
-            "leave one out",
+            "--retrieval-layer-index 2,3: layers 2 and 3 would both be read by side layer 1 .--layer-reduction-factor "
+            "2.: leave one out",
         ),
         *(
             (
