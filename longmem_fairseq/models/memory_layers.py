@@ -109,7 +109,7 @@ def check_gates(names: Iterable[str], layers: Sequence[int], reduction: int) -> 
         raise ValueError(
             f"--retrieval-layer-index {memory_layers_setting(layers)} and --layer-reduction-factor {reduction} let "
             f"side layer {' and '.join(map(str, reading))} read, but the checkpoint was trained to read in side layer "
-            f"{' and '.join(map(str, saved))}: leave both options out"
+            f"{' and '.join(map(str, saved))}: give the values of its training"
         )
 
 

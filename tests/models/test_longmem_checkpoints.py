@@ -54,7 +54,7 @@ def test_comes_back_with_the_same_logits(built, tmp_path, layers):
 )
 def test_other_reading_layers_are_refused(built, tmp_path, trained, changed, saved, needed):
     path = save(built("--retrieval-layer-index", trained), tmp_path / "c.pt")
-    sentence = f"index {changed} and .* let side layer {needed} read, but the checkpoint was trained .* {saved}: leave"
+    sentence = f"index {changed} and .* let side layer {needed} read, but the checkpoint was trained .* {saved}: give"
     with pytest.raises(ValueError, match=sentence) as caught:
         load(path, retrieval_layer_index=changed)
     assert "\n" not in str(caught.value)
