@@ -29,7 +29,7 @@ from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.factory import MemoryFactory
 from longmem_fairseq.memory.search.index_spec import FLAT
 from longmem_fairseq.memory.settings import MEMORY_DTYPES, MemorySettings
-from longmem_fairseq.memory.split_memories import SplitMemories
+from longmem_fairseq.models.lane_state import LaneState
 from longmem_fairseq.models.live_window import WINDOW, new_window
 from longmem_fairseq.models.longmem_config import LongMemConfig
 from longmem_fairseq.models.longmem_decoder import LongMemDecoder
@@ -171,7 +171,7 @@ def with_memory_size(decoder: LongMemDecoder, memory_size: int, real: Optional[R
     factory = factory.with_settings(settings)
     other = copy.copy(decoder)
     other.memory_factory = factory if real is None else RealQueriesFactory(factory, real)
-    other.memories = SplitMemories(other.memory_factory)
+    other.lane_state = LaneState(other, other.memory_factory, decoder.lane_state.windows.size)
     return other
 
 

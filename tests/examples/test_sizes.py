@@ -15,7 +15,9 @@ from tests.fairseq_runs import make_dictionary
 from tests.models.tiny import batches, documents, longmem, task_of
 from tests.repository import ROOT
 
-OPTIONS = argparse.Namespace(segment=1024, batch=1, memory_size=65536, backbone_dtype="float32")
+OPTIONS = argparse.Namespace(
+    segment=1024, batch=1, memory_size=65536, retrieval_layer_index=None, backbone_dtype="float32"
+)
 # Parameters of the published models.
 PUBLISHED = {
     "gpt2": 124_439_808,
@@ -131,12 +133,23 @@ def test_activations_that_training_keeps(tmp_path, model, settings):
     assert saved_bytes == pytest.approx(expected, rel=0.1)
 
 
+def test_each_memory_layer_takes_as_much_as_one():
+    one, three = (
+        sizes.computed("gpt2", argparse.Namespace(**{**vars(OPTIONS), "retrieval_layer_index": layers}))
+        for layers in ("9", "5,7,9")
+    )
+    for figure in ("bank_gib", "mib_per_1k_half", "mib_per_1k_single"):
+        assert three[figure] == pytest.approx(3 * one[figure])
+
+
 @pytest.mark.parametrize("backbone_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("shape", [gpt2(2, 16, 2, 50), llama(2, 16, 24, 2, 1, 50, 8, tied=False)])
 def test_measuring(monkeypatch, capsys, shape, mode, backbone_dtype):
     monkeypatch.setitem(SHAPES, "tiny", shape)
-    options = argparse.Namespace(segment=8, batch=2, memory_size=32, backbone_dtype=backbone_dtype)
+    options = argparse.Namespace(
+        segment=8, batch=2, memory_size=32, retrieval_layer_index=1, backbone_dtype=backbone_dtype
+    )
     sizes.print_measured("tiny", mode, options)
     assert abs(int(capsys.readouterr().out)) < 2**30  # Linux counts pages roughly
 

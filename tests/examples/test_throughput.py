@@ -16,6 +16,10 @@ def test_throughput(tmp_path):
     done = run_example(
         "benchmark.throughput",
         *TINY.split(),
+        "--reduction",
+        1,
+        "--retrieval-layer-index",
+        "0,1",
         "--memory-sizes",
         0,
         64,
@@ -36,8 +40,8 @@ def test_throughput(tmp_path):
     assert [off["memory_size"], on["memory_size"]] == [0, 64]
     assert on["tokens_per_second"] == pytest.approx(2 * 16 / on["seconds_per_step"])
     assert on["ratio_to_off"] == pytest.approx(on["tokens_per_second"] / off["tokens_per_second"])
-    # 2 lanes, 2 heads, 16 chunks of 4 tokens, width 8: keys and values, means, and one chunk a lane for the tail.
-    assert off["bank_bytes"] == 0 and on["bank_bytes"] == 2 * 2 * 16 * (2 * 4 * 8 * 4 + 4 * 8) + 2 * 2 * 2 * 4 * 8 * 4
+    # 2 lanes, 2 layers of 2 heads, 16 chunks of 4 tokens, width 8: keys and values, means, and a chunk a lane as tail.
+    assert off["bank_bytes"] == 0 and on["bank_bytes"] == 2 * 4 * 16 * (2 * 4 * 8 * 4 + 4 * 8) + 2 * 2 * 4 * 4 * 8 * 4
     assert min(off["peak_memory_bytes"], on["peak_memory_bytes"]) > 2**26  # PyTorch alone takes more
     (full,) = result["full_attention"]
     assert full["speed_of_longmem"] == pytest.approx(on["tokens_per_second"] / full["tokens_per_second"])
