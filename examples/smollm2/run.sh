@@ -7,7 +7,7 @@
 # of it is run). Environment variables set the rest:
 #   TEXT=directory-or-file          documents to adapt and evaluate on; default: the standard library of Python
 #   UPDATES=150                     length of the adaptation, in updates of 4,096 tokens
-#   TEST_CHARACTERS=400000          size of the evaluated text
+#   TEST_CHARACTERS=200000          size of the evaluated text
 #   MEMORIES="0 1024 4096 16384 65536", BLOCKS="1024 2048 4096 8192"
 #                                   sizes of the memory, and blocks of full attention, that are evaluated, in tokens
 #   CARRY=1024                      carried window with which the memory is also evaluated, in tokens; 0 for none
@@ -17,7 +17,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${SMOLLM2:-smollm2}
 updates=${UPDATES:-150}
-evaluated=${TEST_CHARACTERS:-400000}
+evaluated=${TEST_CHARACTERS:-200000}
 read -ra memories <<<"${MEMORIES:-0 1024 4096 16384 65536}"
 read -ra blocks <<<"${BLOCKS:-1024 2048 4096 8192}"
 carry=${CARRY:-1024}
