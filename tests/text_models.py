@@ -19,7 +19,8 @@ from tests.models.tiny import BACKBONE, LONGMEM, build_longmem, randomize, stock
 from tests.repository import ROOT
 
 SHIPPED = ROOT / "examples" / "pretrained" / "mini"
-T = LONGMEM["tokens_per_sample"]
+READING = {**LONGMEM, "retrieval_layer_index": "1,3"}
+T = READING["tokens_per_sample"]
 
 
 def sentencepiece_model(directory: Path) -> Path:
@@ -51,11 +52,11 @@ def _write(directory: Path) -> Path:
     settings["task"].update(_name="language_modeling")
     backbone = directory / "backbone.pt"
     write_checkpoint(backbone, stock_model(dictionary=dictionary), None, {"cfg": settings})
-    model = build_longmem(backbone, dictionary)
+    model = build_longmem(backbone, dictionary, **READING)
     randomize(model.decoder.layers, 1)
     randomize(model.decoder.layer_norm, 2)
     settings = _settings(LongMemConfig, LongMemLanguageModelingConfig, directory)
-    settings["model"].update(LONGMEM, _name="longmem_lm", pretrained_model_path=str(backbone))
+    settings["model"].update(READING, _name="longmem_lm", pretrained_model_path=str(backbone))
     settings["task"].update(_name="longmem_language_modeling", tokens_per_sample=T)
     write_checkpoint(directory / "model.pt", model, None, {"cfg": settings})
     return directory

@@ -175,7 +175,7 @@ def _check_settings(path: str, settings: Dict[str, Any]) -> None:
         try:
             if name not in (*_SETTINGS, "backbone_fingerprint", "tokens_per_sample"):
                 raise ValueError("it is unknown")
-            if name == "retrieval_layer_index":
+            if name == "retrieval_layer_index" and value is not None:
                 parse_memory_layers(value)
             known[name] = value
         except (OmegaConfBaseException, ValueError) as error:

@@ -17,7 +17,7 @@ from tests.repository import ROOT
 
 SHIPPED = ROOT / "examples" / "pretrained" / "mini"
 T = 32  # tokens of a window
-LONGMEM = {"memory_size": 128, "k": 6, "chunk_size": 3, "retrieval_layer_index": 1, "tokens_per_sample": T}
+LONGMEM = {"memory_size": 128, "k": 6, "chunk_size": 3, "retrieval_layer_index": "1,3", "tokens_per_sample": T}
 POSITIONS = {"max_target_positions": 2 * T, "tokens_per_sample": 2 * T}
 
 

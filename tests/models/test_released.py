@@ -246,6 +246,13 @@ def test_backbone_from_its_own_file(files):
         load_released(files["bare"])
 
 
+@pytest.mark.parametrize("scope", ["shared", "document"])
+def test_one_layer_is_remembered(files, scope):
+    sentence = "--retrieval-layer-index 1,3 names 2 layers, but a model of the released LongMem reads one: name one"
+    with pytest.raises(ValueError, match=sentence):
+        load_released(files["side network"], retrieval_layer_index="1,3", memory_scope=scope)
+
+
 @torch.no_grad()
 def test_lanes_of_their_own(files):
     """With memory_scope="document" no row hears of another."""
