@@ -86,10 +86,10 @@ def _read_row(past: Past, hidden: Tensor, tokens: Tensor, n: int) -> Found:
     rows = max(1, SCORES_AT_ONCE // (m + T))
     results: List[Found] = []
     for begin in range(0, T, rows):
-        own = places[begin : begin + rows]
+        numbers = places[begin : begin + rows]
         scores = entries[m + begin : m + begin + rows] @ entries.T  # (q, m + T)
-        scores[:, m:].masked_fill_(places >= own[:, None], float("-inf"))
-        results.append(nearest(scores, followers, (m + own).float(), n))
+        scores[:, m:].masked_fill_(places >= numbers[:, None], float("-inf"))
+        results.append(nearest(scores, followers, (m + numbers).float(), n))
     return tuple(torch.cat(x) for x in zip(*results))
 
 
