@@ -45,7 +45,8 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
     layers also ``gate_13``, that over the heads that read layer 13, and so on; ``mem_fill``, the share of the memory
     in use; ``mem_dist``, the mean number of tokens between a query and the chunks it reads; on sampled updates
     ``ppl_no_mem``, the perplexity of the same side network when it reads nothing, and ``mem_gain``, the
-    percentage by which reading lowers it; and with an approximate index (``--memory-index``), on sampled updates,
+    percentage by which reading lowers it; with a token memory ``token_memory_weight``, the mean weight that it has in
+    the output; and with an approximate index (``--memory-index``), on sampled updates,
     ``mem_recall``, the percentage of the chunks found by exact search that the index finds too.
 
     Args:
@@ -99,6 +100,11 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
         )
         logging_output["tokens_compared"] = sample["ntokens"] if compared else 0
         logging_output.update(memory_figures(model, extra["memory"], zero))
+        if "token_memory_weight" in extra:
+            logging_output["token_memory_tokens"] = sample["ntokens"]
+            logging_output["token_memory_weight"] = (
+                extra["token_memory_weight"].masked_fill(target == self.padding_idx, 0.0).sum()
+            )
         return loss, sample_size, logging_output
 
     def _loss(self, logits, target, reduce):
@@ -132,6 +138,9 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
         compared = total("memory_compared")
         if compared:
             metrics.log_scalar("mem_recall", 100 * total("memory_hits") / compared, compared, round=1)
+        tokens = total("token_memory_tokens")
+        if tokens:
+            metrics.log_scalar("token_memory_weight", total("token_memory_weight") / tokens, tokens, round=3)
         tokens = total("tokens_compared")
         if tokens:
             with_memory = total("loss_compared") / tokens / math.log(2)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .placement import Placement
+from .token_bank import TokenBank
 
 
 class MemoryBank:
@@ -47,6 +48,8 @@ class MemoryBank:
         resets: Number of resets of each lane, shape (L,), int64: while it stays the same, no chunk changes.
         indices: Indices of the lanes of :meth:`by_layer` that are searched approximately (see
             :class:`longmem_fairseq.memory.search.index.IndexSearch`).
+        token_bank: Bank of the token memory of the same text, for a bank of one stream outside training; None without
+            one.
 
     Raises:
         ValueError: The bank has no room for a chunk, or a chunk has no token.
@@ -88,6 +91,7 @@ class MemoryBank:
         self.position = np.zeros(lanes, dtype=np.int64)
         self.resets = np.zeros(lanes, dtype=np.int64)
         self.indices: Dict = {}
+        self.token_bank: Optional[TokenBank] = None
 
     @property
     def held(self) -> np.ndarray:
@@ -245,13 +249,15 @@ class MemoryBank:
                 for name in ("keys", "values", "means"):
                     getattr(other, name)[lane, :, begin:end] = getattr(self, name)[lane, :, begin:end]
         other.indices = copy.deepcopy(self.indices, memo)
+        other.token_bank = copy.deepcopy(self.token_bank, memo)
         return other
 
     def __reduce__(self):
         """Pickle what the bank holds, without its indices and empty slots."""
         sizes = (self.lanes, self.heads, self.head_dim, self.chunks * self.chunk_size, self.chunk_size)
         exact_means = self.tail.dtype != self.keys.dtype
-        return _restored, (sizes, self.keys.dtype, exact_means, self.placement, self.layers, *self.state())
+        state = self.state()
+        return _restored, (sizes, self.keys.dtype, exact_means, self.placement, self.layers, *state, self.token_bank)
 
     def tokens(self, lane: int, dtype: Optional[torch.dtype] = None) -> Tuple[Tensor, Tensor]:
         """Return a copy of all tokens of a lane, oldest first, those that do not fill a chunk yet included.
@@ -298,8 +304,9 @@ class MemoryBank:
         return newest - (newest - slots) % self.chunks
 
 
-def _restored(sizes, dtype, exact_means, placement, layers, tensors, counters) -> MemoryBank:
+def _restored(sizes, dtype, exact_means, placement, layers, tensors, counters, token_bank) -> MemoryBank:
     """Return a bank that was pickled."""
     bank = MemoryBank(*sizes, dtype, exact_means=exact_means, placement=placement, layers=layers)
     bank.restore(tensors, counters)
+    bank.token_bank = token_bank
     return bank

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..modules.token_mixture import TokenReads
 from .bank import MemoryBank
 from .layered_reader import join_layers
 from .reader import BatchReader, ChunkReader, MemoryReader, Observer, chunk_ages
+from .token_bank import HALF, TokenBank
+from .token_search import Past, TokenStates, read_segments, read_windows
 
 
 class MemoryBranches:
@@ -27,6 +30,8 @@ class MemoryBranches:
         chunk_reader: Search and attention.
         base: Bank of one lane that every row starts with, which is only read; None for an empty memory.
         layers: Number of memory layers.
+        token_entries: Number of entries of the token memory that a token reads; 0 without a token memory.
+        token_dtype: Precision of the hidden states in the token memory.
 
     Attributes:
         banks: Bank of each row; None where there is nothing to read yet.
@@ -40,16 +45,22 @@ class MemoryBranches:
         chunk_reader: ChunkReader,
         base: Optional[MemoryBank] = None,
         layers: int = 1,
+        token_entries: int = 0,
+        token_dtype: torch.dtype = HALF,
     ):
         self.new_bank, self.chunk_reader, self.base, self.layers = new_bank, chunk_reader, base, layers
+        self.token_entries, self.token_dtype = token_entries, token_dtype
         self.banks: List[Optional[MemoryBank]] = [base] * rows
         self.on_read: Optional[Observer] = None
+        self._pasts: Dict[int, Tuple[TokenBank, int, Past]] = {}  # of the last step, by the identity of their bank
 
     def reorder(self, order: Sequence[int]) -> None:
         """Make row i what row ``order[i]`` was; rows may be dropped or repeated."""
         self.banks = [self.banks[row] for row in order]
 
-    def write(self, rows: Sequence[int], tokens: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(
+        self, rows: Sequence[int], tokens: Tensor, keys: Tensor, values: Tensor, hidden: Optional[Tensor] = None
+    ) -> None:
         """Write the same number of tokens for each of some rows.
 
         Args:
@@ -58,6 +69,7 @@ class MemoryBranches:
                 the same tokens continue to share it.
             keys: Keys, shape (b, H_kv, T, d).
             values: Values, shape (b, H_kv, T, d).
+            hidden: Hidden states for the token memory, shape (b, T, D); None without one.
         """
         groups: Dict[Tuple, List[int]] = {}
         for i, (row, row_tokens) in enumerate(zip(rows, tokens.tolist())):
@@ -70,6 +82,8 @@ class MemoryBranches:
             elif bank is self.base or any(other is bank for row, other in enumerate(self.banks) if row not in writers):
                 bank = copy.deepcopy(bank)
             bank.append(0, keys[members[0]], values[members[0]])
+            if self.token_entries:
+                bank.token_bank.append(0, hidden[members[0]], tokens[members[0]])
             for row in writers:
                 self.banks[row] = bank
 
@@ -80,6 +94,44 @@ class MemoryBranches:
         for reader in readers:
             reader.on_read = self.on_read
         return join_layers(readers)
+
+    def read_segments(self, states: TokenStates) -> Optional[TokenReads]:
+        """Let every token of a segment of each row read the row's token memory; None without one."""
+        if not self.token_entries:
+            return None
+        return read_segments([self._past(bank, states) for bank in self.banks], states, self.token_entries)
+
+    def read_windows(self, states: TokenStates, lengths: Tensor) -> Optional[TokenReads]:
+        """Let the last token of each row's window read the row's token memory; None without one.
+
+        Args:
+            states: Tokens of the windows, at the right ends of the rows.
+            lengths: Number of tokens in each row's window, at least 1, shape (B,), int64.
+        """
+        if not self.token_entries:
+            return None
+        rows: Dict[int, List[int]] = {}
+        for row, bank in enumerate(self.banks):
+            rows.setdefault(id(bank and bank.token_bank), []).append(row)
+        groups, pasts = [], {}
+        for key, members in rows.items():
+            bank = self.banks[members[0]]
+            if bank is not None:
+                pasts[key] = self._in_full_precision(bank.token_bank)
+            groups.append((members, self._past(None, states) if bank is None else pasts[key][-1]))
+        self._pasts = pasts
+        return read_windows(groups, states, lengths, self.token_entries)
+
+    def _past(self, bank: Optional[MemoryBank], states: TokenStates) -> Past:
+        return (states.hidden[0, :0], states.tokens[0, :0]) if bank is None else bank.token_bank.contents(0)
+
+    def _in_full_precision(self, bank: TokenBank) -> Tuple[TokenBank, int, Past]:
+        """Return a bank, its position, and its content in float32: on a CPU, converting it takes longer than a step."""
+        kept, position = self._pasts.get(id(bank)), int(bank.position[0])
+        if kept is not None and kept[:2] == (bank, position):
+            return kept
+        hidden, tokens = bank.contents(0)
+        return bank, position, (hidden.float() if hidden.device.type == "cpu" else hidden, tokens)
 
 
 class BranchReader(MemoryReader):

@@ -6,13 +6,14 @@ Legend: H_kv key/value heads of all memory layers, d width of a head.
 import copy
 import weakref
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from .bank import MemoryBank
 from .savepoint import Savepoint
+from .token_search import Past
 
 
 class MemorizedDocument(NamedTuple):
@@ -68,7 +69,7 @@ class DocumentMemory:
     @property
     def oldest(self) -> int:
         """Number of the oldest token in the memory, counted from the stream's start."""
-        return int(self.bank.written[0] - self.bank.held[0]) * self.bank.chunk_size
+        return min(self._oldest_key, self._oldest_state)
 
     @property
     def tokens(self) -> int:
@@ -79,6 +80,16 @@ class DocumentMemory:
     def documents(self) -> List[MemorizedDocument]:
         """Documents with tokens in the memory, oldest first; the oldest tokens are evicted when it is full."""
         return [document for document in self._documents if document.end > self.oldest]
+
+    @property
+    def _oldest_key(self) -> int:
+        """Number of the oldest token of which keys and values are held."""
+        return int(self.bank.written[0] - self.bank.held[0]) * self.bank.chunk_size
+
+    @property
+    def _oldest_state(self) -> int:
+        """Number of the oldest token in the token memory; the stream's end without one."""
+        return self.end - (0 if self.bank.token_bank is None else int(self.bank.token_bank.held[0]))
 
     def require_new(self, name: str) -> None:
         """Refuse a name that a document in the memory has.
@@ -132,46 +143,63 @@ class DocumentMemory:
         if removed is None:
             names = ", ".join(document.name for document in self.documents) or "nothing"
             raise ValueError(f"the memory does not have a document {name}: it has {names}")
+        keys, values = (_without(x, 1, self._oldest_key, removed) for x in self.bank.tokens(0))
+        states = None
+        if self.bank.token_bank is not None:
+            states = tuple(_without(x, 0, self._oldest_state, removed) for x in self.bank.token_bank.contents(0))
         oldest = self.oldest
-        begin, end = max(0, removed.begin - oldest), max(0, removed.end - oldest)
-        keys, values = self.bank.tokens(0)
+        length = removed.end - max(removed.begin, oldest)
         kept = []
         for document in self.documents:
             if document.name != name:
-                shift = oldest + (end - begin if document.begin - oldest >= end else 0)
+                shift = oldest + (length if document.begin >= removed.end else 0)
                 kept.append(MemorizedDocument(document.name, document.begin - shift, document.end - shift))
-        self.replace(
-            torch.cat([keys[:, :begin], keys[:, end:]], dim=1),
-            torch.cat([values[:, :begin], values[:, end:]], dim=1),
-            kept,
-        )
+        self.replace(keys, values, kept, states)
 
-    def replace(self, keys: Tensor, values: Tensor, documents: Sequence[MemorizedDocument]) -> None:
+    def replace(
+        self, keys: Tensor, values: Tensor, documents: Sequence[MemorizedDocument], states: Optional[Past] = None
+    ) -> None:
         """Replace the content of the memory, whole or not at all.
+
+        Keys and hidden states of the last token are the last ones; there may be more of the one than of the other.
 
         Args:
             keys: Keys, shape (H_kv, tokens, d).
             values: Values, shape (H_kv, tokens, d).
             documents: Places of the documents, counted from the first of these tokens.
+            states: Hidden states (tokens, D) and token ids (tokens,) of the token memory; None without one.
         """
-        with self._whole_or_not_at_all(keys.size(1), emptied=True):
-            self.bank.reset(0)
-            self.bank.append(0, keys, values)
-            self._documents = [MemorizedDocument(name, max(0, begin), end) for name, begin, end in documents]
+        earlier = 0 if states is None else max(0, len(states[1]) - keys.size(1))
+        shift = -earlier % self.bank.chunk_size  # chunks start where the keys do
+        with self._whole_or_not_at_all(keys.size(1), position=earlier + shift):
+            bank = self.bank
+            bank.reset(0, earlier + shift)
+            bank.append(0, keys, values)
+            if states is not None:
+                bank.token_bank.replace(0, *states, position=int(bank.position[0]))
+            self._documents = [
+                MemorizedDocument(name, max(0, begin) + shift, end + shift) for name, begin, end in documents
+            ]
 
     @contextmanager
-    def _whole_or_not_at_all(self, tokens: int, emptied: bool = False) -> Iterator[None]:
+    def _whole_or_not_at_all(self, tokens: int, position: Optional[int] = None) -> Iterator[None]:
         """Restore the memory where an exception ends the block; arguments are those of :class:`.Savepoint`."""
         documents = self._documents
         if any(loan.bank is self.bank for loan in self._loans):
             self.bank = copy.deepcopy(self.bank)
-        savepoint = Savepoint(self.bank, 0, tokens, emptied)
+        savepoint = Savepoint(self.bank, 0, tokens, position)
         try:
             yield
         except BaseException:  # an interruption by the user too
             _finish(savepoint.restore)
             self._documents = documents
             raise
+
+
+def _without(x: Tensor, dim: int, oldest: int, removed: MemorizedDocument) -> Tensor:
+    """Return what is left of the tokens of a dimension, the first of which is number ``oldest``, without a document."""
+    begin, end = max(0, removed.begin - oldest), max(0, removed.end - oldest)
+    return torch.cat([x.narrow(dim, 0, begin), x.narrow(dim, end, x.size(dim) - end)], dim=dim)
 
 
 def _finish(function: Callable[[], None]) -> None:

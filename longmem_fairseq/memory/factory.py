@@ -15,6 +15,8 @@ from .search.base import SearchBackend, choose_search
 from .search.index import IndexSearch
 from .settings import MemorySettings
 from .stream_memory import StreamMemory
+from .token_bank import TokenBank
+from .token_streams import TokenStreams
 
 _SIZES_KEPT = 16  # factories of other sizes that are kept
 
@@ -31,6 +33,8 @@ class MemoryFactory:
         attention: Function that attends to retrieved chunks (see
             :func:`longmem_fairseq.modules.memory_attention.memory_attention`).
         layers: Number of memory layers.
+        width: Width of the hidden states that a token memory holds, D; 0 where there is none.
+        symbols: Number of symbols of the dictionary, V; None where it is not known.
     """
 
     def __init__(
@@ -40,9 +44,11 @@ class MemoryFactory:
         head_dim: int,
         attention: MemoryAttention = memory_attention,
         layers: int = 1,
+        width: int = 0,
+        symbols: Optional[int] = None,
     ):
         self.settings, self.kv_heads, self.head_dim, self.attention = settings, kv_heads, head_dim, attention
-        self.layers = layers
+        self.layers, self.width, self.symbols = layers, width, symbols
         self._placements: Dict[torch.device, Placement] = {}
         self._searches: Dict[torch.device, SearchBackend] = {}
         self._sizes: Dict[int, MemoryFactory] = {}
@@ -64,7 +70,8 @@ class MemoryFactory:
 
     def with_settings(self, settings: MemorySettings) -> "MemoryFactory":
         """Return a factory of memories of the same model with other settings, which are checked."""
-        return MemoryFactory(settings, self.kv_heads, self.head_dim, self.attention, self.layers)
+        sizes = self.kv_heads, self.head_dim, self.attention, self.layers, self.width, self.symbols
+        return MemoryFactory(settings, *sizes)
 
     def placement(self, device: torch.device) -> Placement:
         """Return where banks are stored for a model on a device."""
@@ -128,7 +135,40 @@ class MemoryFactory:
         """
         policy = memory_policy(self.settings.scope)
         bank = self.bank(1 if policy.shares_memory else lanes, like.dtype, like.device)
-        return policy.memory_class(bank, self.chunk_reader(like.device), keep_reads)
+        memory = policy.memory_class(bank, self.chunk_reader(like.device), keep_reads)
+        if self.settings.token_memory:
+            memory.token_streams = TokenStreams(self.token_bank(lanes, like.device), self.settings.token_entries)
+        return memory
+
+    def token_bank(self, lanes: int, device: torch.device) -> TokenBank:
+        """Make an empty bank of a token memory.
+
+        Args:
+            lanes: Number of lanes.
+            device: Device of the model.
+
+        Raises:
+            ValueError: There is no room for it.
+        """
+        size = self.settings.token_memory
+        try:
+            return TokenBank(lanes, self.width, size, device, self.settings.token_dtype, self.symbols)
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # whatever PyTorch raises for this size
+            raise ValueError(
+                f"there is no room for --token-memory {size:,} (tokens of each of {lanes} lanes): lower it"
+            ) from error
+
+    def document_bank(self, dtype: torch.dtype, device: torch.device) -> MemoryBank:
+        """Make an empty bank of one stream, with the bank of its token memory if there is one.
+
+        Args:
+            dtype: Precision of the model's activations, as for :meth:`bank`.
+            device: Device of the model.
+        """
+        bank = self.bank(1, dtype, device)
+        if self.settings.token_memory:
+            bank.token_bank = self.token_bank(1, device)
+        return bank
 
     def branches(
         self, rows: int, dtype: torch.dtype, device: torch.device, base: Optional[MemoryBank] = None
@@ -141,5 +181,12 @@ class MemoryFactory:
             device: Device of the model.
             base: Bank of one lane that every row starts with, which is only read; None for an empty memory.
         """
-        chunk_reader = self.chunk_reader(device)
-        return MemoryBranches(rows, lambda: self.bank(1, dtype, device), chunk_reader, base, self.layers)
+        return MemoryBranches(
+            rows,
+            lambda: self.document_bank(dtype, device),
+            self.chunk_reader(device),
+            base,
+            self.layers,
+            self.settings.token_entries if self.settings.token_memory else 0,
+            self.settings.token_dtype,
+        )

@@ -4,7 +4,7 @@ Legend: H_kv key/value heads of all memory layers, d width of a head.
 """
 
 import json
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..tensor_files import Header
 from .container import SnapshotError, malformed, parse_entry, read_container, sha256, write_container
 from .document_memory import DocumentMemory, MemorizedDocument
+from .token_bank import TokenBank
 
 FORMAT = "longmem memory 1"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -39,6 +40,10 @@ def save_memory(
     for x in (keys, values):
         if not largest(x) < float("inf"):
             raise ValueError(f"the memory has values that do not fit {dtype}: save it in bfloat16 or float32")
+    tensors = {"keys": keys, "values": values}
+    if memory.bank.token_bank is not None:
+        hidden, tokens = memory.bank.token_bank.contents(0)
+        tensors.update(hidden=hidden.cpu().contiguous(), tokens=tokens.cpu().contiguous())
     oldest = memory.oldest
     documents = [[name, max(0, begin - oldest), end - oldest] for name, begin, end in memory.documents]
     header = {
@@ -49,7 +54,7 @@ def save_memory(
         "tokens": str(memory.tokens),
         "documents": json.dumps(documents),
     }
-    write_container(path, {"keys": keys, "values": values}, header, sha256)
+    write_container(path, tensors, header, sha256)
 
 
 def load_memory(path: str, memory: DocumentMemory, backbone: str, layers: Union[int, str]) -> None:
@@ -67,9 +72,19 @@ def load_memory(path: str, memory: DocumentMemory, backbone: str, layers: Union[
     header, tensors = read_container(path, FORMAT, sha256, "memory")
     _check_model(path, header, backbone, str(layers))
     _check_tensors(path, tensors, memory)
-    documents = _read_documents(path, header, tensors["keys"].size(1))
+    tokens, earlier = tensors["keys"].size(1), 0  # earlier: tokens that only the token memory of the file has
+    if "tokens" in tensors:
+        earlier = max(0, len(tensors["tokens"]) - tokens)
+    documents = _read_documents(path, header, earlier + tokens)
+    states = None
+    if memory.bank.token_bank is not None:
+        states = tensors["hidden"], tensors["tokens"]
+    elif earlier:
+        documents = [
+            MemorizedDocument(x.name, x.begin - earlier, x.end - earlier) for x in documents if x.end > earlier
+        ]
     device = memory.bank.keys.device
-    memory.replace(tensors["keys"].to(device), tensors["values"].to(device), documents)
+    memory.replace(tensors["keys"].to(device), tensors["values"].to(device), documents, states)
 
 
 def largest(x: Tensor) -> float:
@@ -94,10 +109,12 @@ def _check_model(path: str, header: Header, backbone: str, layers: str) -> None:
 
 
 def _check_tensors(path: str, tensors: Dict[str, Tensor], memory: DocumentMemory) -> None:
-    """Refuse keys and values that are not numbers of the right shape, or that the memory's precision cannot hold."""
+    """Refuse tensors that are not numbers of the right shape, or that the memory's precision cannot hold."""
     bank = memory.bank
-    if tensors.keys() != {"keys", "values"}:
+    if tensors.keys() - {"hidden", "tokens"} != {"keys", "values"}:
         raise malformed(path, "memory", f"it holds {', '.join(sorted(tensors)) or 'nothing'}, not keys and values")
+    if bank.token_bank is not None or tensors.keys() & {"hidden", "tokens"}:
+        _check_states(path, tensors, bank.token_bank)
     keys, values = tensors["keys"], tensors["values"]
     if keys.dim() != 3 or keys.shape != values.shape:
         shapes = f"{list(keys.shape)} and {list(values.shape)}"
@@ -106,7 +123,7 @@ def _check_tensors(path: str, tensors: Dict[str, Tensor], memory: DocumentMemory
         raise SnapshotError(
             f"the memory {path} has {keys.shape[0]} heads of width {keys.shape[2]}, not {bank.heads} of {bank.head_dim}"
         )
-    for name, x in tensors.items():
+    for name, x in (("keys", keys), ("values", values)):
         if x.dtype not in DTYPES.values():
             raise malformed(path, "memory", f"its {name} are {x.dtype}, not {', '.join(DTYPES)}")
         most = largest(x)
@@ -117,6 +134,29 @@ def _check_tensors(path: str, tensors: Dict[str, Tensor], memory: DocumentMemory
                 f"the {name} of the memory {path} reach {most:.4g}, more than {bank.keys.dtype} holds: load the "
                 "model with --memory-dtype bfloat16 or float32"
             )
+
+
+def _check_states(path: str, tensors: Dict[str, Tensor], bank: Optional[TokenBank]) -> None:
+    """Refuse a token memory that is missing, not numbers of the right shape, or of another model."""
+    if not {"hidden", "tokens"} <= tensors.keys():
+        raise SnapshotError(
+            f"the memory {path} was saved without a token memory, which the model has: memorize the documents again, "
+            "or load the model with --token-memory 0"
+        )
+    hidden, tokens = tensors["hidden"], tensors["tokens"]
+    if hidden.dim() != 2 or tokens.dim() != 1 or len(hidden) != len(tokens):
+        shapes = f"{list(hidden.shape)} and {list(tokens.shape)}"
+        raise malformed(path, "memory", f"the shapes {shapes} are not (tokens, width) and (tokens)")
+    if hidden.dtype not in DTYPES.values() or tokens.dtype != torch.int64:
+        raise malformed(path, "memory", f"its token memory is {hidden.dtype} and {tokens.dtype}")
+    if not largest(hidden) < float("inf"):
+        raise malformed(path, "memory", "its hidden are not all finite numbers")
+    if bank is None or not len(tokens):
+        return
+    if hidden.size(1) != bank.width:
+        raise SnapshotError(f"the memory {path} has hidden states of width {hidden.size(1)}, not {bank.width}")
+    if tokens.min() < 0 or (bank.symbols is not None and tokens.max() >= bank.symbols):
+        raise malformed(path, "memory", f"its token ids are not all among the {bank.symbols} of the dictionary")
 
 
 def _read_documents(path: str, header: Header, tokens: int) -> List[MemorizedDocument]:

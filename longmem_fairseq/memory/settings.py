@@ -11,6 +11,7 @@ from .policies import memory_policy
 from .search.base import check_search
 from .search.faiss import has_faiss_gpu
 from .search.index_spec import FLAT, IndexSpec, index_spec, split_index
+from .token_bank import HALF
 
 MEMORY_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -27,10 +28,14 @@ class MemorySettings:
         search: Name of the search backend (``--memory-search``).
         index: Factory string of an approximate index (``--memory-index``); ``flat`` for exact search.
         index_parameters: Search parameters of the index, such as ``nprobe=32``; empty for its defaults.
-        dtype: Precision of keys and values (``--memory-dtype``); None for the model's.
+        dtype: Precision of keys and values (``--memory-dtype``); None for the model's, and half precision in the token
+            memory.
         device: Where keys and values are stored (``--memory-device``): ``auto``, ``cuda`` or ``cpu``.
         directory: Directory of a memory-mapped file for keys and values (``--memory-map``), or None.
         needs_gpu_search: Whether a GPU build of faiss is required (``--use-gpu-to-search``).
+        token_memory: Number of tokens that the token memory of a lane holds (``--token-memory``); 0 where it, or the
+            memory, is off.
+        token_entries: Number of its entries that each token reads (``--token-memory-k``).
     """
 
     size: int
@@ -44,6 +49,8 @@ class MemorySettings:
     device: str = "auto"
     directory: Optional[str] = None
     needs_gpu_search: bool = False
+    token_memory: int = 0
+    token_entries: int = 1024
 
     @classmethod
     def from_config(cls, cfg: Any) -> "MemorySettings":
@@ -71,12 +78,19 @@ class MemorySettings:
             device=str(cfg.memory_device),
             directory=cfg.memory_map,
             needs_gpu_search=cfg.use_gpu_to_search,
+            token_memory=cfg.token_memory if cfg.use_external_memory and cfg.memory_size else 0,
+            token_entries=cfg.token_memory_k,
         )
 
     @property
     def enabled(self) -> bool:
         """Whether there is a memory."""
         return self.size != 0  # a negative size is refused by check
+
+    @property
+    def token_dtype(self) -> torch.dtype:
+        """Precision of the hidden states in the token memory."""
+        return self.dtype or HALF
 
     @property
     def indexed(self) -> bool:
@@ -94,8 +108,11 @@ class MemorySettings:
         return self.tokens_per_query // self.chunk_size
 
     def with_size(self, tokens: int) -> "MemorySettings":
-        """Return the same settings for a memory of another size, of at least one chunk."""
-        return replace(self, size=max(tokens, self.chunk_size))
+        """Return the same settings for a memory of another size, of at least one chunk.
+
+        The token memory holds no more tokens than that.
+        """
+        return replace(self, size=max(tokens, self.chunk_size), token_memory=min(self.token_memory, tokens))
 
     def index_spec(self, head_dim: int) -> IndexSpec:
         """Return the index that these settings ask for.
@@ -156,4 +173,20 @@ class MemorySettings:
             raise ValueError(
                 "--use-gpu-to-search needs a GPU and a faiss built for it: pip uninstall faiss-cpu and pip install "
                 "faiss-gpu, or leave the option out"
+            )
+
+    def check_token_memory(self) -> None:
+        """Refuse settings of the token memory that are out of range, or contradict the memory's scope.
+
+        Raises:
+            ValueError: A setting is not supported; the message names it.
+        """
+        if self.token_memory < 0:
+            raise ValueError(f"--token-memory {self.token_memory} is negative: set it to 0 or more tokens")
+        if self.token_entries < 1:
+            raise ValueError(f"--token-memory-k {self.token_entries} is less than one entry: raise it")
+        if self.token_memory and memory_policy(self.scope).shares_memory:
+            raise ValueError(
+                f"--token-memory {self.token_memory} keeps the lanes' documents apart, which --memory-scope "
+                f"{self.scope} joins: set --token-memory 0, or --memory-scope document"
             )

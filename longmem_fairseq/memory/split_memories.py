@@ -65,6 +65,9 @@ class SplitMemories:
             memory.bank.nbytes / 2**20,
             memory.chunk_reader.search.name,
         )
+        if memory.token_streams is not None:
+            tokens = memory.token_streams.bank
+            logger.info("token memory: %d lanes x %d tokens, %.1f MiB", lanes, tokens.size, tokens.nbytes / 2**20)
         return memory
 
     def needs_replay(self, training: bool, segments: Segments) -> np.ndarray:

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from ..data.segments import Segments
+from ..modules.token_mixture import TokenReads
 from .bank import MemoryBank
 from .lane_streams import LaneStreams
 from .layered_reader import join_layers
 from .policies import MemoryPolicy, register_memory_policy
 from .reader import BatchReader, ChunkReader, MemoryReader, chunk_ages, tables_to_read
+from .token_search import TokenStates
+from .token_streams import TokenStreams
+
+_TOKEN_MEMORY = "token_memory."  # prefix of the names of its tensors
 
 
 class WrittenSegments(NamedTuple):
@@ -35,7 +40,8 @@ class StreamMemory(LaneStreams):
     For each batch: ``reader = memory.open(segments)``, attention calls ``reader.of_layer(i)(q, scaling)`` for each
     memory layer i, then ``memory.write(segments, keys, values)``.
 
-    A memory policy derives from this class and overrides :meth:`reader`, :meth:`start_stream` and :meth:`store`.
+    A memory policy derives from this class and overrides :meth:`reader`, :meth:`start_stream` and :meth:`store`. The
+    token memory, if there is one, has the same streams, whatever a policy does.
 
     Args:
         bank: Bank that stores keys and values.
@@ -44,12 +50,14 @@ class StreamMemory(LaneStreams):
 
     Attributes:
         base: Bank of one lane whose content every stream starts with; None for an empty memory.
+        token_streams: Token memory of the same streams; None without one.
     """
 
     def __init__(self, bank: MemoryBank, chunk_reader: ChunkReader, keep_reads: bool = False):
         super().__init__(bank.lanes)
         self.bank, self.chunk_reader, self.keep_reads = bank, chunk_reader, keep_reads
         self.base: Optional[MemoryBank] = None
+        self.token_streams: Optional[TokenStreams] = None
 
     # What a policy may override ----------------------------------------------------------------------------------
 
@@ -78,27 +86,65 @@ class StreamMemory(LaneStreams):
             MemoryOutOfStep: A segment does not start where its lane's memory ends.
         """
         self.enter(segments)
-        for row in np.flatnonzero(segments.starts == 0):
-            if self.base is not None:
-                self.bank.load(int(segments.lanes[row]), self.base)
+        if self.token_streams is not None:
+            self.token_streams.enter(segments)
+        if self.base is not None:
+            for row in np.flatnonzero(segments.starts == 0):
+                self._load_base(int(segments.lanes[row]))
         return join_layers([self.reader(segments, layer) for layer in range(self.bank.layers)])
 
-    def write(self, segments: Segments, keys: Tensor, values: Tensor) -> None:
+    def read_tokens(self, segments: Segments, states: Optional[TokenStates]) -> Optional[TokenReads]:
+        """Return what a batch's tokens read from the token memory, once it is open; None without one.
+
+        Args:
+            segments: Places of the rows.
+            states: Tokens of the batch and their hidden states.
+        """
+        return None if self.token_streams is None else self.token_streams.read(segments, states)
+
+    def restart(self, segments: Segments) -> None:
+        super().restart(segments)
+        if self.token_streams is not None:
+            self.token_streams.restart(segments)
+
+    def write(self, segments: Segments, keys: Tensor, values: Tensor, states: Optional[TokenStates] = None) -> None:
         """Write a batch's keys and values as soon as its lanes continue.
 
         Args:
             segments: Places of the rows.
             keys: Keys, shape (B, H_kv, T, d).
             values: Values, shape (B, H_kv, T, d).
+            states: Tokens and their hidden states for the token memory; None without one.
         """
         self.hold_back(segments, WrittenSegments(keys.detach(), values.detach()))
+        if self.token_streams is not None:
+            self.token_streams.hold_back(segments, states)
+
+    def flush(self) -> None:
+        super().flush()
+        if self.token_streams is not None:
+            self.token_streams.flush()
+
+    def reset(self) -> None:
+        super().reset()
+        if self.token_streams is not None:
+            self.token_streams.reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the banks."""
+        return self.bank.nbytes + (0 if self.token_streams is None else self.token_streams.bank.nbytes)
 
     def state(self) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
         tensors, counters = self.bank.state()
         if self._pending is not None:
             written = self._pending[1]
             tensors.update({"pending.keys": written.keys, "pending.values": written.values})
-        return tensors, {"bank": counters, **self.places()}
+        state = {"bank": counters, **self.places()}
+        if self.token_streams is not None:
+            states, state["token_streams"] = self.token_streams.state()
+            tensors.update((_TOKEN_MEMORY + name, x) for name, x in states.items())
+        return tensors, state
 
     def restore(self, tensors: Dict[str, Tensor], places: Dict[str, Any]) -> None:
         self.bank.restore(tensors, places["bank"])
@@ -109,6 +155,14 @@ class StreamMemory(LaneStreams):
                 *(tensors[f"pending.{name}"].to(device, copy=True) for name in ("keys", "values"))
             )
         self.restore_places(places, written)
+        if self.token_streams is not None:
+            states = {name[len(_TOKEN_MEMORY) :]: x for name, x in tensors.items() if name.startswith(_TOKEN_MEMORY)}
+            self.token_streams.restore(states, places["token_streams"])
+
+    def _load_base(self, lane: int) -> None:
+        self.bank.load(lane, self.base)
+        if self.token_streams is not None:
+            self.token_streams.bank.load(lane, self.base.token_bank)
 
 
 class StreamReader(MemoryReader):

@@ -69,6 +69,9 @@ def load_training_memory(
     )
     if not isinstance(saved, dict):
         raise malformed(path, "snapshot", "it does not state its place in the data")
+    state = parse_entry(path, "snapshot", header, "state")
+    if state is not None:  # a memory without a token memory does not state its size
+        saved, current = ({"--token-memory": 0, **sizes} for sizes in (saved, current))
     changed = [f"{name} was {x} and is {current.get(name)}" for name, x in saved.items() if x != current.get(name)]
     if changed:
         raise SnapshotError(f"the snapshot {path} does not fit: {'; '.join(changed)}")
@@ -78,7 +81,6 @@ def load_training_memory(
             raise malformed(path, "snapshot", "its counters are not those of a carried window")
         carried = {name[len(_WINDOW) :]: x for name, x in tensors.items() if name.startswith(_WINDOW)}
         _restore(path, window, carried, places)
-    state = parse_entry(path, "snapshot", header, "state")
     if state is None or memory is None:
         return
     if not _is_state(state, memory.bank.lanes):
@@ -120,9 +122,22 @@ def _sizes(memory: StreamMemory) -> Dict[str, Any]:
     """Return what decides the shape of a memory, by the options that set it."""
     bank = memory.bank
     return {
+        **_token_sizes(memory),
         "lanes of the memory": bank.lanes,
         "heads": [bank.heads, bank.head_dim],
         "--memory-size (in whole chunks)": bank.chunks * bank.chunk_size,
         "--chunk-size": bank.chunk_size,
         "precision (--memory-dtype, or the model's)": str(bank.keys.dtype).split(".")[-1],
+    }
+
+
+def _token_sizes(memory: StreamMemory) -> Dict[str, Any]:
+    """Return what decides the shape of a token memory; nothing without one."""
+    if memory.token_streams is None:
+        return {}
+    bank = memory.token_streams.bank
+    return {
+        "--token-memory": bank.size,
+        "width of the token memory": bank.width,
+        "precision of the token memory (--memory-dtype)": str(bank.hidden.dtype).split(".")[-1],
     }

@@ -214,7 +214,7 @@ class CarriedTokens(CarriedWindow):
         carried = self.take(lanes, _TOKENS, int(lengths.max()))[..., 0]  # (B, S)
         pieces = [row[len(row) - length :] for row, length in zip(carried, lengths.tolist())]
         with torch.no_grad():
-            tokens, before = encode_window(self.decoder, pieces, for_memory=self.for_memory)
+            tokens, before, _ = encode_window(self.decoder, pieces, for_memory=self.for_memory)
         state = CarriedSegment(before, lengths, self.decoder.device, None)
         state.tokens = tokens
         return state

@@ -22,7 +22,9 @@ from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
 from ..memory.reader import BatchReader
+from ..memory.token_search import TokenStates
 from ..modules.cached_attention import LEFT_PADDING, SLIDING_WINDOW
+from ..modules.token_mixture import TokenReads
 from ..progress import token_bar
 from .carried_window import CarriedWindow, new_carried_window
 from .reading import DocumentReader, encode_side_by_side
@@ -47,6 +49,8 @@ class LiveWindow:
         lengths: Number of inputs of each row, those that are carried included, shape (B,), int64.
         live: Number of inputs of each row that are not in the memory yet, shape (B,), int64.
         branches: Memories of the rows, or None.
+        hidden: Hidden states, as a token memory holds them, of the inputs that are not in the memory yet, shape
+            (B, columns, D), right-aligned; None without a token memory.
 
     Raises:
         ValueError: A window cannot have this size.
@@ -64,6 +68,9 @@ class LiveWindow:
         self.tokens = torch.zeros(rows, 0, dtype=torch.int64, device=decoder.device)
         self.lengths = np.zeros(rows, dtype=np.int64)
         self.live = np.zeros(rows, dtype=np.int64)
+        self.hidden: Optional[Tensor] = None
+        if branches is not None and branches.token_entries:
+            self.hidden = self.tokens.new_zeros(rows, 0, decoder.backbone.width, dtype=branches.token_dtype)
 
     def step(self, tokens: Tensor, state: Dict[str, Any]) -> List[Tensor]:
         """Read one more input of each row.
@@ -88,7 +95,17 @@ class LiveWindow:
         states = self.decoder.side_network(encoded, self.reader(), state)
         self.tokens = torch.cat([self.tokens, tokens], dim=1)  # (B, S + 1)
         self.lengths, self.live = self.lengths + 1, self.live + 1
+        if self.hidden is not None:
+            hidden = self.decoder.predictor.token_states(encoded, tokens).hidden
+            self.hidden = torch.cat([self.hidden, hidden], dim=1)[:, -int(self.live.max()) :]
         return states
+
+    def read_tokens(self) -> Optional[TokenReads]:
+        """Return what the last input of each row reads from the row's token memory; None without one."""
+        if self.hidden is None:
+            return None
+        states = TokenStates(self.hidden, self.tokens[:, -self.hidden.size(1) :])
+        return self.branches.read_windows(states, torch.from_numpy(self.live).to(self.tokens.device))
 
     def fill(self, pieces: Sequence[Tensor], state: Dict[str, Any], carried: Optional[CarriedWindow] = None) -> None:
         """Read the first inputs of all rows into their empty windows.
@@ -103,8 +120,9 @@ class LiveWindow:
         if carried is not None:
             self._fill_behind(pieces, state, carried)
         elif self.live.any():
-            self.tokens, caches = encode_window(self.decoder, pieces, self.reader())
+            self.tokens, caches, hidden = encode_window(self.decoder, pieces, self.reader())
             state.update(caches)
+            self.hidden = hidden if self.hidden is not None else None
 
     def _fill_behind(self, pieces: Sequence[Tensor], state: Dict[str, Any], carried: CarriedWindow) -> None:
         """Read the first inputs of all rows behind a carried window; arguments are those of :meth:`fill`."""
@@ -120,12 +138,17 @@ class LiveWindow:
         padding = torch.from_numpy(padded.size(1) - self.live).to(padded.device)
         encoded = self.decoder.backbone.encode(padded, before, before.start)
         self.decoder.side_network(encoded, self.reader(), before)
+        if self.hidden is not None:
+            states = self.decoder.predictor.token_states(encoded, padded)
+            self.hidden = align_right(states.hidden[:, None], padding)[:, 0]
         self.tokens = align_right(torch.cat([self.tokens, padded], dim=1), padding)  # (B, S + P)
         state.update(align_caches(self.decoder, before, padding))
 
     def reorder(self, order: Tensor) -> None:
         """Make row i what row ``order[i]`` was."""
         self.tokens = self.tokens.index_select(0, order)
+        if self.hidden is not None:
+            self.hidden = self.hidden.index_select(0, order)
         rows = order.tolist()
         self.lengths, self.live = self.lengths[rows], self.live[rows]
         if self.branches is not None:
@@ -143,7 +166,11 @@ class LiveWindow:
             S = self.tokens.size(1)
             moved = slice(S - self.size, S - left)
             keys, values = (x[index, :, moved] for x in self.decoder.backbone.cached_memory(state))  # (b, H_kv, T, d)
-            self.branches.write(rows, self.tokens[index, moved], keys, values)
+            hidden = None
+            if self.hidden is not None:
+                columns = self.hidden.size(1)
+                hidden = self.hidden[index, columns - self.size : columns - left]
+            self.branches.write(rows, self.tokens[index, moved], keys, values, hidden)
         self.live[rows] = left
         if self._keeps_keys:
             self._drop(state)
@@ -163,11 +190,13 @@ class LiveWindow:
         kept = np.minimum(self.lengths[rows], self.carried or self.size // 2)
         columns = self.tokens.size(1)
         pieces = [self.tokens[row, columns - length :] for row, length in zip(rows, kept.tolist())]
-        tokens, caches = encode_window(self.decoder, pieces, None if self.carried else self.reader(rows))
+        tokens, caches, hidden = encode_window(self.decoder, pieces, None if self.carried else self.reader(rows))
         index = torch.tensor(rows, device=self.tokens.device)
         self.lengths[rows] = kept
         S = int(self.lengths.max())
         self.tokens = _replace(self.tokens, index, tokens, S)
+        if self.hidden is not None and not self.carried:  # what is carried is in the memory
+            self.hidden = _replace(self.hidden, index, hidden, S)
         for module in attention_modules(self.decoder):
             new, old = module.cache(caches), module.cache(state)
             cache = {
@@ -250,7 +279,8 @@ def _read_segments(window: LiveWindow, inputs: Sequence[Tensor], whole: Sequence
             encoded = decoder.backbone.encode(tokens, state, state.start)
             decoder.side_network(encoded, window.reader(rows), state)
             if window.branches is not None:
-                window.branches.write(rows, tokens, encoded.keys, encoded.values)
+                states = decoder.predictor.token_states(encoded, tokens)
+                window.branches.write(rows, tokens, encoded.keys, encoded.values, states and states.hidden)
             carried.write(segments, tokens, state)
             progress.update(tokens.numel())
     return carried
@@ -258,16 +288,19 @@ def _read_segments(window: LiveWindow, inputs: Sequence[Tensor], whole: Sequence
 
 def _write_segments(window: LiveWindow, inputs: Sequence[Tensor], whole: Sequence[int]) -> None:
     """Write the whole segments of all rows into their memories."""
-    size = window.size
+    size, decoder = window.size, window.decoder
+    all_layers = window.hidden is not None
     places = [(s, row) for s in range(max(whole, default=0)) for row, n in enumerate(whole) if n > s]
     pieces = [inputs[row][s * size : (s + 1) * size] for s, row in places]
     with token_bar(len(places) * size, "reading the prompt") as progress:
-        for numbers, tokens, encoded in encode_side_by_side(window.decoder.backbone, pieces):
+        for numbers, tokens, encoded in encode_side_by_side(decoder.backbone, pieces, all_layers):
+            states = decoder.predictor.token_states(encoded, tokens)
             batch = [places[number] for number in numbers]
             for s in sorted({s for s, _ in batch}):
                 members = [i for i, (segment, _) in enumerate(batch) if segment == s]
                 rows = [batch[i][1] for i in members]
-                window.branches.write(rows, tokens[members], encoded.keys[members], encoded.values[members])
+                hidden = None if states is None else states.hidden[members]
+                window.branches.write(rows, tokens[members], encoded.keys[members], encoded.values[members], hidden)
             progress.update(tokens.numel())
 
 

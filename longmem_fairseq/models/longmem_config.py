@@ -86,7 +86,10 @@ class LongMemConfig(FairseqDataclass):
         },
     )
     memory_dtype: ChoiceEnum(["auto", *MEMORY_DTYPES]) = field(
-        default="auto", metadata={"help": "precision of keys and values in the memory; auto: the model's"}
+        default="auto",
+        metadata={
+            "help": "precision of keys and values in the memory; auto: the model's, and float16 in the token memory"
+        },
     )
     memory_index: str = field(
         default=FLAT,
@@ -110,6 +113,16 @@ class LongMemConfig(FairseqDataclass):
     use_gpu_to_search: bool = field(
         default=False,
         metadata={"help": "require a GPU build of faiss: search runs where the memory is stored in any case"},
+    )
+    token_memory: int = field(
+        default=0,
+        metadata={
+            "help": "number of tokens of a lane's past whose final hidden states and next tokens are mixed into the "
+            "output, with a weight that is learned for each token; 0 turns this off"
+        },
+    )
+    token_memory_k: int = field(
+        default=1024, metadata={"help": "number of tokens of the token memory that each token reads"}
     )
     dropout: float = field(default=0.0, metadata={"help": "dropout probability in the side network"})
     attention_dropout: float = field(

@@ -11,7 +11,6 @@ from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor, nn
 
 from ..backbones.base import Backbone, EncodedSegment
-from ..backbones.fingerprint import backbone_fingerprint
 from ..data.segments import Segments
 from ..memory.factory import MemoryFactory
 from ..memory.reader import BatchReader
@@ -19,6 +18,7 @@ from ..modules.side_layer import SideNetworkOptions
 from .lane_state import LaneState
 from .live_window import WINDOW, new_window
 from .longmem_config import plain
+from .predictor import Predictor
 
 
 class LongMemDecoder(FairseqIncrementalDecoder):
@@ -50,6 +50,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             backbone.side_layer(j in self.reading_layers, options) for j in range(backbone.num_layers // self.reduction)
         )
         self.layer_norm = backbone.side_norm(options)
+        self.predictor = Predictor(backbone, memory_factory.settings)
         self.lane_state = LaneState(self, memory_factory, cfg.carry_window)
         self.stateful = False
 
@@ -74,7 +75,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             src_lengths: Ignored; ``segments`` has the lengths.
             segments: Place of each row in its lane's stream. If the decoder is stateful, the default is what follows
                 the tokens of the previous call.
-            features_only: If true, return features (B, T, D) in place of logits.
+            features_only: If true, return features (B, T, D) in place of logits, without the token memory.
             read_only: If true, do not write this segment into the memory, nor carry it on.
             without_memory: If true, also compute logits of the side network without reading the memory.
             encoder_out: Ignored; there is no encoder.
@@ -83,9 +84,10 @@ class LongMemDecoder(FairseqIncrementalDecoder):
                 and ``segments``, ``read_only`` and ``without_memory`` have no meaning.
 
         Returns:
-            Logits (B, T, V), and a dictionary with ``memory`` (the :class:`BatchReader`, None with the memory off),
-            ``inner_states`` (x_0 to x_{N/R}, each (T, B, D)) and, if requested, ``logits_without_memory`` (B, T, V,
-            without gradient).
+            Logits (B, T, V), with a token memory log-probabilities; and a dictionary with ``memory`` (the
+            :class:`BatchReader`, None with the memory off), ``inner_states`` (x_0 to x_{N/R}, each (T, B, D)),
+            with a token memory its ``token_memory_weight`` (B, T) and, if requested, ``logits_without_memory``
+            (B, T, V, without gradient).
 
         Raises:
             ValueError: There are no ``segments``, so the memory's document is not known.
@@ -100,8 +102,10 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         memory = self._memory(segments, encoded.keys) if self.has_memory else None
         reader = None if memory is None else memory.open(segments)
         states = self.side_network(encoded, reader, carried)
-        if memory is not None and not read_only:
-            memory.write(segments, encoded.keys, encoded.values)  # after the search: nothing retrieves itself
+        token_states = self.predictor.token_states(encoded, prev_output_tokens)
+        reads = None if memory is None else memory.read_tokens(segments, token_states)
+        if memory is not None and not read_only:  # after the search: nothing retrieves itself
+            memory.write(segments, encoded.keys, encoded.values, token_states)
         if window is not None and not read_only:
             window.write(segments, prev_output_tokens, carried)
         extra = {"memory": reader, "inner_states": states}
@@ -110,7 +114,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
                 alone = self.side_network(encoded, None, carried and carried.again())
                 extra["logits_without_memory"] = self.output_layer(self.features(alone))
         x = self.features(states)
-        return (x if features_only else self.output_layer(x)), extra
+        return (x if features_only else self.predictor(x, reads, extra)), extra
 
     def side_network(
         self, encoded: EncodedSegment, reader: Optional[BatchReader], incremental_state=None
@@ -141,20 +145,18 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             segments: Place of each row in its lane's stream.
             restart: If true, the lanes are emptied first and their streams may start anywhere, for replay.
         """
-        if (
-            self.lane_state.windows.size
-        ):  # a carried window holds the side network's keys, so all of the segment is read
+        if self.lane_state.windows.size:  # a carried window holds the side network's keys too
             self.lane_state.read_again(tokens, segments, restart)
             return
         if not self.has_memory:
             return
-        encoded = self.backbone.encode_for_memory(tokens)
+        encoded = self.predictor.encode_for_memory(tokens)
         memory = self._memory(segments, encoded.keys)
         if restart:
             memory.restart(segments)
         else:
             memory.open(segments)
-        memory.write(segments, encoded.keys, encoded.values)
+        memory.write(segments, encoded.keys, encoded.values, self.predictor.token_states(encoded, tokens))
 
     def start_from_backbone(self) -> None:
         """Copy backbone layer R * j + 1 into side layer j, and the backbone's final norm into the side network's."""
@@ -162,10 +164,6 @@ class LongMemDecoder(FairseqIncrementalDecoder):
             layer.start_from(self.backbone.layers[min(self.reduction * j + 1, self.backbone.num_layers - 1)])
         if self.layer_norm is not None:
             self.layer_norm.load_state_dict(self.backbone.final_norm.state_dict())
-
-    def take_fingerprint(self) -> None:
-        """Compute the fingerprint of the backbone's present weights."""
-        self.backbone.fingerprint = backbone_fingerprint(self.backbone)
 
     @property
     def has_memory(self) -> bool:
@@ -212,9 +210,10 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         """Return logits (B, 1, V) or features behind one more token of each row, tokens (B, 1)."""
         if WINDOW not in state:
             state[WINDOW] = {"window": new_window(self, self.cfg.tokens_per_sample, tokens.size(0))}
-        states = state[WINDOW]["window"].step(tokens, state)
+        window = state[WINDOW]["window"]
+        states = window.step(tokens, state)
         x = self.features(states)
-        return (x if features_only else self.output_layer(x)), {"attn": None, "inner_states": states}
+        return (x if features_only else self.predictor(x, window.read_tokens())), {"attn": None, "inner_states": states}
 
     def reorder_incremental_state(self, incremental_state: Dict, new_order: Tensor) -> None:
         """Let row i continue as row ``new_order[i]``; the attention modules reorder their caches themselves."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backbones.base import Backbone, BackboneError
 from ..backbones.checkpoint_formats import CheckpointFormat, checkpoint_formats
+from ..backbones.fingerprint import backbone_fingerprint
 from ..backbones.loading import HOW_TO_NAME, build_backbone, load_backbone
 from ..data.segments import Segments
 from ..files import parse_json
@@ -34,6 +35,7 @@ from .memory_layers import check_gates, memory_layers_setting, select_memory_lay
 logger = logging.getLogger(__name__)
 
 _BACKBONE = "decoder.backbone."
+_TOKEN_MIXTURE = "decoder.predictor.token_mixture."
 _FINGERPRINT_TENSOR = "decoder.backbone_fingerprint"  # in older checkpoints, where newer ones have a setting
 
 
@@ -92,6 +94,7 @@ class LongMemModel(FairseqLanguageModel):
         check_options(cfg, backbone)
         select_memory_layers(cfg, backbone)
         settings = MemorySettings.from_config(cfg)
+        settings.check_token_memory()
         if settings.enabled:
             settings.check(backbone.head_dim, safe_getattr(cfg, "tokens_per_sample", None))
         else:
@@ -100,7 +103,14 @@ class LongMemModel(FairseqLanguageModel):
             if safe_getattr(cfg, option, None):
                 logger.info("--%s has no effect: the backbone and the data decide it", option.replace("_", "-"))
         layers = backbone.memory_layers
-        factory = MemoryFactory(settings, backbone.num_kv_heads, backbone.head_dim, layers=len(layers))
+        factory = MemoryFactory(
+            settings,
+            backbone.num_kv_heads,
+            backbone.head_dim,
+            layers=len(layers),
+            width=backbone.width,
+            symbols=backbone.vocabulary,
+        )
         decoder = LongMemDecoder(cfg, task.source_dictionary, backbone, factory)
         if cfg.reload_ptm_layer:
             decoder.start_from_backbone()
@@ -156,7 +166,7 @@ class LongMemModel(FairseqLanguageModel):
         settings = self.decoder.memory_factory.settings
         if self.decoder.lane_state.windows.size:
             return sys.maxsize
-        return settings.size + settings.chunk_size if settings.enabled else 0
+        return max(settings.size + settings.chunk_size, settings.token_memory) if settings.enabled else 0
 
     def state_dict(self, *args, **kwargs):
         """Return the side network's weights; with --save-backbone the backbone's too."""
@@ -181,6 +191,7 @@ class LongMemModel(FairseqLanguageModel):
         for checkpoint_format in checkpoint_formats():
             if checkpoint_format.holds_longmem(state_dict):
                 self._rename_foreign(state_dict, checkpoint_format)
+        self._fit_token_mixture(state_dict)
         backbone, saved = self.decoder.backbone, _pop_fingerprint(state_dict)
         check_gates(state_dict, backbone.memory_layers, self.decoder.reduction)
         _check_fingerprint(saved, backbone, self.cfg.pretrained_model_path)
@@ -203,7 +214,7 @@ class LongMemModel(FairseqLanguageModel):
         """Load weights as fairseq does; a backbone of which no fingerprint was saved gets that of its weights."""
         result = super().load_state_dict(state_dict, *args, **kwargs)
         if self.decoder.backbone.fingerprint is None:
-            self.decoder.take_fingerprint()
+            self.decoder.backbone.fingerprint = backbone_fingerprint(self.decoder.backbone)
         return result
 
     def _rename_foreign(self, state_dict, checkpoint_format: CheckpointFormat) -> None:
@@ -219,6 +230,22 @@ class LongMemModel(FairseqLanguageModel):
         state_dict.setdefault(gate, torch.zeros(self.decoder.backbone.num_heads))  # one trained without a memory
         if any(key.startswith(_BACKBONE) for key in state_dict) and self.decoder.backbone.fingerprint is None:
             self.cfg.pretrained_model_path = None  # a path of its authors' machine
+
+    def _fit_token_mixture(self, state_dict) -> None:
+        """Let a checkpoint have weights of the token memory exactly where this model has one."""
+        mixture = self.decoder.predictor.token_mixture
+        if mixture is None:
+            for key in [key for key in state_dict if key.startswith(_TOKEN_MIXTURE)]:
+                del state_dict[key]
+            return
+        present = mixture.state_dict(prefix=_TOKEN_MIXTURE)
+        if not present.keys() & state_dict.keys():
+            logger.warning(
+                "the checkpoint was trained without a token memory: --token-memory %d starts with a small constant "
+                "weight, which training makes one for each token",
+                self.cfg.token_memory,
+            )
+            state_dict.update(present)
 
     def _check_copy(self, state_dict) -> None:
         """Compare the backbone in a checkpoint with the one that was loaded.

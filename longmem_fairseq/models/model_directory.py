@@ -41,6 +41,8 @@ _SETTINGS = (
     "side_activation_fn",
     "side_layer_norm_eps",
     "normalize_last_hidden",
+    "token_memory",
+    "token_memory_k",
 )
 
 

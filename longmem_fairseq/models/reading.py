@@ -13,7 +13,6 @@ from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
 from ..memory.document_memory import DocumentMemory
-from ..memory.reader import BatchReader
 from ..progress import token_bar
 from .carried_window import CarriedSegment, CarriedWindow, new_carried_window
 
@@ -112,7 +111,7 @@ class DocumentReader:
         decoder = self.decoder
         if not decoder.has_memory:
             return None
-        return DocumentMemory(decoder.memory_factory.bank(1, decoder.backbone.dtype, decoder.device))
+        return DocumentMemory(decoder.memory_factory.document_bank(decoder.backbone.dtype, decoder.device))
 
     def inputs_of(self, tokens: Tensor) -> Tensor:
         """Return a document's inputs, shape (length,), on the model's device, from its tokens (length,)."""
@@ -139,14 +138,20 @@ class DocumentReader:
             for part, encoded in self._encode_for_memory(inputs):
                 for keys, values in zip(encoded.keys, encoded.values):
                     bank.append(0, keys, values)
+                states = self.decoder.predictor.token_states(encoded, part)
+                if states is not None:
+                    bank.token_bank.append(0, states.hidden.flatten(0, 1), states.tokens.flatten())
                 progress.update(part.numel())
 
     def _encode_for_memory(self, inputs: Tensor) -> Iterator[Tuple[Tensor, EncodedSegment]]:
         """Yield consecutive inputs (b, T) of a document, and what is written of them."""
-        backbone = self.decoder.backbone
+        backbone, all_layers = self.decoder.backbone, self.decoder.predictor.token_mixture is not None
         window = self.carried_window(for_memory=True)
         if window is None:
-            yield from encode_document(backbone, inputs, self.segment)
+            yield from encode_document(backbone, inputs, self.segment, all_layers)
+            return
+        if all_layers:
+            yield from ((segment.inputs, segment.encoded) for segment in self.read(inputs))
             return
         for place, piece in self._segments(inputs):
             state = window.open(place)
@@ -182,7 +187,7 @@ class DocumentReader:
             first = int(place.starts[0])
             only_written = first + self.segment <= begin
             if window is None:
-                encoded = backbone.encode_for_memory(piece) if only_written else backbone.encode(piece)
+                encoded = self.decoder.predictor.encode_for_memory(piece) if only_written else backbone.encode(piece)
                 state = None
             else:
                 state = window.open(place)
@@ -192,7 +197,8 @@ class DocumentReader:
             elif state is not None:  # the side network's keys are carried too
                 self.decoder.side_network(encoded, branches and branches.reader(), state)
             if branches is not None:
-                branches.write([0], piece, encoded.keys, encoded.values)
+                states = self.decoder.predictor.token_states(encoded, piece)
+                branches.write([0], piece, encoded.keys, encoded.values, states and states.hidden)
             if window is not None:
                 window.write(place, piece, state)
 
@@ -213,20 +219,21 @@ class DocumentReader:
         targets = tokens.to(self.decoder.device)
         parts = []
         for segment in self.read(self.inputs_of(tokens), branches):
-            reader = branches and branches.reader()
             target = targets[segment.begin : segment.begin + segment.inputs.size(1)]
-            parts.append(self.target_log_probs(segment, reader, target))
+            parts.append(self.target_log_probs(segment, branches, target))
         return torch.cat(parts)
 
-    def target_log_probs(self, segment: ReadSegment, reader: Optional[BatchReader], targets: Tensor) -> Tensor:
+    def target_log_probs(self, segment: ReadSegment, branches: Optional[MemoryBranches], targets: Tensor) -> Tensor:
         """Return the log-probability of each target, shape (T,), float32, on the CPU, of a segment of one row.
 
         Args:
             segment: The segment.
-            reader: Reader of a memory, or None.
+            branches: Memory of one row, which is only read; None for none.
             targets: Token ids to predict, shape (T,), int64.
         """
-        decoder = self.decoder
-        states = decoder.side_network(segment.encoded, reader, segment.carried)
-        logits = decoder.output_layer(decoder.features(states))[0]  # (T, V)
+        decoder, reads = self.decoder, None
+        states = decoder.side_network(segment.encoded, branches and branches.reader(), segment.carried)
+        if branches is not None:
+            reads = branches.read_segments(decoder.predictor.token_states(segment.encoded, segment.inputs))
+        logits = decoder.predictor(decoder.features(states), reads)[0]  # (T, V)
         return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu()

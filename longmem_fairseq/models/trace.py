@@ -180,7 +180,7 @@ def trace_reads(
             target = targets[segment.begin : segment.begin + T]
             branches.on_read = recorder = ReadRecorder(gates, T, kept)
             columns = {
-                "log_probabilities": reader.target_log_probs(segment, branches.reader(), target),
+                "log_probabilities": reader.target_log_probs(segment, branches, target),
                 "without_memory": reader.target_log_probs(segment.again(), None, target),
             }
             part = slice(max(0, begin - segment.begin), end - segment.begin)

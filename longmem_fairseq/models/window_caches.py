@@ -21,7 +21,7 @@ def attention_modules(decoder) -> List[CachedAttention]:
 
 def encode_window(
     decoder, pieces: Sequence[Tensor], reader: Optional[BatchReader] = None, for_memory: bool = False
-) -> Tuple[Tensor, Caches]:
+) -> Tuple[Tensor, Caches, Optional[Tensor]]:
     """Encode windows that start with their first inputs, by the backbone and the side network.
 
     Args:
@@ -31,16 +31,20 @@ def encode_window(
         for_memory: If true, only the backbone's layers below the memory layer run.
 
     Returns:
-        Inputs, shape (B, S), int64, and caches; in both a row's tokens end at the last column.
+        Inputs, shape (B, S), int64; caches; and hidden states for a token memory, shape (B, S, D), None without one. In
+        all of them a row's tokens end at the last column.
     """
     state: Caches = {}
-    padded = pad(decoder, pieces)
+    padded, states = pad(decoder, pieces), None
     if for_memory:
         decoder.backbone.encode_for_memory(padded, state)
     else:
-        decoder.side_network(decoder.backbone.encode(padded, state), reader, state)
+        encoded = decoder.backbone.encode(padded, state)
+        decoder.side_network(encoded, reader, state)
+        states = decoder.predictor.token_states(encoded, padded)
     padding = torch.tensor([padded.size(1) - len(piece) for piece in pieces], device=padded.device)
-    return align_right(padded, padding), align_caches(decoder, state, padding)
+    hidden = None if states is None else align_right(states.hidden[:, None], padding)[:, 0]
+    return align_right(padded, padding), align_caches(decoder, state, padding), hidden
 
 
 def pad(decoder, pieces: Sequence[Tensor]) -> Tensor:

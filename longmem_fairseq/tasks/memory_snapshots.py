@@ -149,7 +149,7 @@ class MemorySnapshots:
                 model.decoder.lane_state.memories.get(training=True),
                 model.decoder.lane_state.windows.get(training=True),
             )
-            _check_space(self.directory, sum(part.nbytes for part in (memory and memory.bank, window) if part))
+            _check_space(self.directory, sum(part.nbytes for part in (memory, window) if part))
             place = _place(model, iterator, iterator.iterations_in_epoch)
             size = save_training_memory(path, memory, place, window)
         except OSError as error:

@@ -29,6 +29,11 @@ def prepare_model(model: Any, cfg: Any, from_checkpoint: bool) -> None:
             f"--max-target-positions {cfg.max_target_positions} is not supported by a model with a memory: its "
             "positions are the backbone's; leave it out"
         )
+    if not from_checkpoint and hasattr(model, "memorize") and model.cfg.token_memory and not model.memory_tokens:
+        raise ValueError(
+            f"--token-memory {model.cfg.token_memory} is a part of the memory, which is off (--memory-size 0, or "
+            "--no-use-external-memory): leave it out, or turn the memory on"
+        )
     positions = model.max_positions()
     if positions is not None and cfg.tokens_per_sample > positions:
         raise ValueError(

@@ -161,7 +161,12 @@ def test_a_past_depends_on_its_tokens_only(scorer, pieces):
         for begin in range(at, at + piece, T):
             end = min(begin + T, at + piece)
             with torch.no_grad():
-                scorer.write(expected, scorer.backbone.encode(stream[None, begin:end]), stream[begin + 1 : end + 1])
+                scorer.write(
+                    expected,
+                    scorer.backbone.encode(stream[None, begin:end]),
+                    stream[None, begin:end],
+                    stream[begin + 1 : end + 1],
+                )
         at += piece
     state, at = scorer.new_state(), 0
     for piece in pieces:

@@ -15,12 +15,17 @@ from tests.models.tiny import documents, longmem
 T = 7
 FINGERPRINT = "ab" * 32
 TEXT = documents([20], seed=5)[0]
-FILES = tuple(f"longmem_fairseq/{name}.py" for name in ("memory/bank", "memory/document_memory", "models/reading"))
+FILES = tuple(
+    f"longmem_fairseq/{name}.py"
+    for name in ("memory/bank", "memory/token_bank", "memory/document_memory", "models/reading")
+)
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    model = longmem(tmp_path_factory.mktemp("model"), retrieval_layer_index="1,3")  # its memory has 16 tokens
+    """Reads into two layers of 16 tokens and a token memory of 13, which are written and restored together."""
+    options = dict(retrieval_layer_index="1,3", token_memory=13, token_memory_k=4)
+    model = longmem(tmp_path_factory.mktemp("model"), **options)
     return DocumentReader(model.decoder, T)
 
 
@@ -33,6 +38,9 @@ def filled(reader, *lengths) -> DocumentMemory:
 
 def state(memory):
     tensors, counters = memory.bank.state()
+    states, places = memory.bank.token_bank.state()
+    tensors = {**tensors, **{f"states.{name}": x for name, x in states.items()}}
+    counters = {**counters, **{f"states.{name}": x for name, x in places.items()}}
     return {**tensors, **{name: torch.tensor(x) for name, x in counters.items()}}, list(memory.documents)
 
 
@@ -42,6 +50,10 @@ def same(one, other) -> bool:
         and one[0].keys() == other[0].keys()
         and all(map(torch.equal, *map(dict.values, (one[0], other[0]))))
     )
+
+
+def replace(memory, bank):
+    memory.replace(*bank.tokens(0), [], bank.token_bank.contents(0))
 
 
 class Interruptions:
@@ -84,7 +96,7 @@ def test_an_interruption_at_any_line_leaves_the_memory_as_it_was(reader, tmp_pat
         "memorize more than the memory holds": lambda memory: reader.memorize(memory, "new", new[1]),
         "forget": lambda memory: memory.forget(memory.documents[-1].name),
         "load": lambda memory: load_memory(str(tmp_path / "file"), memory, FINGERPRINT, 3),
-        "replace": lambda memory: memory.replace(*filled(reader, 30).bank.tokens(0), []),
+        "replace": lambda memory: replace(memory, filled(reader, 30).bank),
     }[action]
     untouched = filled(reader, *lengths)
     before, score = state(untouched), reader.score(TEXT, untouched)
@@ -109,7 +121,7 @@ def test_an_interruption_at_every_segment(reader, monkeypatch):
     """The memory is full, so every segment evicts tokens that the interruption brings back."""
     memory = filled(reader, 9, 30)
     before, score, new = state(memory), reader.score(TEXT, memory), documents([8 * T])[0]
-    encode, bank = reader.decoder.backbone.encode_for_memory, memory.bank
+    encode, bank = reader.decoder.backbone.encode, memory.bank
     for last in range(1, 8):
         segments = []
 
@@ -120,12 +132,12 @@ def test_an_interruption_at_every_segment(reader, monkeypatch):
             return encode(tokens)
 
         monkeypatch.setattr("longmem_fairseq.models.reading._TOKENS_AT_ONCE", T)
-        monkeypatch.setattr(reader.decoder.backbone, "encode_for_memory", interrupted)
+        monkeypatch.setattr(reader.decoder.backbone, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             reader.memorize(memory, "new", new)
         assert len(segments) == last and memory.bank is bank
+        monkeypatch.setattr(reader.decoder.backbone, "encode", encode)
         assert same(state(memory), before) and torch.equal(reader.score(TEXT, memory), score)
-    monkeypatch.setattr(reader.decoder.backbone, "encode_for_memory", encode)
     reader.memorize(memory, "new", new)
     assert [document.name for document in memory.documents] == ["new"]
 

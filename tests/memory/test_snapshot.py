@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.document_memory import DocumentMemory, MemorizedDocument
 from longmem_fairseq.memory.memory_file import SnapshotError, load_memory, save_memory
+from longmem_fairseq.memory.token_bank import TokenBank
 
 H, D, C, T = 2, 4, 3, 5
 FINGERPRINT = "ab" * 32
@@ -102,6 +103,52 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     assert held(other) == held(memory) and other.documents == memory.documents
     assert torch.equal(other.bank.means, memory.bank.means)
     assert os.listdir(tmp_path) == ["memory"]
+
+
+def hidden_of(tokens):
+    """Hidden states (length, 2) that say which token they are of."""
+    angle = tokens.float() / 100
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def with_states(memory, size, *lengths):
+    """A memory with a token memory of a size, in which documents were written too."""
+    memory.bank.token_bank = TokenBank(1, 2, size, dtype=torch.float32, symbols=100)
+    for i, tokens in enumerate(torch.arange(sum(lengths)).split(lengths)):
+        with memory.writing(f"document {i}", len(tokens)) as bank:
+            encoded = encode(tokens[None])
+            bank.append(0, encoded.keys[0], encoded.values[0])
+            bank.token_bank.append(0, hidden_of(tokens), tokens)
+    return memory
+
+
+@pytest.mark.parametrize("keys, states", [(60, 60), (60, 8), (9, 60), (9, 14)])
+@pytest.mark.parametrize("which", [None, 0, 1, 2])
+def test_a_token_memory_is_forgotten_saved_and_read_with_the_documents(tmp_path, keys, states, which):
+    """Where either holds more of the text than the other."""
+    lengths = (7, 11, 10)
+    memory = with_states(make_memory(memory_size=keys), states, *lengths)
+    rest = [i for i in range(3) if i != which]
+    tokens = [token for i in rest for token in range(sum(lengths[:i]), sum(lengths[: i + 1]))]
+    if which is not None and any(document.name == f"document {which}" for document in memory.documents):
+        memory.forget(f"document {which}")
+    states = [token for token in range(28 - min(states, 28), 28) if token in tokens]
+    path = save(tmp_path / "memory", memory)
+    other, plain = with_states(make_memory(memory_size=keys), 60), make_memory(memory_size=keys)
+    load_memory(path, other, FINGERPRINT, 3)
+    load_memory(path, plain, FINGERPRINT, 3)
+    for loaded in (memory, other):
+        hidden, numbers = loaded.bank.token_bank.contents(0)
+        assert numbers.tolist() == states and torch.equal(hidden, hidden_of(numbers))
+        assert int(loaded.bank.token_bank.position[0]) == loaded.end
+        assert held(loaded) == held(plain) == tokens[len(tokens) - len(held(plain)) :]
+        for document in loaded.documents:  # counted from the stream's start
+            i = int(document.name[-1])
+            places = range(document.begin, document.end)
+            last = [token for token in tokens if token < sum(lengths[: i + 1])][-1]
+            assert places[-1] == loaded.end - 1 - (len(tokens) - 1 - tokens.index(last))
+    with pytest.raises(SnapshotError, match="was saved without a token memory, which the model has: memorize"):
+        load_memory(save(tmp_path / "plain"), other, FINGERPRINT, 3)
 
 
 def test_half_precision_rounds(tmp_path):

@@ -180,7 +180,7 @@ def test_documents_are_read_in_the_same_way(models, kind):
     branches = reader.branches(1)
     inputs = reader.inputs_of(text)
     last = next(reader.read(inputs, branches, begin=4 * T))
-    scored = reader.target_log_probs(last, branches.reader(), text[4 * T :])
+    scored = reader.target_log_probs(last, branches, text[4 * T :])
     torch.testing.assert_close(scored, expected[4 * T :], atol=1e-5, rtol=1e-5)
     memory = reader.new_memory()
     reader.memorize(memory, "text", text[:-1])

@@ -10,17 +10,20 @@ from longmem_fairseq.modules.self_attention import SelfAttention
 from tests.models.tiny import VOCABULARY, documents, longmem, read
 
 T = 7  # tokens of a segment; the tiny memory holds 5 chunks of 3
+# All that is held is read: of two entries that are equal up to rounding, either may be the last of the best.
+TOKENS = dict(token_memory=11, token_memory_k=18, memory_dtype="float32")
 MODELS = {
     "learned": dict(),
     "sinusoidal": dict(backbone={"decoder_learned_pos": False}),
     "alibi": dict(model="alibi_lm", retrieval_layer_index="1,3"),
     "llama": dict(model="llama_lm", retrieval_layer_index="1,3"),
     "no memory": dict(use_external_memory=False),
+    "token memory": TOKENS,
 }
 CARRIED = {
-    "learned": dict(carry_window=5),
+    "learned": dict(carry_window=5, **TOKENS),
     "learned, more than a segment": dict(carry_window=16),
-    "alibi": dict(model="alibi_lm", carry_window=5),
+    "alibi": dict(model="alibi_lm", carry_window=5, **TOKENS),
     "llama": dict(model="llama_lm", carry_window=9),
     "llama, no memory": dict(model="llama_lm", carry_window=2, use_external_memory=False),
 }

@@ -223,6 +223,16 @@ def test_a_gpu_search_that_cannot_be_had_is_an_error(train, write_backbone):
             "--memory-size 6 is smaller than one segment of --tokens-per-sample 7 tokens: raise it, or turn the memory "
             "off with --memory-size 0",
         ),
+        (["--token-memory", -1], "--token-memory -1 is negative: set it to 0 or more tokens"),
+        (["--token-memory", 9, "--token-memory-k", 0], "--token-memory-k 0 is less than one entry: raise it"),
+        (
+            ["--token-memory", 9, "--memory-size", 0],
+            "--token-memory 9 is a part of the memory, which is off .*: leave it out, or turn the memory on",
+        ),
+        (
+            ["--token-memory", 9, "--memory-scope", "shared"],
+            "--token-memory 9 keeps the lanes' documents apart, which --memory-scope shared joins: set",
+        ),
         (["--memory-size", -1], "--memory-size -1 is smaller than one segment of --tokens-per-sample 7 tokens"),
         (
             ["--chunk-size", 32, "--k", 32],

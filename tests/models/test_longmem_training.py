@@ -49,6 +49,9 @@ def test_every_trained_parameter_has_a_gradient_at_every_step(tmp_path):
         assert set(gradients) == trained
     for gradients in losses(longmem(tmp_path, memory_size=0), documents([T])):
         assert set(gradients) == trained
+    mixed = {name for name, p in longmem(tmp_path, token_memory=9).named_parameters() if p.requires_grad}
+    for gradients in losses(longmem(tmp_path, token_memory=9), documents([2 * T, 2 * T])):
+        assert set(gradients) == mixed > trained
 
 
 @pytest.mark.parametrize("kind, layers", [("transformer_lm", 1), ("alibi_lm", "1,3"), ("llama_lm", "1,3")])

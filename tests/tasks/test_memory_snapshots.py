@@ -77,9 +77,9 @@ def read(model, batches):
     "scope, changes",
     [
         ("document", {}),
-        ("stream", {}),
+        ("stream", {"token_memory": 13}),
         ("shared", {}),
-        ("document", {"carry_window": 5, "retrieval_layer_index": "1,3"}),
+        ("document", {"carry_window": 5, "retrieval_layer_index": "1,3", "token_memory": 13}),
         ("stream", {"carry_window": 9, "model": "alibi_lm", "memory_size": 0}),
     ],
 )

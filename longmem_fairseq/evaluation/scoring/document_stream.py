@@ -3,12 +3,14 @@
 Legend: T tokens of a segment, D width, n values of theta.
 """
 
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
+from ...backbones.base import EncodedSegment
 from ...memory.cache import CacheSettings, causal_log_sums, log_sums, mix
+from ...modules.token_mixture import TokenReads
 from .systems import BACKBONE, OFF, ON, with_cache, with_memory, with_window
 from .text_state import TextState
 
@@ -108,21 +110,32 @@ class DocumentStream:
         scorer = self.scorer
         readers = {with_memory(size): state for size, state in self.states.items() if scorer.has_memory}
         features, encoded = scorer.features(inputs[None], readers)
-        scores = self.plain_scores({name: x[0] for name, x in features.items()}, targets)
+        reads = {name: self._token_reads(state, encoded, inputs) for name, state in readers.items()}
+        reads = {name: read for name, read in reads.items() if read is not None}
+        scores = self.plain_scores({name: x[0] for name, x in features.items()}, targets, reads)
         scores.update(self.mixed_with_caches(scores, features[BACKBONE][0], targets))
         for state in self.states.values():
-            scorer.write(state, encoded, targets)
+            scorer.write(state, encoded, inputs[None], targets)
             state.advance(targets)
         return scores
 
-    def plain_scores(self, features: Dict[str, Tensor], targets: Tensor) -> Scores:
+    def _token_reads(self, state: TextState, encoded: EncodedSegment, inputs: Tensor) -> Optional[TokenReads]:
+        if state.token_bank is None:
+            return None
+        states = self.scorer.decoder.predictor.token_states(encoded, inputs[None])
+        return TokenReads(*(x[0] for x in self.scorer.token_reads(state, states)))
+
+    def plain_scores(
+        self, features: Dict[str, Tensor], targets: Tensor, reads: Optional[Dict[str, TokenReads]] = None
+    ) -> Scores:
         """Return the scores of the systems without a cache.
 
         Args:
             features: Input of the output layer by system, shape (T, D).
             targets: Token ids to predict, shape (T,), int64.
+            reads: What some systems read from their token memories, with T in place of (B, T).
         """
-        return self.scorer.target_log_probs(features, targets)
+        return self.scorer.target_log_probs(features, targets, reads)
 
     def mixed_with_caches(self, scores: Scores, hidden: Tensor, targets: Tensor) -> Scores:
         """Return the scores of the systems that are mixed with a cache.

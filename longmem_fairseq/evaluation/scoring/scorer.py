@@ -23,10 +23,12 @@ from ...hub import LongMem
 from ...memory.branches import MemoryBranches
 from ...memory.cache import CacheSettings, NeuralCache
 from ...memory.reader import BatchReader
+from ...memory.token_search import Past, TokenStates, read_segments
 from ...models.longmem_decoder import LongMemDecoder
 from ...models.longmem_lm import LongMemModel
 from ...models.model_directory import is_model_directory
 from ...models.reading import encode_document
+from ...modules.token_mixture import TokenReads
 from ...progress import token_bar
 from ...tasks.pretrained import choose_device, find_checkpoint, find_data, read_state
 from .description import describe
@@ -177,7 +179,7 @@ class Scorer:
             size = min(size, at_most + self.size)
         bank = cache = None
         if self.has_memory and size:
-            bank = self.decoder.memory_factory.with_size(size).bank(1, self.backbone.dtype, self.device)
+            bank = self.decoder.memory_factory.with_size(size).document_bank(self.backbone.dtype, self.device)
         if size and (bool(self.cache) if cached is None else cached):
             cache = NeuralCache(size, self.backbone.width, self.device)
         return TextState(self.tokenizer.eos, bank, cache)
@@ -199,9 +201,10 @@ class Scorer:
             return
         skipped = self._skip(state, begin, len(tokens))
         inputs, tokens = inputs[skipped:], tokens[skipped:]
+        all_layers = state.cache is not None or state.token_bank is not None
         with token_bar(len(inputs), "memorizing") as progress:
-            for part, encoded in encode_document(self.backbone, inputs, self.size, all_layers=state.cache is not None):
-                self.write(state, encoded, tokens[: part.numel()])
+            for part, encoded in encode_document(self.backbone, inputs, self.size, all_layers):
+                self.write(state, encoded, part, tokens[: part.numel()])
                 tokens = tokens[part.numel() :]
                 progress.update(part.numel())
 
@@ -210,22 +213,30 @@ class Scorer:
         capacity = 0 if state.cache is None else state.cache.size
         if state.bank is not None:
             capacity = max(capacity, (state.bank.chunks + 1) * state.bank.chunk_size)
+        if state.token_bank is not None:
+            capacity = max(capacity, state.token_bank.size)
         skipped = max(0, length - capacity) // self.size * self.size
         if skipped and state.bank is not None:
             state.bank.reset(0, begin + skipped)
+        if skipped and state.token_bank is not None:
+            state.token_bank.reset(0, begin + skipped)
         return skipped
 
-    def write(self, state: TextState, encoded: EncodedSegment, followers: Tensor) -> None:
+    def write(self, state: TextState, encoded: EncodedSegment, inputs: Tensor, followers: Tensor) -> None:
         """Write consecutive encoded segments into a state's memory and cache.
 
         Args:
             state: State to write into; :meth:`.TextState.advance` is left to the caller.
             encoded: Encoded segments, one a row, in the order of the text.
+            inputs: Token ids that were encoded, shape (B, T), int64.
             followers: Token ids that followed the inputs, shape (B T,), int64.
         """
         if state.bank is not None:
             for keys, values in zip(encoded.keys, encoded.values):
                 state.bank.append(0, keys, values)
+        if state.token_bank is not None:
+            states = self.decoder.predictor.token_states(encoded, inputs)
+            state.token_bank.append(0, states.hidden.flatten(0, 1), states.tokens.flatten())
         if state.cache is not None:
             state.cache.append(self.backbone.final_hidden(encoded).flatten(0, 1), followers)
 
@@ -280,16 +291,47 @@ class Scorer:
                 features[name] = self.decoder.features(network)
         return features, encoded
 
-    def log_probs(self, features: Tensor) -> Tensor:
-        """Return log-probabilities (..., V), float32, of features (..., D): the backbone's output layer is shared."""
-        return self.backbone.output(features).float().log_softmax(-1)
+    def token_reads(
+        self, state: TextState, states: Optional[TokenStates], prefix: Optional[Past] = None
+    ) -> Optional[TokenReads]:
+        """Return what rows (B, T) read from the token memory of a state; None without one.
 
-    def target_log_probs(self, features: Dict[str, Tensor], targets: Tensor, at_once: int = 1024) -> Dict[str, Tensor]:
+        Args:
+            state: State of the text before the rows; only read.
+            states: Tokens of the rows, and their hidden states.
+            prefix: Hidden states and tokens between the state's text and the rows; None for none.
+        """
+        if state.token_bank is None:
+            return None
+        past = state.token_bank.contents(0)
+        if prefix is not None:
+            past = tuple(torch.cat(parts) for parts in zip(past, prefix))
+        return read_segments([past] * len(states.tokens), states, self.decoder.memory_factory.settings.token_entries)
+
+    def log_probs(self, features: Tensor, reads: Optional[TokenReads] = None) -> Tensor:
+        """Return log-probabilities (n, V), float32, of features (n, D): the backbone's output layer is shared.
+
+        Args:
+            features: Input of the output layer, shape (n, D).
+            reads: What was read from a token memory, with n in place of (B, T); None for nothing.
+        """
+        if reads is None:
+            return self.backbone.output(features).float().log_softmax(-1)
+        return self.decoder.predictor(features[None], TokenReads(*(x[None] for x in reads)))[0]
+
+    def target_log_probs(
+        self,
+        features: Dict[str, Tensor],
+        targets: Tensor,
+        reads: Optional[Dict[str, TokenReads]] = None,
+        at_once: int = 1024,
+    ) -> Dict[str, Tensor]:
         """Return the log-probabilities of targets by system.
 
         Args:
             features: Input of the output layer by system, shape (n, D).
             targets: Token ids to predict, shape (n,), int64.
+            reads: What some systems read from their token memories, with n in place of (B, T).
             at_once: Number of targets per block, which limits the memory of the logits.
 
         Returns:
@@ -297,6 +339,10 @@ class Scorer:
         """
         log_probs = {}
         for name, x in features.items():
-            blocks = zip(x.split(at_once), targets.split(at_once))
-            log_probs[name] = torch.cat([self.log_probs(x).gather(1, target[:, None])[:, 0] for x, target in blocks])
+            parts = []
+            for begin in range(0, len(targets), at_once):
+                block = slice(begin, begin + at_once)
+                read = TokenReads(*(r[block] for r in reads[name])) if reads and name in reads else None
+                parts.append(self.log_probs(x[block], read).gather(1, targets[block, None])[:, 0])
+            log_probs[name] = torch.cat(parts)
         return log_probs

@@ -13,6 +13,8 @@ from ...backbones.base import EncodedSegment
 from ...memory.cache import log_distribution, mix
 from ...memory.reader import BatchReader
 from ...models.live_window import WINDOW, LiveWindow
+from ...models.predictor import Predictor
+from ...modules.token_mixture import TokenReads
 from .systems import BACKBONE, ON, without_cache
 from .text_state import TextState
 
@@ -38,6 +40,7 @@ class SystemDecoder(FairseqIncrementalDecoder):
         if self.base != BACKBONE:
             self.side_layers = scorer.decoder.layers  # so that their caches are found and reordered
         self._scorer = [scorer]  # in a list, so that the scorer's decoder is not registered as a part of this one
+        self.predictor = Predictor(scorer.backbone) if scorer.decoder is None else scorer.decoder.predictor
         ends = scorer.tokenizer.line_ends() if one_line else torch.zeros(0, dtype=torch.int64)
         self._ends = torch.cat([ends, torch.tensor([scorer.tokenizer.eos])]).to(scorer.device)
         self._silent = scorer.tokenizer.silent().to(scorer.device)
@@ -114,8 +117,11 @@ class SystemDecoder(FairseqIncrementalDecoder):
     def forward(self, prev_output_tokens: Tensor, encoder_out=None, incremental_state=None, **unused):
         """Return log-probabilities (B, 1, V) behind one more token of each row; only the last column is read."""
         scorer, tokens = self._scorer[0], prev_output_tokens[:, -1:]
-        (features,) = incremental_state[WINDOW]["window"].step(tokens, incremental_state)
-        log_probs = scorer.log_probs(features[:, -1])  # (B, V)
+        window = incremental_state[WINDOW]["window"]
+        (features,) = window.step(tokens, incremental_state)
+        reads = window.read_tokens()
+        last = None if reads is None else TokenReads(*(x[:, -1] for x in reads))
+        log_probs = scorer.log_probs(features[:, -1], last)  # (B, V)
         if self.setting is not None:
             log_probs = self._mixed_with_cache(log_probs, tokens, incremental_state[_CACHE])
         ended = log_probs[:, self._ends].logsumexp(1)

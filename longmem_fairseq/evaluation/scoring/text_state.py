@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...memory.bank import MemoryBank
 from ...memory.cache import NeuralCache
+from ...memory.token_bank import TokenBank
 
 
 @dataclass
@@ -27,6 +28,11 @@ class TextState:
     bank: Optional[MemoryBank] = None
     cache: Optional[NeuralCache] = None
     tokens: int = 0
+
+    @property
+    def token_bank(self) -> Optional[TokenBank]:
+        """Bank of the model's token memory; None without one."""
+        return self.bank and self.bank.token_bank
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Count tokens as read; memory and cache are left to the caller.

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ...backbones.base import EncodedSegment
 from ...memory.cache import Part, causal_log_sums, log_distribution, log_sums, mix
+from ...modules.token_mixture import TokenReads
 from .systems import BACKBONE, ON, WITH_CACHE
 from .text_state import TextState
 
@@ -72,8 +74,11 @@ class Window:
         self._readers = {name: state for name in scorer.systems if name == ON}
         self._incremental: Dict[str, dict] = {name: {} for name in scorer.systems}
         self._cached: List[Part] = [] if state.cache is None else [(state.cache.hidden, state.cache.tokens)]
+        self._state, self._prefix = state, None  # hidden states and tokens of the prefix, for the token memory
         if len(inputs):
-            features, _ = scorer.features(inputs[None], self._readers, self._incremental)
+            features, encoded = scorer.features(inputs[None], self._readers, self._incremental)
+            if state.token_bank is not None:
+                self._prefix = tuple(x[0] for x in scorer.decoder.predictor.token_states(encoded, inputs[None]))
             self._cached.append((features[BACKBONE][0], stream[1:]))  # (S, D), (S,)
 
     @torch.no_grad()
@@ -135,12 +140,15 @@ class Window:
         scorer, device = self.scorer, self.scorer.device
         rows = [torch.cat([self.last, prompt.to(device)]) for prompt in prompts]
         padded = pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, R)
-        features, _ = scorer.features(
-            padded.clamp(min=0), self._readers, self._incremental_of_rows(len(rows)), self.shared
-        )
+        inputs = padded.clamp(min=0)
+        features, encoded = scorer.features(inputs, self._readers, self._incremental_of_rows(len(rows)), self.shared)
         ends = torch.tensor([len(row) - 1 for row in rows], device=device)
         index = torch.arange(len(rows), device=device)
-        scores = {name: scorer.log_probs(x[index, ends]) for name, x in features.items()}
+        reads = self._token_reads(encoded, inputs)
+        scores = {}
+        for name, x in features.items():
+            read = TokenReads(*(r[index, ends] for r in reads[name])) if name in reads else None
+            scores[name] = scorer.log_probs(x[index, ends], read)
         for name, setting in scorer.cache.items():
             if name not in scores:
                 continue
@@ -162,14 +170,18 @@ class Window:
         batch_rows = [distinct.setdefault(tuple(stream[:-1].tolist()), len(distinct)) for stream in streams]
         inputs = [torch.tensor(tokens, device=device) for tokens in distinct]
         padded = pad_sequence(inputs, batch_first=True, padding_value=scorer.tokenizer.dictionary.pad())  # (B, R)
-        features, _ = scorer.features(
+        features, encoded = scorer.features(
             padded, self._readers, self._incremental_of_rows(len(inputs)), self.shared
         )  # (B, R, D) each
         targets = torch.cat([stream[1:][part] for stream, part in zip(streams, scored)])  # (n,)
         picked = {
             name: torch.cat([x[i, part] for i, part in zip(batch_rows, scored)]) for name, x in features.items()
         }  # (n, D) each
-        scores = scorer.target_log_probs(picked, targets)
+        reads = {
+            name: TokenReads(*(torch.cat([x[i, part] for i, part in zip(batch_rows, scored)]) for x in read))
+            for name, read in self._token_reads(encoded, padded).items()
+        }
+        scores = scorer.target_log_probs(picked, targets, reads)
         if scorer.cache:
             hidden = [features[BACKBONE][i, : part.stop] for i, part in zip(batch_rows, scored)]
             scores.update(self._mixed_with_cache(scores, picked[BACKBONE], targets, hidden, streams, scored))
@@ -203,6 +215,13 @@ class Window:
             for name, setting in settings.items()
             if name in scores
         }
+
+    def _token_reads(self, encoded: EncodedSegment, inputs: Tensor) -> Dict[str, TokenReads]:
+        """Return what each system with a token memory reads for rows (B, R), by system."""
+        if self._state.token_bank is None:
+            return {}
+        states = self.scorer.decoder.predictor.token_states(encoded, inputs)
+        return dict.fromkeys(self._readers, self.scorer.token_reads(self._state, states, self._prefix))
 
     def _incremental_of_rows(self, rows: int) -> Dict[str, dict]:
         """Return the window's incremental states expanded to some rows; nothing is copied until a row is read."""
