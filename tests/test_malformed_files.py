@@ -30,6 +30,9 @@ from longmem_fairseq.evaluation.reporting.finished_items import FinishedItems
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.memory.container import SnapshotError, crc32, sha256
 from longmem_fairseq.memory.memory_file import load_memory
+from longmem_fairseq.memory.token_bank import TokenBank, stored
+from longmem_fairseq.memory.token_search import TokenStates
+from longmem_fairseq.memory.token_streams import TokenStreams
 from longmem_fairseq.memory.training_snapshot import load_training_memory, save_training_memory
 from longmem_fairseq.models.model_directory import write_directory
 from longmem_fairseq.tasks.document_scores import DocumentScores
@@ -142,6 +145,19 @@ def test_memories(tmp_path):
         with pytest.raises(SnapshotError, match=sentence):
             read(tensors=tensors)
     assert test_snapshot.held(memory) == before, "what was there before stays"
+    memory.bank.token_bank = TokenBank(1, 2, 30, symbols=100)
+    hidden, numbers = torch.ones(19, 2).half(), torch.arange(19)
+    for changes, sentence in (
+        ({"hidden": hidden}, "was saved without a token memory, which the model has"),
+        ({"hidden": hidden, "tokens": numbers[1:].clone()}, "are not .tokens, width. and .tokens."),
+        ({"hidden": hidden.long(), "tokens": numbers}, "its hidden states are torch.int64, not float16"),
+        ({"hidden": hidden / 0, "tokens": numbers}, "its hidden states are not all finite numbers"),
+        ({"hidden": hidden[:, :1].clone(), "tokens": numbers}, "has hidden states of width 1, not 2"),
+        ({"hidden": hidden, "tokens": numbers + 90}, "its token memory has ids outside the dictionary"),
+        ({"hidden": hidden, "tokens": numbers.float()}, "the ids in its token memory are torch.float32, not int64"),
+    ):
+        with pytest.raises(SnapshotError, match=sentence):
+            read(tensors={"keys": keys.clone(), "values": keys.clone(), **changes})
 
 
 def test_values_that_the_memory_cannot_hold(tmp_path):
@@ -156,12 +172,21 @@ def test_values_that_the_memory_cannot_hold(tmp_path):
 @pytest.mark.parametrize("shared", [False, True])
 def test_training_snapshots(tmp_path, shared):
     about, original, path = test_training_snapshot.ABOUT, tmp_path / "original", tmp_path / "snapshot"
-    memory = test_training_snapshot.make(shared)
+
+    def new_memory():
+        memory = test_training_snapshot.make(shared)
+        if not shared:
+            memory.token_streams = TokenStreams(TokenBank(3, 2, 6, symbols=9), entries=4)
+        return memory
+
+    memory = new_memory()
     memory.open(test_training_snapshot.at([0, 1], [0, 1], [0, 0], [9, 5]))
     k = torch.randn(2, test_training_snapshot.H, 9, test_training_snapshot.D)
-    memory.write(test_training_snapshot.at([0, 1], [0, 1], [0, 0], [9, 5]), k, k)
+    states = TokenStates(stored(torch.randn(2, 9, 2)), torch.full((2, 9), 8))
+    memory.write(test_training_snapshot.at([0, 1], [0, 1], [0, 0], [9, 5]), k, k, states)
     memory.flush()
-    memory.write(test_training_snapshot.at([0, 1], [0, 1], [9, 5], [4, 4]), k[:, :, :4], k[:, :, :4])
+    later = test_training_snapshot.at([0, 1], [0, 1], [9, 5], [4, 4])
+    memory.write(later, k[:, :, :4], k[:, :, :4], TokenStates(*(x[:, :4] for x in states)))
     save_training_memory(str(original), memory, about)
     with safe_open(original, framework="pt") as file:
         header = file.metadata()
@@ -169,7 +194,7 @@ def test_training_snapshots(tmp_path, shared):
     def read(changes=None, tensors=None):
         shutil.copy(original, path)
         rewritten(path, crc32, changes, tensors)
-        load_training_memory(str(path), test_training_snapshot.make(shared), about)
+        load_training_memory(str(path), new_memory(), about)
 
     read()
     for entry in ("about", "state"):
@@ -177,6 +202,12 @@ def test_training_snapshots(tmp_path, shared):
         for mutant in drawn(json.loads(header[entry])):
             reads_or_refuses(lambda entry=entry, mutant=mutant: read({entry: json.dumps(mutant)}), "snapshot")
     assert reads_or_refuses(lambda: read(tensors={}), "snapshot was not written by this package: it cannot be put")
+    if not shared:
+        with safe_open(original, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        for name in ("token_memory.tokens.0", "token_memory.pending.tokens"):
+            wrong = {**tensors, name: tensors[name] + 1}
+            assert reads_or_refuses(lambda wrong=wrong: read(tensors=wrong), "has ids outside the dictionary")
 
 
 @pytest.fixture(scope="module")

@@ -147,16 +147,18 @@ def _check_states(path: str, tensors: Dict[str, Tensor], bank: Optional[TokenBan
     if hidden.dim() != 2 or tokens.dim() != 1 or len(hidden) != len(tokens):
         shapes = f"{list(hidden.shape)} and {list(tokens.shape)}"
         raise malformed(path, "memory", f"the shapes {shapes} are not (tokens, width) and (tokens)")
-    if hidden.dtype not in DTYPES.values() or tokens.dtype != torch.int64:
-        raise malformed(path, "memory", f"its token memory is {hidden.dtype} and {tokens.dtype}")
+    if hidden.dtype not in DTYPES.values():
+        raise malformed(path, "memory", f"its hidden states are {hidden.dtype}, not {', '.join(DTYPES)}")
     if not largest(hidden) < float("inf"):
-        raise malformed(path, "memory", "its hidden are not all finite numbers")
-    if bank is None or not len(tokens):
+        raise malformed(path, "memory", "its hidden states are not all finite numbers")
+    if bank is None:
         return
     if hidden.size(1) != bank.width:
         raise SnapshotError(f"the memory {path} has hidden states of width {hidden.size(1)}, not {bank.width}")
-    if tokens.min() < 0 or (bank.symbols is not None and tokens.max() >= bank.symbols):
-        raise malformed(path, "memory", f"its token ids are not all among the {bank.symbols} of the dictionary")
+    try:
+        bank.require_symbols(tokens)
+    except ValueError as error:
+        raise malformed(path, "memory", str(error)) from error
 
 
 def _read_documents(path: str, header: Header, tokens: int) -> List[MemorizedDocument]:

@@ -114,10 +114,30 @@ class TokenBank:
         Args:
             tensors: Tensors of its :meth:`state`; it had the same sizes, on any device.
             counters: Counters of its state.
+
+        Raises:
+            ValueError: They are not those of a bank of this size.
         """
+        if {len(counters[name]) for name in ("first", "position")} != {self.lanes}:
+            raise ValueError(f"its token memory does not have {self.lanes} lanes")
         for lane, (first, position) in enumerate(zip(counters["first"], counters["position"])):
             hidden, tokens = (tensors.get(f"{name}.{lane}", x[lane, :0]) for name, x in self._buffers())
+            if not 0 <= first <= position or len(tokens) != min(position - first, self.size):
+                raise ValueError(f"its token memory has {len(tokens)} tokens, from {first} to {position}")
+            self.require_symbols(tokens)
             self._place(lane, hidden, tokens, first, position)
+
+    def require_symbols(self, tokens: Tensor) -> None:
+        """Refuse token ids, of any shape, that are not those of symbols.
+
+        Raises:
+            ValueError: They are not integers, or there are not as many symbols.
+        """
+        symbols = float("inf") if self.symbols is None else self.symbols
+        if tokens.dtype != torch.int64:
+            raise ValueError(f"the ids in its token memory are {tokens.dtype}, not int64")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < symbols:
+            raise ValueError("its token memory has ids outside the dictionary")
 
     def replace(self, lane: int, hidden: Tensor, tokens: Tensor, position: int) -> None:
         """Replace the content of a lane by tokens that end where the stream does.

@@ -55,10 +55,14 @@ class TokenStreams(LaneStreams):
         Args:
             tensors: Tensors of its :meth:`state`; its bank had this one's sizes.
             places: The rest of its state.
+
+        Raises:
+            ValueError: They are not those of such a token memory.
         """
         self.bank.restore(tensors, places["bank"])
         written = None
         if places["pending"] is not None:
             device = self.bank.hidden.device
             written = TokenStates(*(tensors[f"pending.{name}"].to(device, copy=True) for name in TokenStates._fields))
+            self.bank.require_symbols(written.tokens)
         self.restore_places(places, written)
