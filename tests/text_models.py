@@ -23,11 +23,11 @@ READING = {**LONGMEM, "retrieval_layer_index": "1,3"}
 T = READING["tokens_per_sample"]
 
 
-def sentencepiece_model(directory: Path) -> Path:
+def sentencepiece_model(directory: Path, **changes) -> Path:
     """A model with the tokenizer of the shipped backbone; gives the directory of checkpoint and data."""
     for name in ("sentencepiece.model", "dict.txt"):
         shutil.copy(SHIPPED / name, directory)
-    return _write(directory)
+    return _write(directory, **changes)
 
 
 def gpt2_model(directory: Path, texts: Sequence[str], entries: int = 400) -> Path:
@@ -45,18 +45,19 @@ def huggingface_model(directory: Path, texts: Sequence[str]) -> Path:
     return _write(directory)
 
 
-def _write(directory: Path) -> Path:
+def _write(directory: Path, **changes) -> Path:
+    reading = {**READING, **changes}
     dictionary = Dictionary.load(str(directory / "dict.txt"))
     settings = _settings(TransformerLanguageModelConfig, LanguageModelingConfig, directory)
     settings["model"].update(BACKBONE, _name="transformer_lm")
     settings["task"].update(_name="language_modeling")
     backbone = directory / "backbone.pt"
     write_checkpoint(backbone, stock_model(dictionary=dictionary), None, {"cfg": settings})
-    model = build_longmem(backbone, dictionary, **READING)
+    model = build_longmem(backbone, dictionary, **reading)
     randomize(model.decoder.layers, 1)
     randomize(model.decoder.layer_norm, 2)
     settings = _settings(LongMemConfig, LongMemLanguageModelingConfig, directory)
-    settings["model"].update(READING, _name="longmem_lm", pretrained_model_path=str(backbone))
+    settings["model"].update(reading, _name="longmem_lm", pretrained_model_path=str(backbone))
     settings["task"].update(_name="longmem_language_modeling", tokens_per_sample=T)
     write_checkpoint(directory / "model.pt", model, None, {"cfg": settings})
     return directory

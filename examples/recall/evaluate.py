@@ -9,7 +9,7 @@ network without a memory to read. An answer is right if it is the most probable 
 import argparse
 import os
 import time
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 from fairseq.data.data_utils import load_indexed_dataset
 from torch import Tensor
@@ -24,6 +24,7 @@ from longmem_fairseq.evaluation.scoring.document_stream import DocumentStream
 from longmem_fairseq.evaluation.scoring.scorer import Scorer
 from longmem_fairseq.evaluation.scoring.systems import OFF, ON, with_memory
 from longmem_fairseq.files import write_json
+from longmem_fairseq.modules.token_mixture import TokenReads
 
 BUCKETS = (0, 256, 1_024, 4_096, 16_384, 32_768, 50_000, 66_000)
 CHANCE = 100 / N_VALUES
@@ -32,8 +33,13 @@ CHANCE = 100 / N_VALUES
 class AnswerStream(DocumentStream):
     """Read a document and tell which of its tokens are the most probable of all symbols."""
 
-    def plain_scores(self, features: Dict[str, Tensor], targets: Tensor) -> Dict[str, Tensor]:
-        return {system: self.scorer.log_probs(x).argmax(-1) == targets for system, x in features.items()}
+    def plain_scores(
+        self, features: Dict[str, Tensor], targets: Tensor, reads: Optional[Dict[str, TokenReads]] = None
+    ) -> Dict[str, Tensor]:
+        reads = reads or {}
+        return {
+            system: self.scorer.log_probs(x, reads.get(system)).argmax(-1) == targets for system, x in features.items()
+        }
 
 
 def recall(scorer: Scorer, data: str) -> Table:

@@ -9,7 +9,7 @@ from tests.text_models import sentencepiece_model
 
 
 def test_real_keys(tmp_path):
-    directory = sentencepiece_model(tmp_path)
+    directory = sentencepiece_model(tmp_path, retrieval_layer_index=1)
     (tmp_path / "texts").mkdir()
     for name in "ab":
         (tmp_path / "texts" / name).write_text(f"The text {name} that is memorized and read.\n" * 9)
