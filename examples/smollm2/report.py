@@ -27,6 +27,7 @@ def collect(directory: Path, seconds: int, carry: int = 0) -> dict:
     """
     training = (directory / "logs/train.log").read_text()
     trained = re.search(r"([\d,]+) parameters to train", training)
+    peak = re.search(r"peak memory: ([\d,]+ MiB)", training)
     copying = (directory / "copying.txt").read_text().splitlines()
     return {
         "source": (directory / "source").read_text().strip(),
@@ -39,6 +40,7 @@ def collect(directory: Path, seconds: int, carry: int = 0) -> dict:
         "carried": _by_size(directory, "carried"),
         "updates": int(_last(training, "num_updates")),
         "training_seconds": _last(training, "wall"),  # also of earlier calls that were interrupted
+        "training_peak": peak[1] if peak else "not measured",
         "gate": _last(training, "gate"),
         "parameters_trained": trained[1] if trained else None,
         "seconds": seconds,
@@ -121,7 +123,8 @@ def main() -> None:
         results,
         f"{report['copying']}. Memory layer {report['memory_layer']}; its heads: {report['heads']}.",
         f"Adaptation: {report['updates']} updates, {report['parameters_trained']} parameters trained, "
-        f"{report['training_seconds']} s. Machine: {report['machine']}, {report['device']}.",
+        f"{report['training_seconds']} s, peak memory {report['training_peak']}.",
+        f"Machine: {report['machine']}, {report['device']}.",
     ]
     write_text(directory / "report.md", "\n\n".join(lines) + "\n")
     write_json(directory / "report.json", report)

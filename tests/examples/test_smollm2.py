@@ -42,6 +42,7 @@ def test_report(base):
     assert len(perplexities) == 3 and all(100 < value < 1500 for value in perplexities)
     assert report["memory_layer"] in (1, 3) and report["copying"].startswith("random sequence, loss in nats: copy 1")
     assert report["updates"] == 2 and report["training_seconds"] > 0 and 0.4 < report["gate"] < 0.6
+    assert int(report["training_peak"].replace(",", "").split(" MiB")[0]) > 100
     assert int(report["parameters_trained"].replace(",", "")) > 1000
     table = (base / "out" / "report.md").read_text()
     assert "| LongMem, window 1,024, memory of 4,096 tokens |" in table
