@@ -47,7 +47,7 @@ demo: env
 # One thread per process, because the tests are many small processes. Tests are distributed by file, so that the
 # fixtures of a file are made once.
 test: lint
-	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) tests
+	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) tests
 
 lint: env
 	ruff check .

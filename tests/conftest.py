@@ -14,9 +14,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors are 
 
 from tests.fairseq_runs import TASK, random_documents, run, write_data  # noqa: E402
 
+# Files that take longest, which start first, so that no process is left alone with one of them at the end.
+LONGEST = (
+    *("tasks/test_training.py", "examples/test_gpu_check.py", "tasks/test_evaluation_batches.py"),
+    *("examples/test_recall.py", "test_hub.py", "examples/test_quickstart.py", "examples/test_smollm2.py"),
+)
+
 T = 16  # tokens of a segment
 TRAIN_LENGTHS = [1, T - 1, T, T + 1, 100, 333, 4 * T, 5, 70, 200]
 VALID_LENGTHS = [50, 2 * T + 1, 1, 90]
+
+
+def pytest_collection_modifyitems(items):
+    """Order the files of tests (see ``LONGEST``)."""
+    places = {str(Path(__file__).parent / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
 
 
 @pytest.fixture(scope="session")

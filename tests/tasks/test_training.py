@@ -263,14 +263,17 @@ def test_half_precision_keeps_all_gradients(ranks, tmp_path):
 
 
 def test_half_precision_by_autocast_continues_bit_by_bit(ranks, tmp_path):
-    """--train-dtype and --backbone-dtype on two ranks: float32 parameters, and a memory that is rebuilt as it was."""
-    options = ["train", *ranks.options, "--train-dtype", "bfloat16", "--backbone-dtype", "bfloat16"]
-    log, _ = run_ranks(*options, "--save-dir", tmp_path / "whole", cwd=tmp_path)
+    """--train-dtype and --backbone-dtype: float32 parameters, and a memory that is rebuilt as it was.
+
+    On one rank with the lanes of two.
+    """
+    options = ["train", *ranks.options, "--batch-size", 4, "--train-dtype", "bfloat16", "--backbone-dtype", "bfloat16"]
+    log = run(*options, "--save-dir", tmp_path / "whole", cwd=tmp_path)
     losses = figures(log, "train_inner", "loss")
     assert losses != figures(ranks.log, "train_inner", "loss")
     assert losses == pytest.approx(figures(ranks.log, "train_inner", "loss"), rel=0.1)
-    run_ranks(*options, "--save-dir", tmp_path / "stopped", "--max-update", 10, cwd=tmp_path)
-    run_ranks(*options, "--save-dir", tmp_path / "stopped", cwd=tmp_path)
+    run(*options, "--save-dir", tmp_path / "stopped", "--max-update", 10, cwd=tmp_path)
+    run(*options, "--save-dir", tmp_path / "stopped", cwd=tmp_path)
     checkpoints = [tmp_path / name / "checkpoint_last.pt" for name in ("stopped", "whole")]
     assert same_weights(*checkpoints)
     state = torch.load(checkpoints[1], weights_only=False)
