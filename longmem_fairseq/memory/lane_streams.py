@@ -44,15 +44,15 @@ class LaneStreams(ABC):
         """Number of lanes that a batch may have; None for any number."""
         return len(self.streams)
 
-    @abstractmethod
     def start_stream(self, lane: int, stream: int, position: int) -> None:
-        """Empty a lane and let a stream start in it.
+        """Let a stream start in a lane; a derived class also empties what it stores of the lane.
 
         Args:
             lane: Number of the lane.
             stream: Identity of the stream.
             position: Number of tokens of the stream that were skipped.
         """
+        self.streams[lane], self.stream_ends[lane] = stream, position
 
     @abstractmethod
     def store(self, segments: Segments, written: Any, rows: List[int]) -> None:

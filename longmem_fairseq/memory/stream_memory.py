@@ -66,8 +66,8 @@ class StreamMemory(LaneStreams):
         return StreamReader(self.bank, self.chunk_reader, segments, self.keep_reads, layer)
 
     def start_stream(self, lane: int, stream: int, position: int) -> None:
+        super().start_stream(lane, stream, position)
         self.bank.reset(lane, position)
-        self.streams[lane], self.stream_ends[lane] = stream, position
 
     def store(self, segments: Segments, written: WrittenSegments, rows: List[int]) -> None:
         for row in rows:

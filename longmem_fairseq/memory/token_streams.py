@@ -24,8 +24,8 @@ class TokenStreams(LaneStreams):
         self.bank, self.entries = bank, entries
 
     def start_stream(self, lane: int, stream: int, position: int) -> None:
+        super().start_stream(lane, stream, position)
         self.bank.reset(lane, position)
-        self.streams[lane], self.stream_ends[lane] = stream, position
 
     def store(self, segments: Segments, written: TokenStates, rows: List[int]) -> None:
         for row in rows:

@@ -23,6 +23,8 @@ from .window_caches import Caches, attention_modules, encode_window
 
 Tensors = Dict[str, Tensor]
 
+_TOKENS, _PENDING = "tokens", "pending."  # name of what is carried in place of keys; prefix of what is held back
+
 
 class CarriedSegment(SegmentState):
     """Incremental state of a segment behind a carried window.
@@ -32,14 +34,22 @@ class CarriedSegment(SegmentState):
         lengths: Number of carried tokens of each row, shape (B,), int64.
         device: Device of the model.
         window: Number of tokens before each token that it attends to; None for all in the caches.
+        tokens: Carried tokens, shape (B, S), int64, where they were encoded again; otherwise None.
 
     Attributes:
         lengths: As above.
-        tokens: Carried tokens, shape (B, S), int64, where they were encoded again; otherwise None.
+        tokens: As above.
         start: Position of the first token of each row in its window, shape (B,), int64, or 0 for all.
     """
 
-    def __init__(self, before: Caches, lengths: np.ndarray, device: torch.device, window: Optional[int]):
+    def __init__(
+        self,
+        before: Caches,
+        lengths: np.ndarray,
+        device: torch.device,
+        window: Optional[int] = None,
+        tokens: Optional[Tensor] = None,
+    ):
         longest = int(lengths.max(initial=0))
         entries = dict(before)
         if window is not None:
@@ -47,15 +57,12 @@ class CarriedSegment(SegmentState):
         if lengths.min(initial=longest) < longest:
             entries[LEFT_PADDING] = {"left": torch.from_numpy(longest - lengths).to(device)}
         super().__init__(entries)
-        self.lengths, self.tokens = lengths, None
+        self.lengths, self.tokens, self._device = lengths, tokens, device
         self.start: Any = torch.from_numpy(lengths).to(device) if longest else 0
 
     def again(self) -> "CarriedSegment":
         """Return the same state before anything was appended."""
-        other = CarriedSegment.__new__(CarriedSegment)
-        SegmentState.__init__(other, self)
-        other.lengths, other.tokens, other.start = self.lengths, self.tokens, self.start
-        return other
+        return CarriedSegment(self, self.lengths, self._device, tokens=self.tokens)
 
 
 class Carried(NamedTuple):
@@ -85,21 +92,21 @@ class CarriedWindow(LaneStreams):
 
     Attributes:
         lengths: Number of tokens that each lane carries, shape (L,), int64.
+        device: Device of what is carried.
     """
 
     def __init__(self, decoder, lanes: int, size: int, for_memory: bool = False):
         super().__init__(lanes)
-        self.decoder, self.size, self.for_memory = decoder, size, for_memory
+        self.decoder, self.size, self.for_memory, self.device = decoder, size, for_memory, decoder.device
         self.lengths = np.zeros(lanes, dtype=np.int64)
         self._tensors: Tensors = {}  # (L, ..., C, width), right-aligned
 
     @abstractmethod
-    def caches(self, lanes: np.ndarray, lengths: np.ndarray) -> CarriedSegment:
+    def caches(self, lanes: np.ndarray) -> CarriedSegment:
         """Return the state of a segment in each of some lanes.
 
         Args:
             lanes: Numbers of the lanes, shape (B,), int64.
-            lengths: Number of tokens that each carries, shape (B,), int64.
         """
 
     @abstractmethod
@@ -121,7 +128,7 @@ class CarriedWindow(LaneStreams):
             MemoryOutOfStep: A segment does not start where its lane's stream ends.
         """
         self.enter(segments)
-        return self.caches(segments.lanes, self.lengths[segments.lanes])
+        return self.caches(segments.lanes)
 
     def write(self, segments: Segments, tokens: Tensor, state: CarriedSegment) -> None:
         """Carry the last tokens of a batch on, as soon as its lanes continue.
@@ -137,21 +144,21 @@ class CarriedWindow(LaneStreams):
         self.hold_back(segments, Carried(lengths, tensors))
 
     def start_stream(self, lane: int, stream: int, position: int) -> None:
+        super().start_stream(lane, stream, position)
         self.lengths[lane] = 0
-        self.streams[lane], self.stream_ends[lane] = stream, position
 
     def store(self, segments: Segments, written: Carried, rows: List[int]) -> None:
         lanes = segments.lanes[rows]
         for name, x in written.tensors.items():
             if name not in self._tensors:
-                shape = (len(self.streams), *x.shape[1:-2], self.size, x.size(-1))
+                shape = (self.lanes, *x.shape[1:-2], self.size, x.size(-1))
                 self._tensors[name] = x.new_zeros(shape)
             self._tensors[name][lanes, ..., self.size - x.size(-2) :, :] = x[rows]
         self.lengths[lanes] = written.lengths[rows]
 
     def take(self, lanes: np.ndarray, name: str, columns: int) -> Tensor:
         """Return the last columns of some lanes of a stored tensor, a copy of shape (B, ..., columns, width)."""
-        return self._tensors[name][lanes][..., self.size - columns :, :]
+        return self._tensors[name][..., self.size - columns :, :][lanes]
 
     @property
     def nbytes(self) -> int:
@@ -162,21 +169,27 @@ class CarriedWindow(LaneStreams):
         tensors, places = dict(self._tensors), {"lengths": self.lengths.tolist(), **self.places()}
         if self._pending is not None:
             carried = self._pending[1]
-            tensors.update((f"pending.{name}", x) for name, x in carried.tensors.items())
+            tensors.update((_PENDING + name, x) for name, x in carried.tensors.items())
             places["pending_lengths"] = carried.lengths.tolist()
         return tensors, places
 
     def restore(self, tensors: Tensors, places: Dict[str, Any]) -> None:
+        stored = {name: x for name, x in tensors.items() if not name.startswith(_PENDING)}
+        pending = {name[len(_PENDING) :]: x for name, x in tensors.items() if name.startswith(_PENDING)}
+        for name, x in stored.items():
+            if (x.size(0), x.size(-2)) != (self.lanes, self.size):
+                raise ValueError(
+                    f"{name} is of {x.size(0)} lanes of {x.size(-2)} tokens, and the carried window has {self.lanes} "
+                    f"of {self.size} (--carry-window)"
+                )
+        if any(x.size(-2) > self.size for x in pending.values()):
+            raise ValueError(f"more tokens are held back than the {self.size} of --carry-window")
         device = self.decoder.device
-        moved = {name: x.to(device, copy=True) for name, x in tensors.items()}
-        pending = {name[len("pending.") :]: x for name, x in moved.items() if name.startswith("pending.")}
-        self._tensors = {name: x for name, x in moved.items() if not name.startswith("pending.")}
+        self._tensors = {name: x.to(device, copy=True) for name, x in stored.items()}
         self.lengths = np.array(places["lengths"], dtype=np.int64)
         lengths = np.array(places.get("pending_lengths", []), dtype=np.int64)
-        columns = {x.size(-2) for x in self._tensors.values()}
-        if columns - {self.size} or any(x.size(-2) > self.size for x in pending.values()):
-            raise ValueError(f"it carries {max(columns)} tokens and --carry-window is {self.size}: set it to the same")
-        self.restore_places(places, Carried(lengths, pending))
+        held_back = {name: x.to(device, copy=True) for name, x in pending.items()}
+        self.restore_places(places, Carried(lengths, held_back))
 
 
 class CarriedKeys(CarriedWindow):
@@ -186,8 +199,9 @@ class CarriedKeys(CarriedWindow):
         super().__init__(decoder, lanes, size, for_memory)
         self._modules = attention_modules(decoder)
 
-    def caches(self, lanes: np.ndarray, lengths: np.ndarray) -> CarriedSegment:
+    def caches(self, lanes: np.ndarray) -> CarriedSegment:
         before: Caches = {}
+        lengths = self.lengths[lanes]
         S = int(lengths.max(initial=0))
         if S:
             for i, module in enumerate(self._modules):
@@ -208,23 +222,19 @@ class CarriedKeys(CarriedWindow):
 class CarriedTokens(CarriedWindow):
     """The last tokens of each lane's stream, which are encoded again, for positions from a table."""
 
-    def caches(self, lanes: np.ndarray, lengths: np.ndarray) -> CarriedSegment:
+    def caches(self, lanes: np.ndarray) -> CarriedSegment:
+        lengths = self.lengths[lanes]
         if not lengths.any():
-            return CarriedSegment({}, lengths, self.decoder.device, None)
+            return CarriedSegment({}, lengths, self.decoder.device)
         carried = self.take(lanes, _TOKENS, int(lengths.max()))[..., 0]  # (B, S)
         pieces = [row[len(row) - length :] for row, length in zip(carried, lengths.tolist())]
         with torch.no_grad():
             tokens, before, _ = encode_window(self.decoder, pieces, for_memory=self.for_memory)
-        state = CarriedSegment(before, lengths, self.decoder.device, None)
-        state.tokens = tokens
-        return state
+        return CarriedSegment(before, lengths, self.decoder.device, tokens=tokens)
 
     def columns(self, tokens: Tensor, state: CarriedSegment) -> Tensors:
         tokens = tokens if state.tokens is None else torch.cat([state.tokens, tokens], dim=1)
         return {_TOKENS: tokens[..., None]}
-
-
-_TOKENS = "tokens"
 
 
 def _last(x: Tensor, behind: np.ndarray, columns: int) -> Tensor:
@@ -278,14 +288,14 @@ class SplitWindows:
         if not self.size:
             return None
         window = self._windows.get(training)
-        if window is None or len(window.streams) < lanes:
+        if window is None or window.lanes < lanes or window.device != self.decoder.device:
             window = self._windows[training] = new_carried_window(self.decoder, lanes, self.size)
         return window
 
     def needs_replay(self, training: bool, segments: Segments) -> np.ndarray:
         """Return which rows' window is not where their segment starts, shape (B,), bool."""
         window = self._windows.get(training)
-        if window is None or len(window.streams) < segments.n_lanes:
+        if window is None or window.lanes < segments.n_lanes:
             return (segments.starts > 0) & bool(self.size)
         return window.needs_replay(segments)
 

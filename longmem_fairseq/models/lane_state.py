@@ -1,7 +1,7 @@
 """What a decoder keeps of the streams in its lanes: their memories and carried windows, in training and evaluation."""
 
 import logging
-from typing import List
+from typing import List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from ..data.segments import Segments
 from ..memory.factory import MemoryFactory
 from ..memory.lane_streams import LaneStreams, next_segments
 from ..memory.split_memories import SplitMemories
-from .carried_window import SplitWindows
+from ..memory.stream_memory import StreamMemory
+from .carried_window import CarriedWindow, SplitWindows
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,23 @@ class LaneState:
         return next_segments(next(iter(self.streams()), None), tokens, self.decoder.dictionary.pad())
 
     @torch.no_grad()
+    def allocate(self, tokens: Tensor, lanes: int) -> Tuple[Optional[StreamMemory], Optional[CarriedWindow]]:
+        """Return memory and carried window of the decoder's present mode, made where there are none that fit.
+
+        Args:
+            tokens: Token ids of any batch, shape (B, T), int64; the keys of one token show the memory's precision.
+            lanes: Number of lanes that a batch may have.
+
+        Returns:
+            The two, each None where the decoder has none.
+        """
+        decoder, memory = self.decoder, None
+        if decoder.has_memory:
+            like = decoder.backbone.encode_for_memory(tokens[:, :1]).keys
+            memory = self.memories.allocate(decoder.training, lanes, like, keep_reads=decoder.stateful)
+        return memory, self.windows.allocate(decoder.training, lanes)
+
+    @torch.no_grad()
     def read_again(self, tokens: Tensor, segments: Segments, restart: bool) -> None:
         """Read and write segments as the decoder does in evaluation, for a carried window.
 
@@ -68,13 +86,15 @@ class LaneState:
             restart: If true, the lanes are emptied first.
         """
         decoder = self.decoder
-        for streams in self.streams() if restart else ():
-            streams.restart(segments)
-        if restart and decoder.training:
-            logger.warning(
-                "the carried window is rebuilt by the side network as it is now, not as it was when the tokens were "
-                "read; a snapshot (--memory-snapshot) is exact"
-            )
+        if restart:
+            for streams in self.allocate(tokens, segments.n_lanes):
+                if streams is not None:
+                    streams.restart(segments)
+            if decoder.training:
+                logger.warning(
+                    "the carried window is rebuilt by the side network as it is now, not as it was when the tokens "
+                    "were read; a snapshot (--memory-snapshot) is exact"
+                )
         training = [layer for layer in decoder.layers if layer.training]
         try:
             decoder.layers.eval()  # without dropout, and not the decoder, whose mode selects the memory

@@ -127,7 +127,7 @@ class LiveWindow:
     def _fill_behind(self, pieces: Sequence[Tensor], state: Dict[str, Any], carried: CarriedWindow) -> None:
         """Read the first inputs of all rows behind a carried window; arguments are those of :meth:`fill`."""
         carried.flush()
-        before = carried.caches(np.arange(len(pieces)), carried.lengths)
+        before = carried.caches(np.arange(len(pieces)))
         S = int(before.lengths.max())
         self.lengths = self.live + before.lengths
         self.tokens = before.tokens if before.tokens is not None else self.tokens.new_zeros(len(pieces), S)

@@ -111,7 +111,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         extra = {"memory": reader, "inner_states": states}
         if without_memory:
             with torch.no_grad():
-                alone = self.side_network(encoded, None, carried and carried.again())
+                alone = self.side_network(encoded, None, None if carried is None else carried.again())
                 extra["logits_without_memory"] = self.output_layer(self.features(alone))
         x = self.features(states)
         return (x if features_only else self.predictor(x, reads, extra)), extra

@@ -37,7 +37,7 @@ class ReadSegment(NamedTuple):
 
     def again(self) -> "ReadSegment":
         """Return the segment for another reading, of which nothing is carried on."""
-        return self._replace(carried=self.carried and self.carried.again())
+        return self._replace(carried=None if self.carried is None else self.carried.again())
 
 
 def encode_side_by_side(

@@ -215,12 +215,8 @@ class MemorySnapshots:
         start = time.time()
         path = _path(os.path.dirname(restored.path), iterator, restored.batches)
         try:
-            with torch.autocast("cuda", enabled=autocast):  # the keys of one token show the memory's precision
-                like = model.decoder.backbone.encode_for_memory(sample["net_input"]["src_tokens"][:, :1]).keys
-            memory, lanes = None, segments.n_lanes
-            if model.decoder.has_memory:
-                memory = model.decoder.lane_state.memories.allocate(training=True, lanes=lanes, like=like)
-            window = model.decoder.lane_state.windows.allocate(training=True, lanes=lanes)
+            with torch.autocast("cuda", enabled=autocast):
+                memory, window = model.decoder.lane_state.allocate(sample["net_input"]["src_tokens"], segments.n_lanes)
             load_training_memory(path, memory, _place(model, iterator, restored.batches), window)
         except SnapshotError as error:
             raise SnapshotError(f"{error}: {_REPLAY}") from error

@@ -207,6 +207,6 @@ def test_a_snapshot_of_another_window_is_refused(models, tmp_path):
     save_training_memory(path, None, {}, model.decoder.lane_state.windows.get(False))
     other = build_longmem(model.cfg.pretrained_model_path, carry_window=6).eval()
     read(other, documents([3 * T]), T)
-    with pytest.raises(ValueError, match="carries 5 tokens and --carry-window is 6"):
+    with pytest.raises(ValueError, match="of 1 lanes of 5 tokens, and the carried window has 1 of 6"):
         load_training_memory(path, None, {}, other.decoder.lane_state.windows.get(False))
     assert not other.needs_replay(Segments([0], [0], [3 * T], [T], 1)).any(), "it is as it was"

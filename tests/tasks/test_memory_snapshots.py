@@ -13,6 +13,7 @@ from longmem_fairseq.data.lane_iterator import LaneIterator
 from longmem_fairseq.memory.container import SnapshotError
 from longmem_fairseq.tasks.checkpoints import Restored
 from longmem_fairseq.tasks.memory_snapshots import MemorySnapshots, before_each_checkpoint
+from longmem_fairseq.tasks.replay import replay_past
 from tests.data.test_lane_dataset import SCOPES, Documents
 from tests.models.tiny import VOCABULARY, longmem
 
@@ -102,6 +103,20 @@ def test_continues_bit_by_bit(tmp_path, scope, changes, stop, caplog):
     resumed.reset_memory()
     snapshots.load(rest[0], resumed, iterator)  # only before the first batch
     assert resumed.needs_replay(rest[0]["net_input"]["segments"]).any()
+
+
+@pytest.mark.parametrize("changes", [{"carry_window": 5}, {"carry_window": 9, "model": "alibi_lm", "memory_size": 0}])
+@pytest.mark.parametrize("stop", [3, 8, 10])
+def test_a_carried_window_is_rebuilt_by_replay(tmp_path, changes, stop):
+    """In a new process, with lanes at different places of their documents."""
+    model, iterator = new_model(tmp_path, **changes), new_iterator()
+    resumed = copy.deepcopy(model)
+    batches = iterator.next_epoch_itr()
+    read(model, [next(batches) for _ in range(stop)])
+    rest = list(batches)
+    expected = read(model, rest)
+    replay_past(rest[0], resumed, iterator.dataset)
+    assert all(torch.equal(a, b) for a, b in zip(read(resumed, rest), expected))
 
 
 @pytest.fixture
