@@ -210,7 +210,6 @@ def ranks(tiny_options, tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
     options = [*tiny_options, "--batch-size", 2, "--num-workers", 0, "--dropout", 0]
     options += ["--valid-subset", "valid,single", "--layer-reduction-factor", 1, "--retrieval-layer-index", "0,1"]
-    options += ["--token-memory", 40, "--token-memory-k", 8]
     log, _ = run_ranks("train", *options, "--save-dir", directory / "whole", cwd=directory)
     return SimpleNamespace(options=options, checkpoint=directory / "whole" / "checkpoint_last.pt", log=log)
 
@@ -230,6 +229,16 @@ def test_two_ranks_do_what_one_does(ranks, tmp_path):
         for path in (ranks.checkpoint, tmp_path / "checkpoint_last.pt")
     )
     torch.testing.assert_close(two_ranks, one_rank, rtol=1e-3, atol=1e-3)
+
+
+def test_two_ranks_train_a_token_memory(ranks, tmp_path):
+    """The losses of one rank with the same lanes, and the weight that the token memory has."""
+    options = [*ranks.options, "--token-memory", 40, "--token-memory-k", 8, "--max-update", 6, "--disable-validation"]
+    two, _ = run_ranks("train", *options, "--save-dir", tmp_path / "two", cwd=tmp_path)
+    one = run("train", *options, "--batch-size", 4, "--save-dir", tmp_path / "one", cwd=tmp_path)
+    for figure in ("loss", "gnorm", "token_memory_weight"):
+        expected = figures(one, "train_inner", figure)
+        assert len(expected) == 6 and figures(two, "train_inner", figure) == pytest.approx(expected, rel=2e-3, abs=2e-3)
 
 
 def test_two_ranks_continue_bit_by_bit(ranks, tmp_path):
@@ -252,10 +261,10 @@ def test_recomputed_activations_and_mixed_precision_change_nothing_where_nothing
 
 
 def test_half_precision_keeps_all_gradients(ranks, tmp_path):
-    """Two ranks, weights and activations in 16 bits, activations recomputed; other entries may be the nearest ones."""
+    """Two ranks, weights and activations in 16 bits, activations recomputed."""
     options = [*ranks.options, "--memory-efficient-fp16", "--checkpoint-activations", "--save-dir", tmp_path]
     log, _ = run_ranks("train", *options, cwd=tmp_path)
-    assert figures(log, "train_inner", "loss") == pytest.approx(figures(ranks.log, "train_inner", "loss"), rel=0.1)
+    assert figures(log, "train_inner", "loss") == pytest.approx(figures(ranks.log, "train_inner", "loss"), rel=0.03)
     half, full = (torch.load(path, weights_only=False) for path in (tmp_path / "checkpoint_last.pt", ranks.checkpoint))
     state = half["last_optimizer_state"]["state"]
     assert len(state) == len(full["last_optimizer_state"]["state"]) > 10
@@ -271,7 +280,7 @@ def test_half_precision_by_autocast_continues_bit_by_bit(ranks, tmp_path):
     log = run(*options, "--save-dir", tmp_path / "whole", cwd=tmp_path)
     losses = figures(log, "train_inner", "loss")
     assert losses != figures(ranks.log, "train_inner", "loss")
-    assert losses == pytest.approx(figures(ranks.log, "train_inner", "loss"), rel=0.1)
+    assert losses == pytest.approx(figures(ranks.log, "train_inner", "loss"), rel=0.03)
     run(*options, "--save-dir", tmp_path / "stopped", "--max-update", 10, cwd=tmp_path)
     run(*options, "--save-dir", tmp_path / "stopped", cwd=tmp_path)
     checkpoints = [tmp_path / name / "checkpoint_last.pt" for name in ("stopped", "whole")]
