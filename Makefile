@@ -45,7 +45,7 @@ demo: env
 	bash examples/quickstart.sh
 
 # One thread per process, because the tests are many small processes. Tests are distributed by file, so that the
-# fixtures of a file are made once.
+# fixtures of a file are made once; the longest files start first (tests/conftest.py).
 test: lint
 	OMP_NUM_THREADS=1 python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) tests
 

@@ -44,10 +44,10 @@ class LongMemCrossEntropyCriterion(CrossEntropyCriterion):
     Logged besides ``loss`` and ``ppl`` (base 2): ``gate``, the mean of sigmoid(g) over heads, and with several memory
     layers also ``gate_13``, that over the heads that read layer 13, and so on; ``mem_fill``, the share of the memory
     in use; ``mem_dist``, the mean number of tokens between a query and the chunks it reads; on sampled updates
-    ``ppl_no_mem``, the perplexity of the same side network when it reads nothing, and ``mem_gain``, the
-    percentage by which reading lowers it; with a token memory ``token_memory_weight``, the mean weight that it has in
-    the output; and with an approximate index (``--memory-index``), on sampled updates,
-    ``mem_recall``, the percentage of the chunks found by exact search that the index finds too.
+    ``ppl_no_mem``, the perplexity of the same side network when it reads nothing, and ``mem_gain``, the percentage by
+    which reading lowers it; with a token memory ``token_memory_weight``, the mean weight that it has in the output; and
+    with an approximate index (``--memory-index``), on sampled updates, ``mem_recall``, the percentage of the chunks
+    found by exact search that the index finds too.
 
     Args:
         task: The fairseq task.

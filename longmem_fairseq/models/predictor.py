@@ -47,10 +47,15 @@ class Predictor(nn.Module):
             extra["token_memory_weight"] = weights
         return log_probs
 
+    @property
+    def writes_hidden(self) -> bool:
+        """Whether final hidden states are written into a memory, so that all layers of the backbone must run."""
+        return self.token_mixture is not None
+
     def encode_for_memory(self, tokens: Tensor) -> EncodedSegment:
-        """Encode segments (B, T) only as far up as the memory needs: all layers where there is a token memory."""
+        """Encode segments (B, T) only as far up as the memory needs."""
         backbone = self._backbone[0]
-        return backbone.encode_for_memory(tokens) if self.token_mixture is None else backbone.encode(tokens)
+        return backbone.encode(tokens) if self.writes_hidden else backbone.encode_for_memory(tokens)
 
     def token_states(self, encoded: EncodedSegment, tokens: Tensor) -> Optional[TokenStates]:
         """Return what the token memory takes of encoded segments; None without one.

@@ -145,7 +145,7 @@ class DocumentReader:
 
     def _encode_for_memory(self, inputs: Tensor) -> Iterator[Tuple[Tensor, EncodedSegment]]:
         """Yield consecutive inputs (b, T) of a document, and what is written of them."""
-        backbone, all_layers = self.decoder.backbone, self.decoder.predictor.token_mixture is not None
+        backbone, all_layers = self.decoder.backbone, self.decoder.predictor.writes_hidden
         window = self.carried_window(for_memory=True)
         if window is None:
             yield from encode_document(backbone, inputs, self.segment, all_layers)
