@@ -15,8 +15,7 @@ dir=$(cd "$dir" && pwd)
 cd "$(dirname "$0")/../.."
 updates=600
 [ ${#quick[@]} -eq 0 ] || updates=90
-device=(--cpu)
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
+. examples/steps.sh
 
 python -m examples.recall.facts --destdir "$dir/data" "${quick[@]}" 2>/dev/null
 python -m preprocess.convert_safetensors examples/pretrained/mini/backbone.safetensors "$dir/backbone.pt" 2>/dev/null

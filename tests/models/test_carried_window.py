@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.training_snapshot import load_training_memory, save_training_memory
 from longmem_fairseq.models.reading import DocumentReader
+from longmem_fairseq.modules.self_attention import SelfAttention
 from longmem_fairseq.modules.sliding_window import sliding_window_attention
 from tests.models.tiny import LONGMEM, batches, build_longmem, documents, longmem, read
 
@@ -24,7 +25,15 @@ def models(tmp_path_factory):
     return {kind: longmem(tmp_path_factory.mktemp(kind), model=kind, **options_of(kind)) for kind in KINDS}
 
 
+@pytest.fixture(scope="module")
+def without_memory(models):
+    kinds = ("alibi_lm", "llama_lm")
+    paths = {kind: models[kind].cfg.pretrained_model_path for kind in kinds}
+    return {kind: build_longmem(paths[kind], carry_window=KINDS[kind], memory_size=0).eval() for kind in kinds}
+
+
 def from_start(model):
+    """The model with nothing in its memories and carried windows."""
     model.decoder.reset_memory()
     return model
 
@@ -66,27 +75,33 @@ def test_sliding_window_attention(T, before, window, groups, hidden, alibi):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_step_by_step_sees_the_same_window(batch_first):
+    """The released LongMem's unfused attention, against the fused one."""
+    attention = SelfAttention(12, 3, alibi=True, batch_first=batch_first).eval()
+    q, k, v = torch.randn(3, 2, 3, 9, 4, generator=torch.Generator().manual_seed(0))
+    left = torch.tensor([0, 2])
+    fused = attention.local_attention(q[:, :, 4:], k, v, left, 3)
+    attention.fused = False
+    torch.testing.assert_close(attention.local_attention(q[:, :, 4:], k, v, left, 3), fused)
+
+
 @settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3),
     segment=st.integers(1, 12),
     kind=st.sampled_from(["alibi_lm", "llama_lm"]),
 )
-def test_where_a_text_is_cut_does_not_matter(models, lengths, segment, kind):
-    """With keys carried and the memory off, segments of any length give the same logits, in whatever company."""
-    decoder = models[kind].decoder
-    settings_of_memory = decoder.memory_factory.settings
-    decoder.memory_factory.settings = settings_of_memory.__class__(0, 1, 1)
-    try:
-        docs = documents(lengths)
-        expected = [read(from_start(models[kind]), [doc], len(doc))[0] for doc in docs]
-        torch.testing.assert_close(read(from_start(models[kind]), docs, segment), expected, atol=1e-5, rtol=1e-5)
-    finally:
-        decoder.memory_factory.settings = settings_of_memory
+def test_where_a_text_is_cut_does_not_matter(without_memory, lengths, segment, kind):
+    """With keys carried and the memory off, segments of any length and any neighbors give the same logits."""
+    model = without_memory[kind]
+    docs = documents(lengths)
+    expected = [read(from_start(model), [doc], len(doc))[0] for doc in docs]
+    torch.testing.assert_close(read(from_start(model), docs, segment), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_each_layer_passes_the_past_on(models):
-    """What is carried is read: a token changes the logits behind the next segment boundary, and further by layers."""
+    """A token changes the logits of the next segment, and only of tokens after it."""
     for model in models.values():
         (doc,) = documents([3 * T])
         changed = doc.clone()
@@ -103,7 +118,7 @@ def test_each_layer_passes_the_past_on(models):
     data=st.data(),
 )
 def test_lanes_are_isolated(models, lengths, kind, data):
-    """One document is another one of its length: the logits of all others are the same, bit by bit."""
+    """Changing a document leaves the logits of the others as they are, bit by bit."""
     model = from_start(models[kind])
     changed = data.draw(st.integers(0, len(lengths) - 1))
     docs = documents(lengths)
@@ -115,7 +130,7 @@ def test_lanes_are_isolated(models, lengths, kind, data):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_that_comes_again_is_the_same(models, kind, tmp_path):
-    """Each batch three times, with another document between, in training with activations recomputed."""
+    """Each batch is read three times, and evaluation reads another document in between, with activations recomputed."""
     model = from_start(models[kind]).train()
     for layer in model.decoder.layers:
         layer.recompute = True
