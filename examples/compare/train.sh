@@ -13,16 +13,14 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/../.."
 shipped=examples/pretrained/mini
-device=(--cpu)
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
+. examples/steps.sh
 
 step() { # name, command
   local name=$1
   shift
   [ ! -e "$out/$name.log" ] || return 0
   echo "$name (log: $out/$name.log.part)"
-  "$@" >"$out/$name.log.part" 2>&1 || { tail -n 25 "$out/$name.log.part" >&2; exit 1; }
-  mv "$out/$name.log.part" "$out/$name.log"
+  logged "$out/$name.log" "$@"
 }
 
 step data python -m preprocess.binarize_documents --train "$data/books_train" "$data/arxiv_math/train" \

@@ -12,8 +12,7 @@ shift 2
 mkdir -p "$save"
 save=$(cd "$save" && pwd)
 cd "$(dirname "$0")/../.."
-device=(--cpu)
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then device=(); fi
+. examples/steps.sh
 
 python -m preprocess.convert_safetensors examples/pretrained/mini/backbone.safetensors "$save/backbone.pt"
 fairseq-train "$data" --user-dir longmem_fairseq --task longmem_language_modeling --arch longmem_gpt2_mini \
