@@ -1,5 +1,6 @@
 """A tiny LongMem with random weights and the shipped tokenizer, as files and loaded, for all tests of evaluations."""
 
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,20 @@ SHIPPED = ROOT / "examples" / "pretrained" / "mini"
 T = 32  # tokens of a window
 LONGMEM = {"memory_size": 128, "k": 6, "chunk_size": 3, "retrieval_layer_index": "1,3", "tokens_per_sample": T}
 POSITIONS = {"max_target_positions": 2 * T, "tokens_per_sample": 2 * T}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restored_loggers():
+    """Restore the levels of all loggers behind a file whose commands run in this process, and set them."""
+    before = {logger: logger.level for logger in _loggers()}
+    yield
+    for logger in _loggers():
+        logger.setLevel(before.get(logger, logging.NOTSET))
+
+
+def _loggers():
+    loggers = (logging.root, *logging.root.manager.loggerDict.values())
+    return [logger for logger in loggers if isinstance(logger, logging.Logger)]
 
 
 @pytest.fixture(scope="session")
