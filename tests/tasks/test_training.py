@@ -51,33 +51,21 @@ def test_all_tokens_are_read(tiny_longmem):
         assert words_per_batch == pytest.approx(sum(VALID_LENGTHS) / -(-max(VALID_LENGTHS) // T), abs=0.06)
 
 
-def test_max_tokens_workers_and_update_freq_read_all_tokens_too(tiny_data, tiny_options, tmp_path):
-    log = run(
-        "train",
-        *tiny_options,
-        "--max-tokens",
-        3 * T + 2,
-        *"--update-freq 2 --num-workers 2 --disable-validation".split(),
-        "--save-dir",
-        tmp_path,
-        cwd=tmp_path,
-    )
-    assert "train: 3 lanes on each of 1 ranks" in log
-    assert sum(row[-1] for row in updates(log).values()) == 2 * sum(TRAIN_LENGTHS)
-
-
-def test_shards_of_the_data_are_read_in_turn(tiny_data, tiny_options, tmp_path):
+def test_max_tokens_workers_update_freq_and_shards_read_all_tokens_too(tiny_data, tiny_options, tmp_path):
+    """Shards of the data are read in turn, one an epoch."""
     second = write_data(tmp_path / "second", train=random_documents([60, 7]))
     log = run(
         "train",
         f"{tiny_data}:{second}",
         *tiny_options[1:],
-        *"--batch-size 4 --num-workers 0 --no-save --memory-scope stream".split(),
+        "--max-tokens",
+        3 * T + 2,
+        *"--update-freq 2 --num-workers 2 --disable-validation --no-save --memory-scope stream".split(),
         "--save-dir",
         tmp_path,
         cwd=tmp_path,
     )
-    assert "train: 2 documents, 67 tokens" in log
+    assert "train: 3 lanes on each of 1 ranks" in log and "train: 2 documents, 67 tokens" in log
     assert sum(row[-1] for row in updates(log).values()) == sum(TRAIN_LENGTHS) + 67
 
 
