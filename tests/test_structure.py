@@ -36,7 +36,7 @@ SHARED_FILE_NAMES = {
     "base.py": "the contract and the registry of the folder that it is in: of backbones, and of searches",
 }
 MOST_LINES = {"models/longmem_decoder.py": 230, "tasks/longmem_language_modeling.py": 250}
-MOST_IMPORTS = {"models/longmem_decoder.py": 9}
+MOST_IMPORTS = {"models/longmem_decoder.py": 10}
 
 FRAGMENT = re.compile(r"^ +[a-z_, ]+: (of|whose|which|what|from|by|in|with|how) ")
 ARGUMENT = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*): (.*)$")

@@ -16,6 +16,7 @@ from examples.benchmark.machine import describe_machine
 from examples.benchmark.tables import bullet_list, table
 from examples.quickstart.demo_report import by_text, perplexity, plot
 from longmem_fairseq.files import write_json, write_text
+from longmem_fairseq.modules.joint_attention import GATE_PACE
 from longmem_fairseq.safe_load import load_safely
 
 
@@ -46,7 +47,7 @@ def collect(out: Path, tiny: bool) -> Dict:
     """Collect all results, in the form of report.json."""
     by_size = {str(size): perplexity(out / f"eval-memory-{size}.log") for size in sizes(out)}
     state = load_safely(str(out / "checkpoints" / "checkpoint_last.pt"))
-    gates = next(x for name, x in state["model"].items() if name.endswith("memory_gate"))
+    gates = next(x for name, x in state["model"].items() if name.endswith("gate_bias")) * GATE_PACE
     backbone = load_safely(str(out / "backbone" / "checkpoint_last.pt"))["model"]
     manifest = json.loads((out / "data" / "manifest.json").read_text())
     recall = out / "recall" / "report.json"

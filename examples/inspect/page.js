@@ -21,6 +21,7 @@
   const chunks = numbers("chunks", Uint32Array);
   const scores = numbers("scores", Float32Array);
   const masses = numbers("masses", Uint16Array);
+  const readGates = numbers("readGates", Uint16Array);
   const stored = numbers("text", Uint32Array);
   const gain = logp.map((x, i) => x - without[i]);
 
@@ -133,12 +134,13 @@
       if (head < 0) continue;
       const place = chunks[at];
       const mass = masses[at] / 65535;
-      const share = data.gates[head] * mass;
+      const gate = readGates[at] / 65535;
+      const share = gate * mass;
       const item = element("li");
       const inside = documentOf(place);
       item.append(
         element("div", `${whole(first + i - place)} tokens back${inside ? `, in ${inside[0]}` : ""}`),
-        element("div", `${nameOf(head)} · gate × mass ${figure(share, 3)} (${figure(data.gates[head], 2)} × ${figure(mass, 3)}) · score ${figure(scores[at], 2)}`, "figures"),
+        element("div", `${nameOf(head)} · gate × mass ${figure(share, 3)} (${figure(gate, 2)} × ${figure(mass, 3)}) · score ${figure(scores[at], 2)}`, "figures"),
       );
       const bar = element("span", undefined, "bar");
       bar.style.width = `${figure(100 * share, 1)}%`;

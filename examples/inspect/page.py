@@ -119,7 +119,7 @@ def payload(trace: Trace, stream: StreamTexts, settings: Dict[str, object]) -> D
         "around": AROUND,
         "documents": [[name, begin, end] for name, begin, end in trace.documents],
         "layers": trace.layers,
-        "gates": [round(gate, 4) for gate in trace.gates.tolist()],
+        "gates": [round(gate, 4) for gate in trace.gates.mean(dim=0).tolist()],
         "reads": trace.heads.size(1),
         "texts": texts,
         "runs": [[run.begin, len(run.texts)] for run in runs],
@@ -132,6 +132,7 @@ def payload(trace: Trace, stream: StreamTexts, settings: Dict[str, object]) -> D
         "chunks": packed(trace.chunks.clamp(min=0), "u4"),
         "scores": packed(trace.scores, "f4"),
         "masses": packed(trace.masses.clamp(min=0) * 65535, "u2"),
+        "readGates": packed(gates_of_reads(trace) * 65535, "u2"),
     }
 
 
@@ -156,13 +157,18 @@ def render_page(title: str, content: Dict[str, object]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], template)  # the inserted texts are not searched again
 
 
+def gates_of_reads(trace: Trace) -> Tensor:
+    """Return the gate of the head that made each read, shape (L, S), float32."""
+    return trace.gates.gather(1, trace.heads.clamp(min=0))
+
+
 def summary(trace: Trace, model: LongMem) -> Dict[str, object]:
     """Collect the settings and figures of the page's head."""
     decoder = model.model.decoder
     memory = decoder.memory_factory.settings
     read = trace.heads >= 0
     places = trace.position + trace.begin + 1 + torch.arange(len(trace.tokens))[:, None]
-    weights = trace.masses * trace.gates[trace.heads.clamp(min=0)] * read
+    weights = trace.masses * gates_of_reads(trace) * read
     distance = float(((places - trace.chunks) * weights).sum() / weights.sum()) if read.any() else 0.0
     size = measure_text(trace.tokens, model.task.dictionary, model.bpe, continues=trace.begin > 0)
     return {

@@ -57,6 +57,20 @@ class LongMemConfig(FairseqDataclass):
             "much memory as one"
         },
     )
+    gate: ChoiceEnum(["head", "token"]) = field(
+        default="head",
+        metadata={
+            "help": "what the share of the memory in a head's output depends on: on the head alone, or also on the "
+            "token's query"
+        },
+    )
+    memory_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "probability, in training, that a lane's segment reads neither memory, so that the side network "
+            "also learns to do without"
+        },
+    )
     memory_query_distance: int = field(
         default=0,
         metadata={
@@ -221,6 +235,10 @@ def check_options(cfg: Any, backbone: Backbone) -> None:
         raise ValueError(
             f"--memory-query-distance {distance} rotates queries, and a {backbone.config['model']} has no rotary "
             "positions: leave it out"
+        )
+    if not 0.0 <= cfg.memory_dropout < 1.0:
+        raise ValueError(
+            f"--memory-dropout {cfg.memory_dropout} is not a probability below 1: choose one from 0 to 0.99"
         )
     check_carry_window(cfg, backbone)
     longest, segment = backbone.max_positions, safe_getattr(cfg, "tokens_per_sample", None)

@@ -3,7 +3,7 @@
 Legend: B lanes, T tokens of a segment, D width, V symbols, N backbone layers, R reduction factor.
 """
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..backbones.base import Backbone, EncodedSegment
 from ..data.segments import Segments
 from ..memory.factory import MemoryFactory
+from ..memory.memory_dropout import KeptRows, MemoryDropout
 from ..memory.reader import BatchReader
 from ..modules.side_layer import SideNetworkOptions
 from .lane_state import LaneState
@@ -49,7 +50,11 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         self.layers = nn.ModuleList(
             backbone.side_layer(j in self.reading_layers, options) for j in range(backbone.num_layers // self.reduction)
         )
+        if cfg.gate == "token":
+            for s in self.reading_layers:
+                self.layers[s].self_attn.add_gate_weight(backbone.head_dim)
         self.layer_norm = backbone.side_norm(options)
+        self.memory_dropout = MemoryDropout(cfg.memory_dropout)
         self.predictor = Predictor(backbone, memory_factory.settings)
         self.lane_state = LaneState(self, memory_factory, cfg.carry_window)
         self.stateful = False
@@ -101,9 +106,10 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         encoded = self.backbone(prev_output_tokens, carried, 0 if carried is None else carried.start)
         memory = self._memory(segments, encoded.keys) if self.has_memory else None
         reader = None if memory is None else memory.open(segments)
-        states = self.side_network(encoded, reader, carried)
+        read = None if memory is None else self.memory_dropout(reader, len(segments))
+        states = self.side_network(encoded, read, carried)
         token_states = self.predictor.token_states(encoded, prev_output_tokens)
-        reads = None if memory is None else memory.read_tokens(segments, token_states)
+        reads = None if memory is None else read.of_tokens(memory.read_tokens(segments, token_states))
         if memory is not None and not read_only:  # after the search: nothing retrieves itself
             memory.write(segments, encoded.keys, encoded.values, token_states)
         if window is not None and not read_only:
@@ -117,7 +123,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         return (x if features_only else self.predictor(x, reads, extra)), extra
 
     def side_network(
-        self, encoded: EncodedSegment, reader: Optional[BatchReader], incremental_state=None
+        self, encoded: EncodedSegment, reader: Union[BatchReader, KeptRows, None], incremental_state=None
     ) -> List[Tensor]:
         """Return x_0 to x_{N/R}, each (T, B, D): x_{j+1} = SideLayer_j(x_j) + (h_{R(j+1)} - h_{Rj})."""
         states = [encoded.hidden[0]]
@@ -177,9 +183,8 @@ class LongMemDecoder(FairseqIncrementalDecoder):
 
     @property
     def gates(self) -> Tensor:
-        """The gates sigmoid(g) of the n reading layers, shape (n * H,), lowest layer first, float32, no gradient."""
-        gates = [self.layers[s].self_attn.memory_gate.detach() for s in self.reading_layers]
-        return torch.sigmoid(torch.cat(gates).float())
+        """The (mean) gates sigmoid(g) of the n reading layers, shape (n * H,), lowest layer first, float32."""
+        return torch.cat([self.layers[s].self_attn.mean_gates for s in self.reading_layers])
 
     def reset_memory(self) -> None:
         """Forget everything, in training and in evaluation."""

@@ -21,6 +21,7 @@ from ..data.segments import Segments
 from ..files import parse_json
 from ..memory.factory import MemoryFactory
 from ..memory.settings import MemorySettings
+from .checkpoint_weights import fit_weights
 from .longmem_config import (
     OTHER_TASK,
     LongMemConfig,
@@ -30,12 +31,11 @@ from .longmem_config import (
     with_defaults,
 )
 from .longmem_decoder import LongMemDecoder
-from .memory_layers import check_gates, memory_layers_setting, select_memory_layers
+from .memory_layers import memory_layers_setting, select_memory_layers
 
 logger = logging.getLogger(__name__)
 
 _BACKBONE = "decoder.backbone."
-_TOKEN_MIXTURE = "decoder.predictor.token_mixture."
 _FINGERPRINT_TENSOR = "decoder.backbone_fingerprint"  # in older checkpoints, where newer ones have a setting
 
 
@@ -185,15 +185,14 @@ class LongMemModel(FairseqLanguageModel):
 
         Raises:
             BackboneError: The checkpoint was made with another backbone.
-            ValueError: The checkpoint has a foreign format, and this model has other settings; or other layers of its
-                side network read the memory.
+            ValueError: The checkpoint has a foreign format, and this model has other settings; or its side network
+                reads the memory in other layers, or by other gates.
         """
         for checkpoint_format in checkpoint_formats():
             if checkpoint_format.holds_longmem(state_dict):
                 self._rename_foreign(state_dict, checkpoint_format)
-        self._fit_token_mixture(state_dict)
         backbone, saved = self.decoder.backbone, _pop_fingerprint(state_dict)
-        check_gates(state_dict, backbone.memory_layers, self.decoder.reduction)
+        fit_weights(state_dict, self.decoder)
         _check_fingerprint(saved, backbone, self.cfg.pretrained_model_path)
         if not any(key.startswith(_BACKBONE) for key in state_dict):
             weights = backbone
@@ -230,22 +229,6 @@ class LongMemModel(FairseqLanguageModel):
         state_dict.setdefault(gate, torch.zeros(self.decoder.backbone.num_heads))  # one trained without a memory
         if any(key.startswith(_BACKBONE) for key in state_dict) and self.decoder.backbone.fingerprint is None:
             self.cfg.pretrained_model_path = None  # a path of its authors' machine
-
-    def _fit_token_mixture(self, state_dict) -> None:
-        """Let a checkpoint have weights of the token memory exactly where this model has one."""
-        mixture = self.decoder.predictor.token_mixture
-        if mixture is None:
-            for key in [key for key in state_dict if key.startswith(_TOKEN_MIXTURE)]:
-                del state_dict[key]
-            return
-        present = mixture.state_dict(prefix=_TOKEN_MIXTURE)
-        if not present.keys() & state_dict.keys():
-            logger.warning(
-                "the checkpoint was trained without a token memory: --token-memory %d starts with a small constant "
-                "weight, which training makes one for each token",
-                self.cfg.token_memory,
-            )
-            state_dict.update(present)
 
     def _check_copy(self, state_dict) -> None:
         """Compare the backbone in a checkpoint with the one that was loaded.

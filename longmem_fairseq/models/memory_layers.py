@@ -5,7 +5,7 @@ layer that reads it.
 """
 
 import re
-from typing import Any, Iterable, List, Sequence, Tuple, Union
+from typing import Any, List, Sequence, Tuple, Union
 
 from fairseq.utils import safe_getattr
 
@@ -90,27 +90,6 @@ def select_memory_layers(cfg: Any, backbone: Backbone) -> None:
     backbone.select_memory_layers(layers)
     if len(layers) > 1:
         _check_several(cfg, layers)
-
-
-def check_gates(names: Iterable[str], layers: Sequence[int], reduction: int) -> None:
-    """Refuse the weights of a side network of which other layers read the memory.
-
-    Args:
-        names: Names of the weights; those of a model without gates are not checked.
-        layers: Numbers m of this model's memory layers.
-        reduction: Number of backbone layers per layer of its side network, R.
-
-    Raises:
-        ValueError: Other side layers have gates.
-    """
-    matches = (re.fullmatch(r"decoder\.layers\.(\d+)\.self_attn\.memory_gate", name) for name in names)
-    saved, reading = sorted(int(match[1]) for match in matches if match), [m // reduction for m in layers]
-    if saved and saved != reading:
-        raise ValueError(
-            f"--retrieval-layer-index {memory_layers_setting(layers)} and --layer-reduction-factor {reduction} let "
-            f"side layer {' and '.join(map(str, reading))} read, but the checkpoint was trained to read in side layer "
-            f"{' and '.join(map(str, saved))}: give the values of its training"
-        )
 
 
 def _check_several(cfg: Any, layers: Sequence[int]) -> None:

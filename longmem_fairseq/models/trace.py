@@ -4,13 +4,14 @@ Legend: L tokens of the part that is traced, H query heads of a reading layer, A
 the lowest layer first, T tokens of a segment, n chunks read per query and head, S reads that are kept of each token.
 """
 
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from ..memory.document_memory import DocumentMemory, MemorizedDocument
 from ..memory.reader import ReadEvent
+from ..modules.joint_attention import MemoryGate
 from ..modules.memory_masses import chunk_masses, chunk_scores
 from ..modules.query_groups import group_queries, ungroup
 from ..progress import token_bar
@@ -35,7 +36,7 @@ class Trace(NamedTuple):
         log_probabilities: Log-probability of each token, natural logarithm, shape (L,), float32.
         without_memory: Log-probability where the side network reads nothing, shape (L,), float32.
         layers: Numbers of the memory layers, ascending; the heads of each follow each other.
-        gates: Gate sigma(g) of each head, shape (A,), float32.
+        gates: Gate sigma(g) of each head, shape (L, A), float32; the same for all tokens unless gates depend on them.
         strongest: Largest share of a reading layer's output, over all its heads, that came from one chunk, shape (L,).
         by_head: Largest gate * mass of each head, shape (L, A).
         heads: Head of each read, shape (L, S), int64, by falling gate * mass; -1 where fewer chunks were read.
@@ -80,12 +81,12 @@ class ReadRecorder:
     """Observer of a reader: keeps the reads of one segment, those with the largest gate * mass first.
 
     Args:
-        gates: Gate of each head, shape (A,), float32.
+        gates: The gates of each reading layer, lowest layer first.
         tokens: Number of tokens in the segment, T.
         kept: Number of reads that are kept of each token, S.
     """
 
-    def __init__(self, gates: Tensor, tokens: int, kept: int):
+    def __init__(self, gates: Sequence[MemoryGate], tokens: int, kept: int):
         self.gates, self.tokens, self.kept = gates, tokens, kept
         self._layers: Dict[int, Dict[str, Tensor]] = {}
 
@@ -99,7 +100,8 @@ class ReadRecorder:
         scores = ungroup(chunk_scores(grouped_q, bank.means, lanes, grouped_slots), H)
         chunks = bank.chunk_numbers(event.lanes, slots) * bank.chunk_size
         masses, scores, chunks = (x[0].transpose(0, 1) for x in (masses, scores, chunks))  # (T, H, n)
-        shares = masses * self.gates[first : first + H, None]
+        gates = self.gates[event.layer].gates(q).expand(1, H, slots.size(2), 1)[0].transpose(0, 1)  # (T, H, 1)
+        shares = masses * gates
         absent = (slots[0] < 0).transpose(0, 1).flatten(1)  # (T, H * n)
         order, best = shares.flatten(1).masked_fill(absent, -1.0).topk(min(self.kept, H * n), dim=1)  # (T, S)
         self._layers[event.layer] = {
@@ -110,6 +112,7 @@ class ReadRecorder:
             "masses": masses.flatten(1).gather(1, best).cpu(),
             "strongest": _largest_sum(chunks.flatten(1), shares.flatten(1) / H),
             "by_head": shares.amax(-1).cpu(),
+            "gates": gates[:, :, 0].cpu(),
         }
 
     @property
@@ -118,15 +121,20 @@ class ReadRecorder:
         if not self._layers:
             absent, zero = torch.full((self.tokens, self.kept), -1), torch.zeros(self.tokens, self.kept)
             reads = {"heads": absent, "chunks": absent, "scores": zero, "masses": zero}
-            by_head = torch.zeros(self.tokens, len(self.gates))
-            return {**reads, "strongest": torch.zeros(self.tokens), "by_head": by_head}
+            gates = torch.cat([gate.mean_gates for gate in self.gates]).cpu().expand(self.tokens, -1)
+            return {
+                **reads,
+                "strongest": torch.zeros(self.tokens),
+                "by_head": torch.zeros_like(gates),
+                "gates": gates,
+            }
         layers = [self._layers[number] for number in sorted(self._layers)]
         joined = {name: torch.cat([x[name] for x in layers], dim=1) for name in layers[0] if name != "strongest"}
         best = joined.pop("order").argsort(dim=1, descending=True, stable=True)[:, : self.kept]  # (T, S)
-        by_head = joined.pop("by_head")
+        by_head, gates = joined.pop("by_head"), joined.pop("gates")
         reads = {name: self._widen(x.gather(1, best)) for name, x in joined.items()}
         strongest = torch.stack([x["strongest"] for x in layers]).amax(0)
-        return {**reads, "strongest": strongest, "by_head": by_head}
+        return {**reads, "strongest": strongest, "by_head": by_head, "gates": gates}
 
     def _widen(self, x: Tensor) -> Tensor:
         """Return x (T, fewer columns) with S columns; -1 where there are no reads."""
@@ -169,7 +177,7 @@ def trace_reads(
         raise ValueError(f"the text has tokens 0 to {len(tokens) - 1}, none of them between {begin} and {end}")
     if kept < 1:
         raise ValueError(f"keeping {kept} reads of each token shows nothing: keep at least 1")
-    gates = reader.decoder.gates
+    gates = [reader.decoder.layers[s].self_attn for s in reader.decoder.reading_layers]
     branches = reader.branches(1, memory.bank)
     targets = tokens.to(reader.decoder.device)
     parts: Dict[str, List[Tensor]] = {}
@@ -193,7 +201,6 @@ def trace_reads(
         position=memory.end,
         documents=list(memory.documents),
         layers=reader.decoder.backbone.memory_layers,
-        gates=gates.cpu(),
         chunk_size=memory.bank.chunk_size,
         **{name: torch.cat(x) for name, x in parts.items()},
     )

@@ -11,18 +11,27 @@ from torch import Tensor, nn
 
 from .self_attention import SelfAttention
 
+# The parameters of a gate are this factor smaller than what they stand for, so that the learning rate of the weights,
+# which moves a parameter by about its own size in a step, moves a gate so much farther. A power of two, so that the
+# gates of older checkpoints are converted exactly.
+GATE_PACE = 32.0
+
 
 class MemoryGate:
     """Mixin for attention modules that mix the output of a memory reader into their own, with one gate per head.
 
     ``out = (1 - sigmoid(g)) * local + sigmoid(g) * memory``, and ``out = local`` exactly where nothing can be read.
+    ``g = 32 b`` for each head, or ``g = 32 (b + w q / sqrt(d))`` for each head and query q (``--gate token``).
     A module calls :meth:`add_gate` when it is built and :meth:`mix` behind its local attention.
 
     Attributes:
-        memory_gate: Parameter g, shape (H,), which starts at 0.
+        gate_bias: Parameter b, shape (H,), which starts at 0.
+        gate_weight: Parameter w, shape (H, d), which starts at 0; None where a gate does not depend on the query.
     """
 
-    memory_gate: nn.Parameter
+    gate_bias: nn.Parameter
+    gate_weight: Optional[nn.Parameter]
+    _last_gates: Optional[Tensor] = None
     _reader = None
 
     def add_gate(self, num_heads: int) -> None:
@@ -31,7 +40,16 @@ class MemoryGate:
         Args:
             num_heads: Number of query heads, H.
         """
-        self.memory_gate = nn.Parameter(torch.zeros(num_heads))
+        self.gate_bias = nn.Parameter(torch.zeros(num_heads))
+        self.gate_weight = None
+
+    def add_gate_weight(self, head_dim: int) -> None:
+        """Let the gates depend on the query.
+
+        Args:
+            head_dim: Width of a head, d.
+        """
+        self.gate_weight = nn.Parameter(torch.zeros(self.gate_bias.size(0), head_dim))
 
     @contextlib.contextmanager
     def reading(self, reader) -> Iterator[None]:
@@ -57,14 +75,36 @@ class MemoryGate:
         Returns:
             Output of joint attention, shape (B, H, T, d).
         """
-        gate = torch.sigmoid(self.memory_gate.float()).to(local.dtype).view(1, -1, 1, 1)
+        if self._reader is None and not self.training:
+            return local
+        gate = self.gates(q).to(local.dtype)
         if self._reader is None:
             # The gate stays in the graph: distributed training expects a gradient for every parameter at every step.
-            return local + 0.0 * gate if self.training else local
+            return local + 0.0 * gate
         memory, present = self._reader(q, scaling)  # (B, H, T, d), (B,) bool
         if present is not None:
             gate = gate * present.to(gate.dtype).view(-1, 1, 1, 1)
         return (1 - gate) * local + gate * memory
+
+    def gates(self, q: Tensor) -> Tensor:
+        """Return the gates sigmoid(g) of queries (B, H, T, d), shape (B, H, T, 1) or (1, H, 1, 1), float32."""
+        g = self.gate_bias.float().view(1, -1, 1, 1)
+        if self.gate_weight is not None:
+            d = q.size(3)
+            g = g + (q.float() * self.gate_weight.float()[:, None]).sum(dim=3, keepdim=True) / d**0.5
+            self._last_gates = torch.sigmoid(GATE_PACE * g.detach())
+        return torch.sigmoid(GATE_PACE * g)
+
+    @property
+    def mean_gates(self) -> Tensor:
+        """The gates sigmoid(g), shape (H,), float32, without gradient.
+
+        Gates that depend on the query are means over the rows and tokens of the last call, and before the first call
+        those of a query of zeros.
+        """
+        if self.gate_weight is None or self._last_gates is None:
+            return torch.sigmoid(GATE_PACE * self.gate_bias.detach().float())
+        return self._last_gates.mean(dim=(0, 2, 3))
 
 
 class JointAttention(MemoryGate, SelfAttention):

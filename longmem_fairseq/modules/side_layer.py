@@ -85,7 +85,7 @@ class SideLayer(nn.Module):
         return super().forward(x, incremental_state=incremental_state)[0] + skip
 
     def start_from(self, layer: nn.Module) -> None:
-        """Take over the weights of a backbone layer; the gate, which a backbone layer does not have, stays as it is.
+        """Take over the weights of a backbone layer; the gates, which a backbone layer does not have, stay as they are.
 
         Args:
             layer: Layer of the backbone, of this layer's kind and shape.
@@ -94,5 +94,5 @@ class SideLayer(nn.Module):
             ValueError: The layers do not have the same weights.
         """
         missing, unexpected = self.load_state_dict(layer.state_dict(), strict=False)
-        if set(missing) - {"self_attn.memory_gate"} or unexpected:
+        if set(missing) - {"self_attn.gate_bias", "self_attn.gate_weight"} or unexpected:
             raise ValueError(f"a side layer does not fit the backbone's layer: {', '.join(missing + unexpected)}")

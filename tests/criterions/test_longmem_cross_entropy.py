@@ -11,6 +11,7 @@ from fairseq.logging import metrics
 from omegaconf import OmegaConf
 
 from longmem_fairseq.criterions.longmem_cross_entropy import LongMemCrossEntropyConfig, LongMemCrossEntropyCriterion
+from longmem_fairseq.modules.joint_attention import GATE_PACE
 from tests.models.tiny import LONGMEM, VOCABULARY, batches, documents, longmem, stock_model, task_of
 
 T = LONGMEM["tokens_per_sample"]
@@ -226,7 +227,7 @@ def test_a_line_of_the_log_after_a_reset_shows_no_old_gain(model):
 
 def test_gate_is_the_mean_over_heads(model):
     gate = torch.tensor([-2.0, 0.5, 3.0])
-    model.decoder.layers[model.decoder.reading_layers[0]].self_attn.memory_gate.data = gate
+    model.decoder.layers[model.decoder.reading_layers[0]].self_attn.gate_bias.data = gate / GATE_PACE
     ranks = logs(model, criterion())
     assert reduced(ranks)["gate"] == pytest.approx(float(gate.sigmoid().mean()), abs=1e-3)
     assert all(log["memory_batches"] == 1 for log in ranks)
@@ -236,7 +237,7 @@ def test_gates_of_several_layers(tmp_path):
     """The mean over all heads, and that of each layer under its number; fill and distance are means over layers."""
     model = longmem(tmp_path, retrieval_layer_index="1,3", k=30)
     for layer, gate in zip(model.decoder.layers, (-2.0, 1.0)):
-        layer.self_attn.memory_gate.data.fill_(gate)
+        layer.self_attn.gate_bias.data.fill_(gate / GATE_PACE)
     figures, one = reduced(logs(model, criterion())), reduced(logs(longmem(tmp_path, k=30), criterion()))
     gates = torch.tensor([-2.0, 1.0]).sigmoid()
     assert [figures["gate_1"], figures["gate_3"]] == pytest.approx(gates.tolist(), abs=1e-3)

@@ -123,7 +123,7 @@ def test_in_a_browser(gpt2, trace):
             back = result.position + 30 + chosen + 1 - place
             name = result.where(place)[0]
             assert f"{back} tokens back" + (f", in {name}" if name else "") in reads
-            share = float(result.gates[head] * result.masses[chosen, r])
+            share = float(result.gates[chosen, head] * result.masses[chosen, r])
             assert f"layer {result.layers[head // 3]}, head {head % 3} · gate × mass {share:.3f}" in reads
             assert f"score {float(result.scores[chosen, r]):.2f}" in reads
             chunk = "".join(inputs[place : place + result.chunk_size]).replace("\n", "↵\n").replace("\t", "→\t")

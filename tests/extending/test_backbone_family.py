@@ -238,9 +238,9 @@ def checkpoint(commands, backbone):
 
 def test_the_side_network_is_of_the_family(checkpoint):
     state = weights(checkpoint)
-    assert state["decoder.layers.0.self_attn.memory_gate"].shape == (4,), "a gate for each query head"
+    assert state["decoder.layers.0.self_attn.gate_bias"].shape == (4,), "a gate for each query head"
     assert state["decoder.layers.1.self_attn.k_proj.weight"].shape == (12, 24)
-    assert (state["decoder.layers.0.self_attn.memory_gate"] != 0).any(), "the gates were trained"
+    assert (state["decoder.layers.0.self_attn.gate_bias"] != 0).any(), "the gates were trained"
     assert "decoder.layer_norm.weight" in state and "decoder.layer_norm.bias" not in state
 
 

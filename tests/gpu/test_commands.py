@@ -58,7 +58,7 @@ def test_training(trained, tiny_data, tmp_path, name):
     assert len(losses) == 42 and losses[-1] < losses[0] and all(loss == loss for loss in losses)
     saved = weights(directory / "checkpoint_last.pt")
     assert all(x.isfinite().all() for x in saved.values() if x.is_floating_point())
-    assert any((x != 0).any() for key, x in saved.items() if key.endswith("memory_gate")), "the gate learned"
+    assert any((x != 0).any() for key, x in saved.items() if key.endswith("gate_bias")), "the gate learned"
     gpu = evaluate(tiny_data, directory / "checkpoint_last.pt", tmp_path, *PRECISIONS[name])
     cpu = evaluate(tiny_data, directory / "checkpoint_last.pt", tmp_path, *CPU)
     assert gpu == pytest.approx(cpu, abs=2e-3 if name == "float32" else 3e-2)

@@ -115,7 +115,7 @@ class LlamaReference:
         best = sorted(range(len(chunks)), key=lambda i: -float(means[i] @ query.float()))[: self.s.k // self.s.chunk]
         keys, values = (torch.stack(x) for x in zip(*(token for i in best for token in chunks[i])))
         memory = torch.softmax(keys @ query * scale, dim=0) @ values
-        gate = torch.sigmoid(self.w[f"{name}self_attn.memory_gate"][h])
+        gate = torch.sigmoid(32 * self.w[f"{name}self_attn.gate_bias"][h])
         return (1 - gate) * local + gate * memory
 
     def turn(self, x: Tensor, position: int) -> Tensor:

@@ -118,13 +118,20 @@ class Reference:
                 local = self.local(h, q[h][t], k[h][begin:end], v[h][begin:end])
                 memory = None if reads is None or t < first else self.remembered(self.past[reads][h], q[h][t])
                 if memory is not None:
-                    gate = torch.sigmoid(self.w[name + "self_attn.memory_gate"][h])
+                    gate = self.gate(name + "self_attn.gate_", h, q[h][t])
                     local = (1 - gate) * local + gate * memory
                 rows.append(local)
             out.append(torch.stack(rows))
         x = x + self.linear(name + "self_attn.out_proj.", torch.cat(out, dim=1))
         normed = self.norm(name + "final_layer_norm.", x)
         return x + self.linear(name + "fc2.", self.s.activation(self.linear(name + "fc1.", normed)))
+
+    def gate(self, name: str, h: int, q: Tensor) -> Tensor:
+        """The memory's share in the output of a head."""
+        g = self.w[name + "bias"][h]
+        if name + "weight" in self.w:
+            g = g + self.w[name + "weight"][h] @ q / math.sqrt(len(q))
+        return torch.sigmoid(32 * g)
 
     def local(self, h: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of the last token of a window."""

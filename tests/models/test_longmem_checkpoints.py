@@ -49,6 +49,24 @@ def test_comes_back_with_the_same_logits(built, tmp_path, layers):
     assert same_logits(load(save(made, tmp_path / "c.pt")), made.model)
 
 
+def test_gates_of_older_checkpoints(built, tmp_path):
+    """They were saved under another name, and at their full size; a gate for each token starts as the same function."""
+    made = built()
+    path = save(made, tmp_path / "c.pt")
+    checkpoint = torch.load(path, weights_only=False)
+    name = "decoder.layers.0.self_attn."
+    weights = checkpoint["model"]
+    weights[f"{name}memory_gate"] = weights.pop(f"{name}gate_bias") * 32
+    torch.save(checkpoint, path)
+    assert same_logits(load(path), made.model)
+    for_tokens = load(path, gate="token")
+    assert same_logits(for_tokens, made.model)
+    randomize(for_tokens.decoder.layers, 4)
+    state = {key: x for key, x in for_tokens.state_dict().items() if key in weights or "gate" in key}
+    with pytest.raises(ValueError, match="^--gate head does not fit the checkpoint.*set --gate token$"):
+        made.model.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "trained, changed, saved, needed", [("1", "1,3", "0", "0 and 1"), ("1,3", "3", "0 and 1", "1")]
 )

@@ -49,8 +49,9 @@ def test_every_trained_parameter_has_a_gradient_at_every_step(tmp_path):
         assert set(gradients) == trained
     for gradients in losses(longmem(tmp_path, memory_size=0), documents([T])):
         assert set(gradients) == trained
-    mixed = {name for name, p in longmem(tmp_path, token_memory=9).named_parameters() if p.requires_grad}
-    for gradients in losses(longmem(tmp_path, token_memory=9), documents([2 * T, 2 * T])):
+    options = {"token_memory": 9, "gate": "token", "memory_dropout": 0.5}
+    mixed = {name for name, p in longmem(tmp_path, **options).named_parameters() if p.requires_grad}
+    for gradients in losses(longmem(tmp_path, **options), documents([2 * T, 2 * T])):
         assert set(gradients) == mixed > trained
 
 
@@ -81,7 +82,7 @@ def test_gradients_equal_finite_differences(tmp_path):
     attention = model.decoder.layers[0].self_attn
     loss().backward()
     queries = attention.q_proj
-    for parameter, index in ((attention.memory_gate, (1,)), (queries.bias, (5,)), (queries.weight, (2, 3))):
+    for parameter, index in ((attention.gate_bias, (1,)), (queries.bias, (5,)), (queries.weight, (2, 3))):
         step = 1e-4
         with torch.no_grad():
             parameter[index] += step
@@ -102,7 +103,7 @@ def test_starts_from_backbone_layers(tmp_path, R):
     for j, layer in enumerate(decoder.layers):
         expected = backbone.layers[min(R * j + 1, LAYERS - 1)].state_dict()
         state = layer.state_dict()
-        gate = state.pop("self_attn.memory_gate", None)
+        gate = state.pop("self_attn.gate_bias", None)
         assert (gate is not None) == (j == 1 // R)
         assert gate is None or not gate.any()
         assert state.keys() == expected.keys()
@@ -118,6 +119,33 @@ def test_starts_at_random_where_asked(tmp_path):
     model = build_longmem(tmp_path / "backbone.pt", reload_ptm_layer=False)
     layer, expected = model.decoder.layers[0], model.decoder.backbone.decoder.layers[1]
     assert not torch.equal(layer.fc1.weight, expected.fc1.weight)
+
+
+def test_memory_dropout(tmp_path):
+    """A row reads either as without dropout or as without the memories; by chance, and in training alone."""
+    model = longmem(tmp_path, token_memory=30)
+    first, second = list(batches(documents([2 * T] * 6), T))
+
+    def logits(probability, training=True, seed=0, **options):
+        model.decoder.memory_dropout.probability = probability
+        model.train(training).decoder.reset_memory()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model(first[0], segments=first[1])
+            return model(second[0], segments=second[1], **options)
+
+    reading, extra = logits(0.0, without_memory=True)
+    alone = extra["logits_without_memory"].log_softmax(-1)
+    seen = set()
+    for seed in range(4):
+        actual, extra = logits(0.5, seed=seed)
+        assert torch.equal(actual, logits(0.5, seed=seed)[0]), "the same numbers drop the same rows"
+        rows = tuple((extra["token_memory_weight"] == 0).all(dim=1).tolist())
+        for row, dropped in enumerate(rows):
+            torch.testing.assert_close(actual[row], (alone if dropped else reading)[row])
+        seen.add(rows)
+    assert len(seen) > 1 and 0 < sum(map(sum, seen)) < 6 * len(seen)
+    assert torch.equal(logits(0.9, training=False)[0], logits(0.0, training=False)[0])
 
 
 def test_dropout_is_the_side_networks_alone(tmp_path):

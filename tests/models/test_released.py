@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longmem_fairseq.backbones.loading import BackboneError, load_backbone
+from longmem_fairseq.modules.joint_attention import GATE_PACE
 from longmem_fairseq.released.released_model import load_released
 from tests.models.released_reference import (
     COPY,
@@ -105,7 +106,10 @@ def test_gradients_of_the_released_code(exact):
     loss.backward()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = {name[len("grad/") :]: x for name, x in recorded.items() if "/" in name}
-    gradients = {name.replace("memory_bias", "memory_gate"): x for name, x in gradients.items()}
+    gradients = {
+        name.replace("memory_bias", "gate_bias"): x * (GATE_PACE if "memory_bias" in name else 1)
+        for name, x in gradients.items()
+    }
     assert set(gradients) == set(parameters)
     for name, expected in gradients.items():
         difference = np.abs(parameters[name].grad.numpy() - expected).max()
@@ -291,7 +295,7 @@ def test_gate_of_a_side_network_without_memory(tmp_path):
     settings = {**side_settings(Shape()), "use_external_memory": False}
     model = load_released(save(tmp_path / "sidenet.pt", side, settings))
     model(torch.randint(4, 30, (1, 12)))
-    assert model.memory_contents() is None and not model.decoder.layers[1].self_attn.memory_gate.any()
+    assert model.memory_contents() is None and not model.decoder.layers[1].self_attn.gate_bias.any()
 
 
 class Payload:

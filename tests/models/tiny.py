@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.models.longmem_lm import LongMemConfig, LongMemModel
+from longmem_fairseq.modules.joint_attention import GATE_PACE
 from longmem_fairseq.tasks.options import LongMemLanguageModelingConfig
 from tests.fairseq_runs import make_dictionary
 
@@ -58,6 +59,8 @@ def randomize(module: torch.nn.Module, seed: int, std: float = 0.3) -> None:
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator) * std
+            if ".gate_" in f".{name}":
+                noise /= GATE_PACE  # neither open nor shut
             parameter.copy_(noise + 1.0 if name.endswith("norm.weight") else noise)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem_fairseq.modules.joint_attention import JointAttention
+from longmem_fairseq.modules.joint_attention import GATE_PACE, JointAttention
 from longmem_fairseq.modules.memory_attention import memory_attention, naive_memory_attention
 from longmem_fairseq.modules.self_attention import SelfAttention
 from tests.models.tiny import randomize
@@ -153,7 +153,7 @@ def x():
 def plain(module):
     """The same attention without a memory."""
     built = SelfAttention(D, H).eval()
-    built.load_state_dict({k: v for k, v in module.state_dict().items() if k != "memory_gate"})
+    built.load_state_dict({k: v for k, v in module.state_dict().items() if k != "gate_bias"})
     return built
 
 
@@ -167,18 +167,43 @@ def mixed(module, x, reader, weight):
 
 def test_starts_at_one_half(x):
     module = JointAttention(D, H).eval()
-    assert torch.equal(module.memory_gate, torch.zeros(H))
+    assert torch.equal(module.gate_bias, torch.zeros(H)) and module.gate_weight is None
     with module.reading(reader := Reader()):
         actual = module(x)[0]
     torch.testing.assert_close(actual, mixed(module, x, reader, torch.full((B, H), 0.5)), rtol=1e-5, atol=1e-6)
 
 
 def test_each_head_has_its_own_gate(joint, x):
-    joint.memory_gate.data = torch.tensor([-1.3, 2.0])
+    gates = torch.tensor([-1.3, 2.0])
+    joint.gate_bias.data = gates / GATE_PACE
     with joint.reading(reader := Reader()):
         actual = joint(x)[0]
-    weight = joint.memory_gate.sigmoid().expand(B, H)
+    weight = gates.sigmoid().expand(B, H)
     torch.testing.assert_close(actual, mixed(joint, x, reader, weight), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(joint.mean_gates, gates.sigmoid())
+
+
+def test_gates_that_depend_on_the_query(joint, x):
+    """By a loop over rows, heads and tokens; the mean that is logged, and the gradients of both parameters."""
+    joint.add_gate_weight(D // H)
+    randomize(joint, 5)
+    bias, weight = (p.detach() * GATE_PACE for p in (joint.gate_bias, joint.gate_weight))
+    q, k, v = (joint.split_heads(p(x)) for p in (joint.q_proj, joint.k_proj, joint.v_proj))
+    gates = torch.empty(B, H, T)
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                gates[b, h, t] = torch.sigmoid(bias[h] + q[b, h, t] @ weight[h] / (D // H) ** 0.5)
+    with joint.reading(reader := Reader()):
+        actual = joint(x)[0]
+    local = joint.local_attention(q, k, v)
+    out = local + gates[..., None] * (reader.z - local)
+    expected = joint.out_proj(out.permute(2, 0, 1, 3).reshape(T, B, D))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(joint.mean_gates, gates.mean(dim=(0, 2)))
+    assert gates.std(dim=2).min() > 0
+    actual.sum().backward()
+    assert all(p.grad.abs().min() > 0 for p in (joint.gate_bias, joint.gate_weight))
 
 
 def test_the_reader_gets_the_layers_own_queries_unscaled(joint, x):
@@ -191,9 +216,9 @@ def test_the_reader_gets_the_layers_own_queries_unscaled(joint, x):
 
 def test_gates_far_from_zero_choose_one_side(joint, x):
     with torch.no_grad(), joint.reading(reader := Reader()):
-        joint.memory_gate.fill_(-40.0)
+        joint.gate_bias.fill_(-40.0)
         torch.testing.assert_close(joint(x)[0], plain(joint)(x)[0])
-        joint.memory_gate.fill_(40.0)
+        joint.gate_bias.fill_(40.0)
         torch.testing.assert_close(joint(x)[0], mixed(joint, x, reader, torch.ones(B, H)), rtol=1e-5, atol=1e-5)
 
 
@@ -232,7 +257,7 @@ def test_gradients_of_gate_and_input(joint, x, present):
     results = []
     for compute in (
         lambda x: joint(x)[0],
-        lambda x: mixed(joint, x, reader, rows[:, None] * joint.memory_gate.sigmoid()),
+        lambda x: mixed(joint, x, reader, rows[:, None] * (GATE_PACE * joint.gate_bias).sigmoid()),
     ):
         joint.zero_grad()
         leaf = x.clone().requires_grad_()
@@ -241,13 +266,14 @@ def test_gradients_of_gate_and_input(joint, x, present):
         results.append([leaf.grad, *(p.grad.clone() for p in joint.parameters())])
     for actual, reference in zip(*results):
         torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5)
-    assert joint.memory_gate.grad.abs().min() > 0
+    assert joint.gate_bias.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("reader", [None, Reader(torch.zeros(B, dtype=torch.bool))])
 def test_the_gate_is_always_in_the_graph(joint, x, reader):
     """Distributed training waits for a gradient of every parameter, at the start of documents too."""
-    joint.train()
+    joint.train().add_gate_weight(D // H)
     with joint.reading(reader):
         joint(x)[0].sum().backward()
-    assert joint.memory_gate.grad is not None and not joint.memory_gate.grad.any()
+    for gradient in (joint.gate_bias.grad, joint.gate_weight.grad):
+        assert gradient is not None and not gradient.any()
