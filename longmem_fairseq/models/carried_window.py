@@ -18,12 +18,14 @@ from torch import Tensor
 
 from ..data.segments import Segments
 from ..memory.lane_streams import LaneStreams
-from ..modules.cached_attention import LEFT_PADDING, SLIDING_WINDOW, SegmentState
+from ..modules.cached_attention import FIRST, LEFT_PADDING, SLIDING_WINDOW, SegmentState
+from ..modules.sliding_window import SINKS, SlidingWindow
 from .window_caches import Caches, attention_modules, encode_window
 
 Tensors = Dict[str, Tensor]
 
-_TOKENS, _PENDING = "tokens", "pending."  # name of what is carried in place of keys; prefix of what is held back
+_TOKENS = "tokens"  # name of what is carried in place of keys
+_PENDING, _FIRST = "pending.", "first."  # prefixes of the names of what is held back, and of attention sinks
 
 
 class CarriedSegment(SegmentState):
@@ -32,12 +34,14 @@ class CarriedSegment(SegmentState):
     Args:
         before: Caches of the carried tokens, right-aligned.
         lengths: Number of carried tokens of each row, shape (B,), int64.
+        positions: Number of tokens of each row's stream that were read, shape (B,), int64.
         device: Device of the model.
         window: Number of tokens before each token that it attends to; None for all in the caches.
         tokens: Carried tokens, shape (B, S), int64, where they were encoded again; otherwise None.
 
     Attributes:
         lengths: As above.
+        positions: As above.
         tokens: As above.
         start: Position of the first token of each row in its window, shape (B,), int64, or 0 for all.
     """
@@ -46,6 +50,7 @@ class CarriedSegment(SegmentState):
         self,
         before: Caches,
         lengths: np.ndarray,
+        positions: np.ndarray,
         device: torch.device,
         window: Optional[int] = None,
         tokens: Optional[Tensor] = None,
@@ -53,16 +58,16 @@ class CarriedSegment(SegmentState):
         longest = int(lengths.max(initial=0))
         entries = dict(before)
         if window is not None:
-            entries[SLIDING_WINDOW] = {"size": window}
+            entries[SLIDING_WINDOW] = {"window": window_behind(window, positions, device)}
         if lengths.min(initial=longest) < longest:
             entries[LEFT_PADDING] = {"left": torch.from_numpy(longest - lengths).to(device)}
         super().__init__(entries)
-        self.lengths, self.tokens, self._device = lengths, tokens, device
+        self.lengths, self.positions, self.tokens, self._device = lengths, positions, tokens, device
         self.start: Any = torch.from_numpy(lengths).to(device) if longest else 0
 
     def again(self) -> "CarriedSegment":
         """Return the same state before anything was appended."""
-        return CarriedSegment(self, self.lengths, self._device, tokens=self.tokens)
+        return CarriedSegment(self, self.lengths, self.positions, self._device, tokens=self.tokens)
 
 
 class Carried(NamedTuple):
@@ -70,11 +75,24 @@ class Carried(NamedTuple):
 
     Attributes:
         lengths: Number of tokens of each row, shape (B,), int64, at most C.
-        tensors: Tensors by name, shape (B, ..., at most C, width), right-aligned.
+        tensors: Tensors by name, shape (B, ..., at most C, width), right-aligned; those of attention sinks, whose names
+            start with ``first.``, have the width of these.
     """
 
     lengths: np.ndarray
     tensors: Tensors
+
+
+def window_behind(size: int, positions: np.ndarray, device: torch.device) -> SlidingWindow:
+    """Return the sliding window of new tokens.
+
+    Args:
+        size: Number of tokens before each token that it attends to.
+        positions: Number of tokens of each row's stream that were read, shape (B,), int64.
+        device: Device of the model.
+    """
+    started = bool(positions.min(initial=SINKS) >= SINKS)
+    return SlidingWindow(size, torch.from_numpy(positions).to(device), started)
 
 
 class CarriedWindow(LaneStreams):
@@ -99,7 +117,8 @@ class CarriedWindow(LaneStreams):
         super().__init__(lanes)
         self.decoder, self.size, self.for_memory, self.device = decoder, size, for_memory, decoder.device
         self.lengths = np.zeros(lanes, dtype=np.int64)
-        self._tensors: Tensors = {}  # (L, ..., C, width), right-aligned
+        self._skipped = np.zeros(lanes, dtype=np.int64)  # tokens of the stream before the first that was read
+        self._tensors: Tensors = {}  # (L, ..., C, width), right-aligned; of sinks (L, ..., SINKS, width)
 
     @abstractmethod
     def caches(self, lanes: np.ndarray) -> CarriedSegment:
@@ -140,25 +159,36 @@ class CarriedWindow(LaneStreams):
         """
         lengths = np.minimum(self.size, state.lengths + segments.lengths)
         behind = int(state.lengths.max(initial=0)) + segments.lengths  # column behind each row's last token, (B,)
-        tensors = {name: _last(x, behind, int(lengths.max())) for name, x in self.columns(tokens, state).items()}
+        tensors = {
+            name: x.detach().clone() if name.startswith(_FIRST) else _last(x, behind, int(lengths.max()))
+            for name, x in self.columns(tokens, state).items()
+        }
         self.hold_back(segments, Carried(lengths, tensors))
 
     def start_stream(self, lane: int, stream: int, position: int) -> None:
         super().start_stream(lane, stream, position)
-        self.lengths[lane] = 0
+        self.lengths[lane], self._skipped[lane] = 0, position
 
     def store(self, segments: Segments, written: Carried, rows: List[int]) -> None:
         lanes = segments.lanes[rows]
         for name, x in written.tensors.items():
+            columns = self._columns(name)
             if name not in self._tensors:
-                shape = (self.lanes, *x.shape[1:-2], self.size, x.size(-1))
-                self._tensors[name] = x.new_zeros(shape)
-            self._tensors[name][lanes, ..., self.size - x.size(-2) :, :] = x[rows]
+                self._tensors[name] = x.new_zeros(self.lanes, *x.shape[1:-2], columns, x.size(-1))
+            self._tensors[name][lanes, ..., columns - x.size(-2) :, :] = x[rows]
         self.lengths[lanes] = written.lengths[rows]
 
     def take(self, lanes: np.ndarray, name: str, columns: int) -> Tensor:
         """Return the last columns of some lanes of a stored tensor, a copy of shape (B, ..., columns, width)."""
-        return self._tensors[name][..., self.size - columns :, :][lanes]
+        return self._tensors[name][..., self._columns(name) - columns :, :][lanes]
+
+    def positions(self, lanes: np.ndarray) -> np.ndarray:
+        """Return the number of tokens of some lanes' streams that were read and stored, shape (B,), int64."""
+        return self.stream_ends[lanes] - self._skipped[lanes]
+
+    def _columns(self, name: str) -> int:
+        """Return the number of columns of a stored tensor."""
+        return SINKS if name.startswith(_FIRST) else self.size
 
     @property
     def nbytes(self) -> int:
@@ -167,6 +197,7 @@ class CarriedWindow(LaneStreams):
 
     def state(self) -> Tuple[Tensors, Dict[str, Any]]:
         tensors, places = dict(self._tensors), {"lengths": self.lengths.tolist(), **self.places()}
+        places["skipped"] = self._skipped.tolist()
         if self._pending is not None:
             carried = self._pending[1]
             tensors.update((_PENDING + name, x) for name, x in carried.tensors.items())
@@ -174,19 +205,21 @@ class CarriedWindow(LaneStreams):
         return tensors, places
 
     def restore(self, tensors: Tensors, places: Dict[str, Any]) -> None:
+        if "skipped" not in places:
+            raise ValueError("it has no attention sinks, so an earlier version wrote it: leave it out and use replay")
         stored = {name: x for name, x in tensors.items() if not name.startswith(_PENDING)}
         pending = {name[len(_PENDING) :]: x for name, x in tensors.items() if name.startswith(_PENDING)}
         for name, x in stored.items():
-            if (x.size(0), x.size(-2)) != (self.lanes, self.size):
+            if (x.size(0), x.size(-2)) != (self.lanes, self._columns(name)):
                 raise ValueError(
                     f"{name} is of {x.size(0)} lanes of {x.size(-2)} tokens, and the carried window has {self.lanes} "
                     f"of {self.size} (--carry-window)"
                 )
-        if any(x.size(-2) > self.size for x in pending.values()):
+        if any(x.size(-2) > self._columns(name) for name, x in pending.items()):
             raise ValueError(f"more tokens are held back than the {self.size} of --carry-window")
         device = self.decoder.device
         self._tensors = {name: x.to(device, copy=True) for name, x in stored.items()}
-        self.lengths = np.array(places["lengths"], dtype=np.int64)
+        self.lengths, self._skipped = (np.array(places[name], dtype=np.int64) for name in ("lengths", "skipped"))
         lengths = np.array(places.get("pending_lengths", []), dtype=np.int64)
         held_back = {name: x.to(device, copy=True) for name, x in pending.items()}
         self.restore_places(places, Carried(lengths, held_back))
@@ -205,18 +238,25 @@ class CarriedKeys(CarriedWindow):
         S = int(lengths.max(initial=0))
         if S:
             for i, module in enumerate(self._modules):
-                names = {"prev_key": f"{i}.keys", "prev_value": f"{i}.values"}
+                names = _names(i)
                 if names["prev_key"] in self._tensors:
-                    module.set_cache(before, {entry: self.take(lanes, name, S) for entry, name in names.items()})
-        return CarriedSegment(before, lengths, self.decoder.device, self.size)
+                    columns = {entry: SINKS if entry in FIRST else S for entry in names}
+                    module.set_cache(before, {x: self.take(lanes, name, columns[x]) for x, name in names.items()})
+        return CarriedSegment(before, lengths, self.positions(lanes), self.decoder.device, self.size)
 
     def columns(self, tokens: Tensor, state: CarriedSegment) -> Tensors:
         columns: Tensors = {}
         for i, module in enumerate(self._modules):
             cache = module.extended_cache(state)
             if cache:
-                columns[f"{i}.keys"], columns[f"{i}.values"] = cache["prev_key"], cache["prev_value"]
+                columns.update((name, cache[entry]) for entry, name in _names(i).items())
         return columns
+
+
+def _names(module: int) -> Dict[str, str]:
+    """Return the names under which the entries of a module's cache are carried."""
+    carried = {"prev_key": f"{module}.keys", "prev_value": f"{module}.values"}
+    return {**carried, **{entry: f"{_FIRST}{module}.{entry}" for entry in FIRST}}
 
 
 class CarriedTokens(CarriedWindow):
@@ -225,12 +265,12 @@ class CarriedTokens(CarriedWindow):
     def caches(self, lanes: np.ndarray) -> CarriedSegment:
         lengths = self.lengths[lanes]
         if not lengths.any():
-            return CarriedSegment({}, lengths, self.decoder.device)
+            return CarriedSegment({}, lengths, self.positions(lanes), self.decoder.device)
         carried = self.take(lanes, _TOKENS, int(lengths.max()))[..., 0]  # (B, S)
         pieces = [row[len(row) - length :] for row, length in zip(carried, lengths.tolist())]
         with torch.no_grad():
             tokens, before, _ = encode_window(self.decoder, pieces, for_memory=self.for_memory)
-        return CarriedSegment(before, lengths, self.decoder.device, tokens=tokens)
+        return CarriedSegment(before, lengths, self.positions(lanes), self.decoder.device, tokens=tokens)
 
     def columns(self, tokens: Tensor, state: CarriedSegment) -> Tensors:
         tokens = tokens if state.tokens is None else torch.cat([state.tokens, tokens], dim=1)

@@ -23,10 +23,10 @@ from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
 from ..memory.reader import BatchReader
 from ..memory.token_search import TokenStates
-from ..modules.cached_attention import LEFT_PADDING, SLIDING_WINDOW
+from ..modules.cached_attention import FIRST, LEFT_PADDING, SLIDING_WINDOW
 from ..modules.token_mixture import TokenReads
 from ..progress import token_bar
-from .carried_window import CarriedWindow, new_carried_window
+from .carried_window import CarriedWindow, new_carried_window, window_behind
 from .reading import DocumentReader, encode_side_by_side
 from .window_caches import align_caches, align_right, attention_modules, encode_window, pad
 
@@ -48,6 +48,7 @@ class LiveWindow:
         tokens: Inputs in the windows, shape (B, S), int64, right-aligned.
         lengths: Number of inputs of each row, those that are carried included, shape (B,), int64.
         live: Number of inputs of each row that are not in the memory yet, shape (B,), int64.
+        positions: Number of inputs of each row that were read, those before the window included, shape (B,), int64.
         branches: Memories of the rows, or None.
         hidden: Hidden states, as a token memory holds them, of the inputs that are not in the memory yet, shape
             (B, columns, D), right-aligned; None without a token memory.
@@ -68,6 +69,7 @@ class LiveWindow:
         self.tokens = torch.zeros(rows, 0, dtype=torch.int64, device=decoder.device)
         self.lengths = np.zeros(rows, dtype=np.int64)
         self.live = np.zeros(rows, dtype=np.int64)
+        self.positions = np.zeros(rows, dtype=np.int64)
         self.hidden: Optional[Tensor] = None
         if branches is not None and branches.token_entries:
             self.hidden = self.tokens.new_zeros(rows, 0, decoder.backbone.width, dtype=branches.token_dtype)
@@ -89,12 +91,12 @@ class LiveWindow:
         left = torch.from_numpy(S - self.lengths).to(tokens.device)  # (B,)
         state[LEFT_PADDING] = {"left": left if self.lengths.min() < S else None}
         if self._keeps_keys:
-            state[SLIDING_WINDOW] = {"size": self.carried}
+            state[SLIDING_WINDOW] = {"window": window_behind(self.carried, self.positions, self.decoder.device)}
         starts = torch.from_numpy(self.lengths).to(tokens.device)
         encoded = self.decoder.backbone.encode(tokens, state, starts)
         states = self.decoder.side_network(encoded, self.reader(), state)
         self.tokens = torch.cat([self.tokens, tokens], dim=1)  # (B, S + 1)
-        self.lengths, self.live = self.lengths + 1, self.live + 1
+        self.lengths, self.live, self.positions = self.lengths + 1, self.live + 1, self.positions + 1
         if self.hidden is not None:
             hidden = self.decoder.predictor.token_states(encoded, tokens).hidden
             self.hidden = torch.cat([self.hidden, hidden], dim=1)[:, -int(self.live.max()) :]
@@ -116,7 +118,7 @@ class LiveWindow:
             carried: Carried window of the inputs before, each row a lane; None for none.
         """
         self.live = np.array([len(piece) for piece in pieces], dtype=np.int64)
-        self.lengths = self.live
+        self.lengths = self.positions = self.live
         if carried is not None:
             self._fill_behind(pieces, state, carried)
         elif self.live.any():
@@ -129,7 +131,7 @@ class LiveWindow:
         carried.flush()
         before = carried.caches(np.arange(len(pieces)))
         S = int(before.lengths.max())
-        self.lengths = self.live + before.lengths
+        self.lengths, self.positions = self.live + before.lengths, self.live + before.positions
         self.tokens = before.tokens if before.tokens is not None else self.tokens.new_zeros(len(pieces), S)
         if not self.live.any():
             state.update(before)
@@ -150,7 +152,7 @@ class LiveWindow:
         if self.hidden is not None:
             self.hidden = self.hidden.index_select(0, order)
         rows = order.tolist()
-        self.lengths, self.live = self.lengths[rows], self.live[rows]
+        self.lengths, self.live, self.positions = self.lengths[rows], self.live[rows], self.positions[rows]
         if self.branches is not None:
             self.branches.reorder(rows)
 
@@ -183,7 +185,8 @@ class LiveWindow:
         self.tokens, self.lengths = self.tokens[:, self.tokens.size(1) - S :], np.minimum(self.lengths, S)
         for module in attention_modules(self.decoder):
             cache = module.cache(state)
-            module.set_cache(state, {name: x[:, :, x.size(2) - S :].contiguous() for name, x in cache.items()})
+            kept = {name: x[:, :, x.size(2) - S :].contiguous() for name, x in cache.items() if name not in FIRST}
+            module.set_cache(state, {**cache, **kept})
 
     def _encode_again(self, rows: List[int], state: Dict[str, Any]) -> None:
         """Encode what stays in the windows of some rows again, from position 0."""

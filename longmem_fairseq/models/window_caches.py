@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..memory.reader import BatchReader
-from ..modules.cached_attention import CachedAttention
+from ..modules.cached_attention import FIRST, CachedAttention
 
 Caches = Dict[str, Any]  # an incremental state with nothing but caches
 
@@ -76,5 +76,6 @@ def align_caches(decoder, state: Caches, padding: Tensor) -> Caches:
     for module in attention_modules(decoder):
         cache = module.extended_cache(state)
         if cache:  # encoding for the memory alone does not run all layers
-            module.set_cache(aligned, {name: align_right(x, padding) for name, x in cache.items()})
+            columns = {name: align_right(x, padding) for name, x in cache.items() if name not in FIRST}
+            module.set_cache(aligned, {**cache, **columns})
     return aligned

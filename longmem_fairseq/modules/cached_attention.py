@@ -9,17 +9,20 @@ import torch
 from fairseq.incremental_decoding_utils import FairseqIncrementalState
 from torch import Tensor
 
+from .sliding_window import SeenWindow, SlidingWindow, first_tokens
+
 # State of incremental decoding: a dictionary that every module of a decoder shares, each under keys of its own.
 IncrementalState = Optional[Dict[str, Dict[str, Optional[Tensor]]]]
 
-# Entry of an incremental state with the number of tokens before a query that it attends to: {"size": C}. Keys are then
-# cached without position, so that columns can be dropped from the left.
+# Entry of an incremental state with the SlidingWindow of its new tokens: {"window": ...}. Keys are then cached without
+# position, so that columns can be dropped from the left.
 SLIDING_WINDOW = "longmem.sliding_window"
 
 # Entry of an incremental state with the number of cached positions, from the left, that are padding: {"left": (B,)
 # int64}. Rows of unequal length end at the same column, so that all grow by one column a step.
 LEFT_PADDING = "longmem.left_padding"
 
+FIRST = ("first_key", "first_value")  # entries of a cache with a sliding window: those of the attention sinks
 _CACHE = "attn_state"  # the name of fairseq's own attention, whose reordering of beams then applies
 
 
@@ -48,7 +51,8 @@ class CachedAttention(FairseqIncrementalState):
     """Mixin for attention modules that cache keys and values in an incremental state.
 
     Unlike fairseq's attention it appends any number of tokens at a time. A cache is a dictionary of ``prev_key`` and
-    ``prev_value``, each of shape (B, H_kv, S, d).
+    ``prev_value``, each of shape (B, H_kv, S, d), and with a sliding window also of
+    :data:`FIRST`, those of the attention sinks, each of shape (B, H_kv, SINKS, d).
     """
 
     def cache(self, state: IncrementalState) -> Dict[str, Tensor]:
@@ -98,12 +102,27 @@ class CachedAttention(FairseqIncrementalState):
         Returns:
             Keys and values of all tokens so far, shape (B, H_kv, S + T, d).
         """
-        cached = self.cache(state)
+        cached, window = self.cache(state), sliding_window(state)
+        first = {}
+        if window is not None:
+            first = {name: first_tokens(cached.get(name), new, window) for name, new in zip(FIRST, (keys, values))}
         if cached:
             keys = torch.cat([cached["prev_key"], keys], dim=2)
             values = torch.cat([cached["prev_value"], values], dim=2)
-        self.set_cache(state, {"prev_key": keys, "prev_value": values})
+        self.set_cache(state, {"prev_key": keys, "prev_value": values, **first})
         return keys, values
+
+    def seen_window(self, state: IncrementalState) -> Optional[SeenWindow]:
+        """Return the sliding window of the new tokens, once they are appended; None without one.
+
+        Args:
+            state: Incremental state of the decoder, or None.
+        """
+        window = sliding_window(state)
+        if window is None:
+            return None
+        cache = self.extended_cache(state)
+        return SeenWindow(window, *(cache[name] for name in FIRST))
 
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> IncrementalState:
         """Make row i of the cache a copy of what row ``new_order[i]`` was; rows may be dropped or repeated.
@@ -123,6 +142,6 @@ def left_padding(state: IncrementalState) -> Optional[Tensor]:
     return None if state is None else state.get(LEFT_PADDING, {}).get("left")
 
 
-def sliding_window(state: IncrementalState) -> Optional[int]:
-    """Return the number of tokens before a query that it attends to; None for all tokens that are cached."""
-    return None if state is None else state.get(SLIDING_WINDOW, {}).get("size")
+def sliding_window(state: IncrementalState) -> Optional[SlidingWindow]:
+    """Return the window that new tokens attend to; None for all tokens that are cached."""
+    return None if state is None else state.get(SLIDING_WINDOW, {}).get("window")

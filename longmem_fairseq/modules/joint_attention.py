@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .self_attention import SelfAttention
+from .sliding_window import SeenWindow
 
 # The parameters of a gate are this factor smaller than what they stand for, so that the learning rate of the weights,
 # which moves a parameter by about its own size in a step, moves a gate so much farther. A power of two, so that the
@@ -115,6 +116,6 @@ class JointAttention(MemoryGate, SelfAttention):
         self.add_gate(num_heads)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None, window: Optional[int] = None
+        self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None, seen: Optional[SeenWindow] = None
     ) -> Tensor:
-        return self.mix(q, self.local_attention(q, k, v, left, window), self.scaling)
+        return self.mix(q, self.local_attention(q, k, v, left, seen), self.scaling)

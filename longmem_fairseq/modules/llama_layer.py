@@ -59,3 +59,5 @@ class LlamaLayer(nn.Module):
 
 class LlamaSideLayer(SideLayer, LlamaLayer):
     """A layer of the side network of the Llama family's kind; arguments are those of :class:`LlamaLayer`."""
+
+    output_projections = ("self_attn.out_proj", "down_proj")

@@ -87,6 +87,20 @@ class RotaryPositions:
             cos, sin = cos[positions][:, None], sin[positions][:, None]  # (B, 1, T, d / 2)
         return _turn(x, cos.to(x.dtype), sin.to(x.dtype))
 
+    def rotate_to(self, x: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """Rotate queries or keys (B, H, T, d) to given positions.
+
+        Args:
+            x: Queries or keys, shape (B, H, T, d).
+            positions: Position of each, shape (B, T), int64.
+            longest: A number that no position exceeds.
+
+        Returns:
+            The rotated ones, times :attr:`magnitude`, of the same shape and dtype.
+        """
+        cos, sin = (table[positions][:, None] for table in self._table(longest + 1, x.device))  # (B, 1, T, d / 2)
+        return _turn(x, cos.to(x.dtype), sin.to(x.dtype))
+
     def turn_by(self, x: Tensor, distance: int) -> Tensor:
         """Rotate all queries or keys (B, H, T, d) by the same distance, without :attr:`magnitude`."""
         angles = distance * self.frequencies.double()

@@ -15,7 +15,7 @@ from .cached_attention import CachedAttention, IncrementalState, left_padding, s
 from .joint_attention import MemoryGate
 from .query_groups import group_queries, ungroup
 from .rotary import RotaryPositions
-from .sliding_window import sliding_window_attention
+from .sliding_window import SINKS, SeenWindow, Sinks, sink_scores, sliding_window_attention
 
 _UNROTATED = "unrotated_key"  # entry of the cache beside the rotated keys and the values
 
@@ -94,14 +94,21 @@ class RotaryAttention(CachedAttention, nn.Module):
         rotated = self.rotary.rotate(q, start, left)
         if window is not None:
             k, v = self.append_to_cache(state, unrotated, v)
+            sinks = self._sinks(q, self.seen_window(state))
             dropout = self.dropout if self.training else 0.0
-            local = sliding_window_attention(rotated, self.rotary.rotate(k, 0, left), v, window, left, dropout=dropout)
+            local = sliding_window_attention(rotated, self.rotary.rotate(k, 0, left), v, window, sinks, dropout=dropout)
         else:
             k = self.rotary.rotate(unrotated, start, left)
             if state is not None:
                 k, v = self._extend_cache(state, k, v, unrotated)
             local = self._local_attention(rotated, k, v, left)
         return self.out_proj(self.combine(q, local).permute(2, 0, 1, 3).flatten(2))
+
+    def _sinks(self, q: Tensor, seen: SeenWindow) -> Sinks:
+        """Return what queries without position see of the first tokens: as far back as the window and they reach."""
+        window = seen.window
+        far = self.rotary.rotate_to(q, window.sink_distances(q.size(2)), window.size + SINKS)
+        return Sinks(sink_scores(far, self.rotary.rotate(seen.first_keys), self.head_dim**-0.5), seen.first_values)
 
     def queries(self, x: Tensor) -> Tensor:
         """Return queries without position, shape (B, H, T, d), of the layer's normalized input (T, B, D)."""

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
 
-from .cached_attention import CachedAttention, IncrementalState, left_padding, sliding_window
-from .sliding_window import sliding_window_attention
+from .cached_attention import CachedAttention, IncrementalState, left_padding
+from .sliding_window import SINKS, SeenWindow, Sinks, sink_scores, sliding_window_attention
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -137,7 +137,7 @@ class SelfAttention(CachedAttention, MultiheadAttention):
         k, v = self.keys_and_values(query)
         if incremental_state is not None:
             k, v = self.append_to_cache(incremental_state, k, v)
-        x = self.attend(q, k, v, left_padding(incremental_state), sliding_window(incremental_state))  # (B, H, T, d)
+        x = self.attend(q, k, v, left_padding(incremental_state), self.seen_window(incremental_state))  # (B, H, T, d)
         x = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
         return self.out_proj(x.reshape(query.shape)), None
 
@@ -146,16 +146,16 @@ class SelfAttention(CachedAttention, MultiheadAttention):
         return self.split_heads(self.k_proj(x)), self.split_heads(self.v_proj(x))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None, window: Optional[int] = None
+        self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None, seen: Optional[SeenWindow] = None
     ) -> Tensor:
         """Compute the output of all heads, shape (B, H, T, d); joint attention overrides this.
 
         Arguments are those of :meth:`local_attention`.
         """
-        return self.local_attention(q, k, v, left, window)
+        return self.local_attention(q, k, v, left, seen)
 
     def local_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None, window: Optional[int] = None
+        self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor] = None, seen: Optional[SeenWindow] = None
     ) -> Tensor:
         """Attend causally from the last T of S positions.
 
@@ -164,18 +164,18 @@ class SelfAttention(CachedAttention, MultiheadAttention):
             k: Keys, shape (B, H, S, d).
             v: Values, shape (B, H, S, d).
             left: Number of positions of each row, from the left, that are hidden, shape (B,), int64; None for none.
-            window: Number of positions before a query that it attends to; None for all.
+            seen: Sliding window that the queries see; None for all positions.
 
         Returns:
             Output, shape (B, H, T, d).
         """
         T, S = q.size(2), k.size(2)
-        if not self.fused:
-            return self._local_attention_by_steps(q, k, v, left, window)
         dropout = self.dropout_module.p if self.dropout_module.training else 0.0
-        if window is not None:
+        if seen is not None:
             slopes = alibi_slopes(self.num_heads) if self.alibi else None
-            return sliding_window_attention(q, k, v, window, left, slopes, dropout)
+            return sliding_window_attention(q, k, v, seen.window, self._sinks(q, seen, slopes), slopes, dropout)
+        if not self.fused:
+            return self._local_attention_by_steps(q, k, v, left)
         if left is None and not self.alibi and T in (1, S):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         mask = causal_mask(self.num_heads if self.alibi else 0, T, S, q.dtype, q.device)
@@ -184,9 +184,16 @@ class SelfAttention(CachedAttention, MultiheadAttention):
             mask = mask.masked_fill(hidden, float("-inf"))  # (B, 1 or H, T, S)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
-    def _local_attention_by_steps(
-        self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor], window: Optional[int]
-    ) -> Tensor:
+    def _sinks(self, q: Tensor, seen: SeenWindow, slopes: Optional[Tensor]) -> Sinks:
+        """Return what queries see of the first tokens: as far back as the window and they reach."""
+        scores = sink_scores(q, seen.first_keys, self.head_dim**-0.5)
+        if slopes is not None:
+            far = seen.window.sink_distances(q.size(2))[:, None, :, None]  # of the first one, (B, 1, T, 1)
+            distances = (far - torch.arange(SINKS, device=q.device)).float()
+            scores = scores - (slopes.to(q.device).view(-1, 1, 1) * distances).to(q.dtype)
+        return Sinks(scores, seen.first_values)
+
+    def _local_attention_by_steps(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor]) -> Tensor:
         T, S = q.size(2), k.size(2)
         if self.batch_first:  # the released backbone scales the scores, its side network the queries
             scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(self.head_dim)  # (B, H, T, S)
@@ -199,8 +206,6 @@ class SelfAttention(CachedAttention, MultiheadAttention):
         scores = scores.masked_fill(positions > positions[S - T :, None], float("-inf"))
         if left is not None:
             scores = scores.masked_fill(positions < left.view(-1, 1, 1, 1), float("-inf"))
-        if window is not None:
-            scores = scores.masked_fill(positions < positions[S - T :, None] - window, float("-inf"))
         return torch.matmul(self.dropout_module(torch.softmax(scores, dim=-1)), v)
 
     def split_heads(self, x: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ class SideLayer(nn.Module):
     """
 
     recompute = False
+    output_projections = ("self_attn.out_proj", "fc2")  # modules whose outputs are added to the residual stream
 
     def forward(self, x: Tensor, skip: Tensor, reader=None, incremental_state=None) -> Tensor:
         """Compute this layer's output plus the backbone's residual (LongMem, equation 2).
@@ -96,3 +97,9 @@ class SideLayer(nn.Module):
         missing, unexpected = self.load_state_dict(layer.state_dict(), strict=False)
         if set(missing) - {"self_attn.gate_bias", "self_attn.gate_weight"} or unexpected:
             raise ValueError(f"a side layer does not fit the backbone's layer: {', '.join(missing + unexpected)}")
+
+    def silence(self) -> None:
+        """Let the layer add nothing to its input, until it is trained."""
+        for name in self.output_projections:
+            for parameter in self.get_submodule(name).parameters():
+                nn.init.zeros_(parameter)

@@ -1,12 +1,15 @@
-"""Attention to a sliding window: each token attends to itself and to a fixed number of tokens before it.
+"""Attention to a sliding window: each token attends to itself, to a fixed number of tokens before it, and to the first
+tokens of its text, the attention sinks (Xiao et al., 2024, "Efficient Streaming Language Models with Attention Sinks").
 
 What a token sees then depends neither on where a text was cut into segments nor on how many tokens are decoded at once.
+The sinks are needed because a pretrained model lets heads that look for nothing attend to the first token that it sees;
+without that token its perplexity rises far above that of a shorter window.
 
 Legend: B rows of a batch, T queries, S keys, H query heads, H_kv key/value heads, d width of a head, t queries of a
 block, s keys that some query of a block sees.
 """
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -14,65 +17,154 @@ from torch import Tensor
 
 from .query_groups import group_queries, ungroup
 
+SINKS = 4  # first tokens of a text that all its tokens attend to
 _QUERIES_AT_ONCE = 256  # a block of t queries computes t * (window + t) scores
+_ALIGNMENT = 8  # the fast kernels of GPUs read heads whose width is a multiple of this
+
+
+class SlidingWindow(NamedTuple):
+    """A sliding window over the texts of several rows.
+
+    Attributes:
+        size: Number of tokens before a query that it attends to.
+        positions: Number of tokens of each row's text before the new ones, shape (B,), int64.
+        started: Whether all rows have at least :data:`SINKS` tokens before the new ones.
+    """
+
+    size: int
+    positions: Tensor
+    started: bool = False
+
+    def query_positions(self, tokens: int) -> Tensor:
+        """Return the place of each new token in its text, shape (B, T), int64."""
+        return self.positions[:, None] + torch.arange(tokens, device=self.positions.device)
+
+    def sink_distances(self, tokens: int) -> Tensor:
+        """Return how far back each of T new tokens sees the first sink, shape (B, T), int64; at most size + SINKS."""
+        return self.query_positions(tokens).clamp(max=self.size + SINKS)
+
+
+class SeenWindow(NamedTuple):
+    """A sliding window, and keys and values of the sinks.
+
+    Attributes:
+        window: The window.
+        first_keys: Keys of the first tokens of each row's text, without position, shape (B, H_kv, SINKS, d).
+        first_values: Their values, of the same shape.
+    """
+
+    window: SlidingWindow
+    first_keys: Tensor
+    first_values: Tensor
+
+
+class Sinks(NamedTuple):
+    """The first tokens of each row's text, as the new tokens see them.
+
+    Attributes:
+        scores: Scaled scores of queries and sinks, shape (B, H, T, SINKS); those of sinks that a query does not see are
+            ignored.
+        values: Values of the sinks, shape (B, H_kv, SINKS, d).
+    """
+
+    scores: Tensor
+    values: Tensor
+
+
+def first_tokens(cached: Optional[Tensor], new: Tensor, window: SlidingWindow) -> Tensor:
+    """Return keys or values of the first tokens of each row's text, shape (B, H_kv, SINKS, d).
+
+    Args:
+        cached: What this function returned for the tokens before; None for no tokens.
+        new: Keys or values of the new tokens, shape (B, H_kv, T, d).
+        window: Window with the places of the new tokens.
+    """
+    if window.started and cached is not None:
+        return cached
+    numbers = torch.arange(SINKS, device=new.device) - window.positions[:, None]  # among the new tokens, (B, SINKS)
+    index = numbers.clamp(0, new.size(2) - 1)[:, None, :, None].expand(-1, new.size(1), -1, new.size(3))
+    first = new.gather(2, index)
+    return first if cached is None else torch.where((numbers < 0)[:, None, :, None], cached, first)
+
+
+def sink_scores(q: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Return the scaled scores of queries (B, H, T, d) and of the sinks' keys (B, H_kv, SINKS, d)."""
+    grouped = group_queries(q * scaling, keys.size(1))
+    return ungroup(grouped @ keys.transpose(-1, -2), q.size(1))
 
 
 def sliding_window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: int,
-    left: Optional[Tensor] = None,
+    window: SlidingWindow,
+    sinks: Sinks,
     slopes: Optional[Tensor] = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend from the last T of S positions to themselves and to the ``window`` positions before each.
+    """Attend from the last T of S positions to themselves, to the positions before each, and to the sinks.
 
     Args:
         q: Queries, shape (B, H, T, d).
         k: Keys, shape (B, H_kv, S, d); H is a multiple of H_kv.
         v: Values, shape (B, H_kv, S, d).
-        window: Number of positions before a query that it attends to.
-        left: Number of positions of each row, from the left, that are hidden, shape (B,), int64; None for none.
+        window: Size of the window, and the places of the new tokens; columns before a row's text are hidden.
+        sinks: What the new tokens see of the first tokens of their text.
         slopes: Slopes of ALiBi, shape (H,); None for no bias.
         dropout: Dropout probability of the attention weights.
 
     Returns:
         Output, shape (B, H, T, d).
     """
-    T, S = q.size(2), k.size(2)
+    T, S, d = q.size(2), k.size(2), q.size(3)
+    # A sink is a key of which one number more than d is 1, and in a query this number is the score. So the scores may
+    # depend on the query in any way, and everything is one softmax of one kernel.
+    extra = -(-SINKS // _ALIGNMENT) * _ALIGNMENT
+    q = torch.cat([q, F.pad(sinks.scores.to(q.dtype) * d**0.5, (0, extra - SINKS))], dim=3)
+    unit = torch.eye(SINKS, d + extra, dtype=k.dtype, device=k.device).roll(d, dims=1)
+    unit = unit.expand(k.size(0), k.size(1), -1, -1)
     outputs = []
     for begin in range(0, T, _QUERIES_AT_ONCE):
         queries = q[:, :, begin : begin + _QUERIES_AT_ONCE]
         end = S - T + begin + queries.size(2)
-        first = max(0, S - T + begin - window)
-        mask = _mask(queries, end - first, window, None if left is None else left - first, slopes)
-        outputs.append(_attend(queries, k[:, :, first:end], v[:, :, first:end], mask, dropout))
+        first = max(0, S - T + begin - window.size)
+        mask = _mask(queries, begin, first - (S - T), end - first, window, slopes)
+        keys = torch.cat([unit, F.pad(k[:, :, first:end], (0, extra))], dim=2)
+        values = F.pad(torch.cat([sinks.values, v[:, :, first:end]], dim=2), (0, extra))
+        outputs.append(_attend(queries, keys, values, mask, d**-0.5, dropout)[..., :d])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _mask(q: Tensor, s: int, window: int, left: Optional[Tensor], slopes: Optional[Tensor]) -> Optional[Tensor]:
-    """Return the mask of a block (B or 1, H or 1, t, s), bool or with ALiBi's bias; None if every query sees all."""
-    t = q.size(2)
-    if t == 1 and left is None and slopes is None:
-        return None
-    columns = torch.arange(s, device=q.device)
-    rows = columns[s - t :, None]
+def _mask(q: Tensor, begin: int, first: int, s: int, window: SlidingWindow, slopes: Optional[Tensor]) -> Tensor:
+    """Return the mask of a block, shape (B, 1 or H, t, SINKS + s), bool or with ALiBi's bias.
+
+    Args:
+        q: Queries of the block, shape (B, H, t, ...).
+        begin: Number of the block's first query among the new tokens.
+        first: Number of the block's first column, counted from the first new token.
+        s: Number of columns.
+        window: Size of the window, and the places of the new tokens.
+        slopes: Slopes of ALiBi, shape (H,); None for no bias.
+    """
+    rows = torch.arange(begin, begin + q.size(2), device=q.device)[:, None]
+    columns = torch.arange(first, first + s, device=q.device)
     distance = rows - columns  # (t, s)
-    visible = ((distance >= 0) & (distance <= window))[None, None]
-    if left is not None:
-        visible = visible & ((columns >= left.view(-1, 1, 1, 1)) | (distance == 0))  # padding sees itself, not nothing
+    places = window.positions.view(-1, 1, 1, 1) + columns  # of the columns in their text, negative for padding
+    near = ((distance >= 0) & (distance <= window.size)) & (places >= SINKS)  # (B, 1, t, s)
+    sinks = torch.arange(SINKS, device=q.device) <= window.positions.view(-1, 1, 1, 1) + rows  # (B, 1, t, SINKS)
+    visible = torch.cat([sinks, near], dim=3)
     if slopes is None:
         return visible
     bias = -slopes.to(q.device, torch.float32)[:, None, None] * distance  # float32: half collapses small multiples
-    return bias.to(q.dtype).masked_fill(~visible, float("-inf"))
+    return F.pad(bias, (SINKS, 0)).to(q.dtype).masked_fill(~visible, float("-inf"))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Optional[Tensor], dropout: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:
     heads, kv_heads = q.size(1), k.size(1)
+    options = {"dropout_p": dropout, "scale": scale}
     if q.size(2) > 1 or heads == kv_heads:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=heads != kv_heads)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads, **options)
     grouped = group_queries(q, kv_heads)  # the queries of a group read the same keys, so that none is repeated
-    if mask is not None and mask.size(1) == heads:
+    if mask.size(1) == heads:
         mask = group_queries(mask, kv_heads)
-    return ungroup(F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout), heads)
+    return ungroup(F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, **options), heads)

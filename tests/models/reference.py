@@ -9,6 +9,8 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
+from longmem_fairseq.modules.sliding_window import SINKS
+
 
 class Setting(NamedTuple):
     """What the reference needs to know besides weights and tokens."""
@@ -115,7 +117,10 @@ class Reference:
             for t in range(len(x)):
                 end = before + t + 1
                 begin = max(0, end - 1 - self.s.carry) if self.kept else 0
-                local = self.local(h, q[h][t], k[h][begin:end], v[h][begin:end])
+                seen = [i for i in range(end) if i >= begin or i < SINKS]
+                far = min(before + t, self.s.carry + SINKS)  # of the first token, whose distance stops growing
+                distances = [far - i if self.kept and i < SINKS else before + t - i for i in seen]
+                local = self.local(h, q[h][t], k[h][seen], v[h][seen], torch.tensor(distances))
                 memory = None if reads is None or t < first else self.remembered(self.past[reads][h], q[h][t])
                 if memory is not None:
                     gate = self.gate(name + "self_attn.gate_", h, q[h][t])
@@ -133,11 +138,11 @@ class Reference:
             g = g + self.w[name + "weight"][h] @ q / math.sqrt(len(q))
         return torch.sigmoid(32 * g)
 
-    def local(self, h: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of the last token of a window."""
+    def local(self, h: int, q: Tensor, keys: Tensor, values: Tensor, distances: Tensor) -> Tensor:
+        """Attention of a token to those at some distances before it."""
         scores = keys @ q / math.sqrt(len(q))
         if self.s.positions == "alibi":
-            scores = scores + slopes(self.s.heads)[h] * torch.arange(len(keys))
+            scores = scores - slopes(self.s.heads)[h] * distances
         return torch.softmax(scores, dim=0) @ values
 
     def remembered(self, past: List, q: Tensor):

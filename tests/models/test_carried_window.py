@@ -1,5 +1,6 @@
 """A carried window: every layer also attends to the tokens before the segment."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +8,12 @@ from hypothesis import strategies as st
 
 from longmem_fairseq.data.segments import Segments
 from longmem_fairseq.memory.training_snapshot import load_training_memory, save_training_memory
+from longmem_fairseq.models.carried_window import window_behind
 from longmem_fairseq.models.reading import DocumentReader
-from longmem_fairseq.modules.self_attention import SelfAttention
-from longmem_fairseq.modules.sliding_window import sliding_window_attention
+from longmem_fairseq.modules.cached_attention import SLIDING_WINDOW
+from longmem_fairseq.modules.rotary import RotaryPositions
+from longmem_fairseq.modules.rotary_attention import AttentionShape, RotaryAttention
+from longmem_fairseq.modules.sliding_window import SINKS, Sinks, SlidingWindow, sliding_window_attention
 from tests.models.tiny import LONGMEM, batches, build_longmem, documents, longmem, read
 
 T = LONGMEM["tokens_per_sample"]
@@ -44,46 +48,77 @@ def from_start(model):
     before=st.integers(0, 11),
     window=st.integers(1, 12),
     groups=st.sampled_from([1, 3]),
-    hidden=st.booleans(),
+    places=st.tuples(st.integers(0, 20), st.integers(0, 20)),
     alibi=st.booleans(),
 )
-def test_sliding_window_attention(T, before, window, groups, hidden, alibi):
+def test_sliding_window_attention(T, before, window, groups, places, alibi):
     """Against one query at a time, forward and backward, with blocks of all sizes."""
     generator = torch.Generator().manual_seed(T + 100 * before)
     B, kv_heads, d, S = 2, 2, 4, before + T
-    q = torch.randn(B, groups * kv_heads, T, d, generator=generator, dtype=torch.float64, requires_grad=True)
-    k, v = torch.randn(2, B, kv_heads, S, d, generator=generator, dtype=torch.float64).requires_grad_()
-    left = torch.tensor([0, before // 2]) if hidden else None
-    slopes = torch.linspace(0.1, 0.9, groups * kv_heads).double() if alibi else None
+    H = groups * kv_heads
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = numbers(B, H, T, d), numbers(B, kv_heads, S, d), numbers(B, kv_heads, S, d)
+    sink_scores, sink_values = numbers(B, H, T, SINKS), numbers(B, kv_heads, SINKS, d)
+    # A row has all columns that its window needs.
+    positions = [place if before >= min(place, window) else before for place in places]
+    slopes = torch.linspace(0.1, 0.9, H).double() if alibi else None
     rows = []
     for b in range(B):
-        for h in range(groups * kv_heads):
+        for h in range(H):
             for t in range(T):
-                end = before + t + 1
-                begin = max(end - 1 - window, 0 if left is None else int(left[b]))
-                scores = k[b, h // groups, begin:end] @ q[b, h, t] / d**0.5
-                if alibi:
-                    scores = scores + slopes[h] * torch.arange(begin, end)
-                rows.append(torch.softmax(scores, 0) @ v[b, h // groups, begin:end])
+                place, g = positions[b] + t, h // groups
+                scores = [sink_scores[b, h, t, i] for i in range(SINKS) if i <= place]
+                values = [sink_values[b, g, i] for i in range(SINKS) if i <= place]
+                for other in range(max(SINKS, place - window), place + 1):
+                    column = before + other - positions[b]
+                    bias = slopes[h] * (place - other) if alibi else 0.0
+                    scores.append(k[b, g, column] @ q[b, h, t] / d**0.5 - bias)
+                    values.append(v[b, g, column])
+                rows.append(torch.softmax(torch.stack(scores), 0) @ torch.stack(values))
     expected = torch.stack(rows).view(q.shape)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("longmem_fairseq.modules.sliding_window._QUERIES_AT_ONCE", 4)
-        actual = sliding_window_attention(q, k, v, window, left, slopes)
+        sliding = SlidingWindow(window, torch.tensor(positions))
+        actual = sliding_window_attention(q, k, v, sliding, Sinks(sink_scores, sink_values), slopes)
     torch.testing.assert_close(actual, expected)
     weights = torch.randn(q.shape, generator=generator, dtype=torch.float64)
-    gradients = [torch.autograd.grad((x * weights).sum(), (q, k, v), retain_graph=True) for x in (actual, expected)]
+    leaves = (q, k, v, sink_scores, sink_values)
+    gradients = [
+        torch.autograd.grad((x * weights).sum(), leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for x in (actual, expected)
+    ]
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_attention_step_by_step_sees_the_same_window(batch_first):
-    """The released LongMem's unfused attention, against the fused one."""
-    attention = SelfAttention(12, 3, alibi=True, batch_first=batch_first).eval()
-    q, k, v = torch.randn(3, 2, 3, 9, 4, generator=torch.Generator().manual_seed(0))
-    left = torch.tensor([0, 2])
-    fused = attention.local_attention(q[:, :, 4:], k, v, left, 3)
-    attention.fused = False
-    torch.testing.assert_close(attention.local_attention(q[:, :, 4:], k, v, left, 3), fused)
+@pytest.mark.parametrize("pieces", [[23], [1] * 23, [2, 1, 9, 11], [12, 3, 8]])
+def test_rotary_attention_to_a_sliding_window(pieces):
+    """The first tokens are as far back as they are, or as the window and they reach; against loops over tokens."""
+    size, length, d = 6, 23, 8
+    rotary = RotaryPositions(d, 100.0)
+    attention = RotaryAttention(AttentionShape(12, 2, 1, d), rotary).double().eval()
+    x = torch.randn(length, 1, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, (k, v) = attention.queries(x)[0], (y[0, 0] for y in attention.keys_and_values(x))
+
+    def turn(y, position):
+        return rotary.turn_by(y[None, None, None], position)[0, 0, 0]
+
+    rows = []
+    for t in range(length):
+        for h in range(2):
+            seen = [i for i in range(t + 1) if i < SINKS or i >= t - size]
+            distances = [min(t, size + SINKS) - i if i < SINKS else t - i for i in seen]
+            scores = [turn(q[h, t], n) @ k[i] / d**0.5 for i, n in zip(seen, distances)]
+            rows.append(torch.softmax(torch.stack(scores), 0) @ v[seen])
+    expected = attention.out_proj(torch.stack(rows).view(length, 1, 2 * d))
+    state, outputs, begin = {}, [], 0
+    for piece in pieces:
+        state[SLIDING_WINDOW] = {"window": window_behind(size, np.array([begin]), torch.device("cpu"))}
+        outputs.append(attention(x[begin : begin + piece], state))
+        begin += piece
+    torch.testing.assert_close(torch.cat(outputs), expected)
 
 
 @settings(max_examples=20)
