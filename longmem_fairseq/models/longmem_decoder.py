@@ -50,9 +50,8 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         self.layers = nn.ModuleList(
             backbone.side_layer(j in self.reading_layers, options) for j in range(backbone.num_layers // self.reduction)
         )
-        if cfg.gate == "token":
-            for s in self.reading_layers:
-                self.layers[s].self_attn.add_gate_weight(backbone.head_dim)
+        for s in self.reading_layers if cfg.gate == "token" else ():
+            self.layers[s].self_attn.add_gate_weight(backbone.head_dim)
         self.layer_norm = backbone.side_norm(options)
         self.memory_dropout = MemoryDropout(cfg.memory_dropout)
         self.predictor = Predictor(backbone, memory_factory.settings)
@@ -167,7 +166,8 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     def start_from_backbone(self) -> None:
         """Copy backbone layer R * j + 1 into side layer j, and the backbone's final norm into the side network's."""
         for j, layer in enumerate(self.layers):
-            layer.start_from(self.backbone.layers[min(self.reduction * j + 1, self.backbone.num_layers - 1)])
+            source = self.backbone.layers[min(self.reduction * j + 1, self.backbone.num_layers - 1)]
+            layer.start_from(source, silent=self.cfg.zero_init_side_layers and j not in self.reading_layers)
         if self.layer_norm is not None:
             self.layer_norm.load_state_dict(self.backbone.final_norm.state_dict())
 

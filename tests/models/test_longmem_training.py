@@ -121,6 +121,23 @@ def test_starts_at_random_where_asked(tmp_path):
     assert not torch.equal(layer.fc1.weight, expected.fc1.weight)
 
 
+@pytest.mark.parametrize("kind", ["transformer_lm", "llama_lm"])
+def test_layers_that_do_not_read_start_silent(tmp_path, kind):
+    """So with the memory off and its reading layer silenced too, the model is the backbone."""
+    longmem(tmp_path, model=kind)  # writes the backbone
+    options = {"zero_init_side_layers": True, "retrieval_layer_index": 1}
+    decoder = build_longmem(tmp_path / "backbone.pt", **options).decoder.eval()
+    usual = build_longmem(tmp_path / "backbone.pt", **{**options, "zero_init_side_layers": False}).decoder
+    (first, silent), (usual_first, _) = decoder.layers, usual.layers
+    assert all(torch.equal(x, y) for x, y in zip(first.parameters(), usual_first.parameters()))
+    x, skip = torch.randn(2, T, 3, decoder.backbone.width).unbind()
+    assert torch.equal(silent(x, skip), x + skip)
+    first.start_from(decoder.backbone.layers[1], silent=True)
+    tokens, segments = next(iter(batches(documents([T]), T)))
+    expected = decoder.backbone.output(decoder.backbone.final_hidden(decoder.backbone(tokens)))
+    torch.testing.assert_close(decoder(tokens, segments=segments)[0], expected)
+
+
 def test_memory_dropout(tmp_path):
     """A row reads either as without dropout or as without the memories; by chance, and in training alone."""
     model = longmem(tmp_path, token_memory=30)
