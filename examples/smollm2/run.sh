@@ -61,7 +61,8 @@ if [ ! -e "$out/logs/train.log" ]; then
   logged "$out/logs/train.log" fairseq-train "${common[@]}" --arch longmem_lm \
     --pretrained-model-path "$out/backbone/checkpoint.pt" --backbone-dtype bfloat16 --train-dtype bfloat16 \
     --retrieval-layer-index "$layers" --memory-size 16384 --k 64 --chunk-size 4 --token-memory 16384 \
-    --carry-window 1024 --zero-init-side-layers --criterion longmem_cross_entropy --tokens-per-sample 1024 --batch-size 4 --max-update "$updates" --optimizer adam --adam-betas '(0.9, 0.98)' \
+    --carry-window 1024 --criterion longmem_cross_entropy --tokens-per-sample 1024 --batch-size 4 \
+    --max-update "$updates" --optimizer adam --adam-betas '(0.9, 0.98)' \
     --clip-norm 1.0 --lr 3e-4 --lr-scheduler cosine --warmup-updates 10 --save-dir "$out/checkpoints" \
     --save-interval-updates 25 --keep-interval-updates 1 --no-epoch-checkpoints --disable-validation --log-interval 5 \
     --log-format simple --seed 1 --num-workers 0 "${device[@]}"

@@ -93,10 +93,10 @@ class LongMemConfig(FairseqDataclass):
         metadata={"help": "start the side network from backbone layers (random instead: --no-reload-ptm-layer)"},
     )
     zero_init_side_layers: bool = field(
-        default=False,
+        default=True,
         metadata={
-            "help": "start side layers that do not read the memory with output projections of zero, so that the side "
-            "network starts close to the backbone; the layers that read start from backbone layers as they are"
+            "help": "start side layers that do not read the memory with output projections of zero, so that the model "
+            "starts close to the backbone (off: --no-zero-init-side-layers)"
         },
     )
     memory_search: str = field(
@@ -235,10 +235,6 @@ def check_options(cfg: Any, backbone: Backbone) -> None:
         )
     if cfg.base_layers:
         raise ValueError(f"--base-layers {cfg.base_layers}: a side network cannot have BASE layers, leave it out")
-    if cfg.zero_init_side_layers and not cfg.reload_ptm_layer:
-        raise ValueError(
-            "--zero-init-side-layers changes what --no-reload-ptm-layer leaves at random: leave one of them out"
-        )
     distance = cfg.memory_query_distance
     if distance < 0:
         raise ValueError(f"--memory-query-distance {distance} is negative: the memory is behind the queries, raise it")

@@ -166,8 +166,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     def start_from_backbone(self) -> None:
         """Copy backbone layer R * j + 1 into side layer j, and the backbone's final norm into the side network's."""
         for j, layer in enumerate(self.layers):
-            source = self.backbone.layers[min(self.reduction * j + 1, self.backbone.num_layers - 1)]
-            layer.start_from(source, silent=self.cfg.zero_init_side_layers and j not in self.reading_layers)
+            layer.start_from(self.backbone.layers[min(self.reduction * j + 1, self.backbone.num_layers - 1)])
         if self.layer_norm is not None:
             self.layer_norm.load_state_dict(self.backbone.final_norm.state_dict())
 

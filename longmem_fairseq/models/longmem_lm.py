@@ -67,7 +67,7 @@ class LongMemModel(FairseqLanguageModel):
     @classmethod
     def add_args(cls, parser):
         """Add the options; those that are on by default get a ``--no-`` form."""
-        for name in ("use_external_memory", "reload_ptm_layer"):
+        for name in ("use_external_memory", "reload_ptm_layer", "zero_init_side_layers"):
             parser.add_argument(
                 "--" + name.replace("_", "-"),
                 action=argparse.BooleanOptionalAction,
@@ -114,6 +114,9 @@ class LongMemModel(FairseqLanguageModel):
         decoder = LongMemDecoder(cfg, task.source_dictionary, backbone, factory)
         if cfg.reload_ptm_layer:
             decoder.start_from_backbone()
+        for s, layer in enumerate(decoder.layers):
+            if cfg.zero_init_side_layers and s not in decoder.reading_layers:
+                layer.silence()
         _save_settings(
             cfg,
             backbone_config=json.dumps(backbone.config, sort_keys=True),

@@ -85,12 +85,11 @@ class SideLayer(nn.Module):
         """Return the decoder layer's output for ``x`` plus ``skip``."""
         return super().forward(x, incremental_state=incremental_state)[0] + skip
 
-    def start_from(self, layer: nn.Module, silent: bool = False) -> None:
+    def start_from(self, layer: nn.Module) -> None:
         """Take over the weights of a backbone layer; the gates, which a backbone layer does not have, stay as they are.
 
         Args:
             layer: Layer of the backbone, of this layer's kind and shape.
-            silent: Whether the output projections are zero instead, so that the layer adds nothing until it is trained.
 
         Raises:
             ValueError: The layers do not have the same weights.
@@ -98,6 +97,9 @@ class SideLayer(nn.Module):
         missing, unexpected = self.load_state_dict(layer.state_dict(), strict=False)
         if set(missing) - {"self_attn.gate_bias", "self_attn.gate_weight"} or unexpected:
             raise ValueError(f"a side layer does not fit the backbone's layer: {', '.join(missing + unexpected)}")
-        for name in self.output_projections if silent else ():
+
+    def silence(self) -> None:
+        """Let the layer add nothing to its input until it is trained: its output projections become zero."""
+        for name in self.output_projections:
             for parameter in self.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
