@@ -9,7 +9,7 @@ Legend: B rows of a batch, T queries, S keys, H query heads, H_kv key/value head
 block, s keys that some query of a block sees.
 """
 
-from typing import NamedTuple, Optional
+from typing import Dict, Hashable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +22,55 @@ _QUERIES_AT_ONCE = 256  # a block of t queries computes t * (window + t) scores
 _ALIGNMENT = 8  # the fast kernels of GPUs read heads whose width is a multiple of this
 
 
-class SlidingWindow(NamedTuple):
-    """A sliding window over the texts of several rows.
+class SlidingWindow:
+    """A sliding window over the texts of several rows, for all layers that read the same new tokens.
 
-    Attributes:
+    Args:
         size: Number of tokens before a query that it attends to.
         positions: Number of tokens of each row's text before the new ones, shape (B,), int64.
         started: Whether all rows have at least :data:`SINKS` tokens before the new ones.
     """
 
-    size: int
-    positions: Tensor
-    started: bool = False
-
-    def query_positions(self, tokens: int) -> Tensor:
-        """Return the place of each new token in its text, shape (B, T), int64."""
-        return self.positions[:, None] + torch.arange(tokens, device=self.positions.device)
+    def __init__(self, size: int, positions: Tensor, started: bool = False):
+        self.size, self.positions, self.started = size, positions, started
+        self._masks: Dict[Hashable, Tensor] = {}
 
     def sink_distances(self, tokens: int) -> Tensor:
         """Return how far back each of T new tokens sees the first sink, shape (B, T), int64; at most size + SINKS."""
-        return self.query_positions(tokens).clamp(max=self.size + SINKS)
+        places = self.positions[:, None] + torch.arange(tokens, device=self.positions.device)
+        return places.clamp(max=self.size + SINKS)
+
+    def mask(self, rows: range, columns: range, slopes: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the mask of a block of queries, which layers share.
+
+        Args:
+            rows: Numbers of the queries among the new tokens, t of them.
+            columns: Numbers of the keys, s of them, counted from the first new token.
+            slopes: Slopes of ALiBi, shape (H,); None for no bias.
+            dtype: Type of a mask with ALiBi's bias.
+
+        Returns:
+            What each query sees of the sinks and of the keys, shape (B, 1, t, SINKS + s), bool; with ALiBi -inf for
+            what it does not see, and the bias, shape (B, H, t, SINKS + s).
+        """
+        heads = None if slopes is None else slopes.size(0)
+        place = rows, columns, heads, dtype
+        if place not in self._masks:
+            self._masks[place] = self._new_mask(rows, columns, slopes, dtype)
+        return self._masks[place]
+
+    def _new_mask(self, rows: range, columns: range, slopes: Optional[Tensor], dtype: torch.dtype) -> Tensor:
+        device, positions = self.positions.device, self.positions.view(-1, 1, 1, 1)
+        t, s = (torch.arange(x.start, x.stop, device=device) for x in (rows, columns))
+        distance = t[:, None] - s  # (t, s)
+        # A column's place in its text is negative for padding.
+        near = ((distance >= 0) & (distance <= self.size)) & (positions + s >= SINKS)  # (B, 1, t, s)
+        sinks = torch.arange(SINKS, device=device) <= positions + t[:, None]  # (B, 1, t, SINKS)
+        visible = torch.cat([sinks, near], dim=3)
+        if slopes is None:
+            return visible
+        bias = -slopes.to(device, torch.float32)[:, None, None] * distance  # float32: half collapses small multiples
+        return F.pad(bias, (SINKS, 0)).to(dtype).masked_fill(~visible, float("-inf"))
 
 
 class SeenWindow(NamedTuple):
@@ -128,35 +157,12 @@ def sliding_window_attention(
         queries = q[:, :, begin : begin + _QUERIES_AT_ONCE]
         end = S - T + begin + queries.size(2)
         first = max(0, S - T + begin - window.size)
-        mask = _mask(queries, begin, first - (S - T), end - first, window, slopes)
+        rows = range(begin, begin + queries.size(2))
+        mask = window.mask(rows, range(first - (S - T), rows.stop), slopes, queries.dtype)
         keys = torch.cat([unit, F.pad(k[:, :, first:end], (0, extra))], dim=2)
         values = F.pad(torch.cat([sinks.values, v[:, :, first:end]], dim=2), (0, extra))
         outputs.append(_attend(queries, keys, values, mask, d**-0.5, dropout)[..., :d])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-def _mask(q: Tensor, begin: int, first: int, s: int, window: SlidingWindow, slopes: Optional[Tensor]) -> Tensor:
-    """Return the mask of a block, shape (B, 1 or H, t, SINKS + s), bool or with ALiBi's bias.
-
-    Args:
-        q: Queries of the block, shape (B, H, t, ...).
-        begin: Number of the block's first query among the new tokens.
-        first: Number of the block's first column, counted from the first new token.
-        s: Number of columns.
-        window: Size of the window, and the places of the new tokens.
-        slopes: Slopes of ALiBi, shape (H,); None for no bias.
-    """
-    rows = torch.arange(begin, begin + q.size(2), device=q.device)[:, None]
-    columns = torch.arange(first, first + s, device=q.device)
-    distance = rows - columns  # (t, s)
-    places = window.positions.view(-1, 1, 1, 1) + columns  # of the columns in their text, negative for padding
-    near = ((distance >= 0) & (distance <= window.size)) & (places >= SINKS)  # (B, 1, t, s)
-    sinks = torch.arange(SINKS, device=q.device) <= window.positions.view(-1, 1, 1, 1) + rows  # (B, 1, t, SINKS)
-    visible = torch.cat([sinks, near], dim=3)
-    if slopes is None:
-        return visible
-    bias = -slopes.to(q.device, torch.float32)[:, None, None] * distance  # float32: half collapses small multiples
-    return F.pad(bias, (SINKS, 0)).to(q.dtype).masked_fill(~visible, float("-inf"))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:
