@@ -72,6 +72,8 @@ class TransformerSideLayer(SideLayer, TransformerDecoderLayerBase):
         recompute: Whether activations are recomputed in the backward pass.
     """
 
+    output_projections = ("self_attn.out_proj", "fc2")
+
     def __init__(self, cfg: TransformerConfig, reads_memory: bool, alibi: bool, recompute: bool = False):
         super().__init__(cfg, no_encoder_attn=True)
         attention = JointAttention if reads_memory else SelfAttention

@@ -4,7 +4,7 @@ Legend: B lanes, T tokens of a segment, D width.
 """
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -53,10 +53,13 @@ class SideLayer(nn.Module):
     The class that follows in the method resolution order is a decoder layer: its ``forward(x, incremental_state=...)``
     returns a tuple that starts with the output, as fairseq's layers do, and its attention is ``self.self_attn``. The
     attention of a layer that reads the memory is a :class:`longmem_fairseq.modules.joint_attention.MemoryGate`.
+
+    Attributes:
+        output_projections: Names of the modules whose outputs are added to the residual stream.
     """
 
     recompute = False
-    output_projections = ("self_attn.out_proj", "fc2")  # modules whose outputs are added to the residual stream
+    output_projections: Tuple[str, ...] = ()
 
     def forward(self, x: Tensor, skip: Tensor, reader=None, incremental_state=None) -> Tensor:
         """Compute this layer's output plus the backbone's residual (LongMem, equation 2).
@@ -99,7 +102,16 @@ class SideLayer(nn.Module):
             raise ValueError(f"a side layer does not fit the backbone's layer: {', '.join(missing + unexpected)}")
 
     def silence(self) -> None:
-        """Let the layer add nothing to its input until it is trained: its output projections become zero."""
+        """Let the layer add nothing to its input until it is trained: its output projections become zero.
+
+        Raises:
+            ValueError: The layer does not name them.
+        """
+        if not self.output_projections:
+            raise ValueError(
+                f"{type(self).__name__} does not name its output_projections, which start at zero: name them, or set "
+                "--no-zero-init-side-layers"
+            )
         for name in self.output_projections:
             for parameter in self.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)

@@ -97,6 +97,8 @@ class ParallelSideLayer(SideLayer, ParallelLayer):
         recompute: Whether activations are recomputed in the backward pass.
     """
 
+    output_projections = ("self_attn.out_proj", "fc2")
+
     def __init__(self, cfg: TransformerConfig, reads_memory: bool, recompute: bool = False):
         super().__init__(cfg, JointAttention if reads_memory else SelfAttention)
         self.recompute = recompute

@@ -139,7 +139,7 @@ class GroupedJointAttention(MemoryGate, GroupedAttention):
 
 
 class GroupedSideLayer(SideLayer, GroupedLayer):
-    pass
+    output_projections = ("self_attn.out_proj", "down_proj")
 
 
 @register_backbone_family(GroupedLanguageModel)
