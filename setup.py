@@ -96,6 +96,8 @@ setup(
             "pytest-xdist>=3.5",
             "ruff==0.17.6",  # pinned, because each release changes rules and format
             "transformers>=4.30",  # converted models are compared with it
+            # On the CPU, its interpreter runs the kernels for GPUs. PyTorch's CUDA build requires it anyway.
+            "triton>=3.3; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
 )

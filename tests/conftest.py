@@ -11,6 +11,8 @@ from hypothesis import settings
 settings.register_profile("longmem", deadline=None)
 settings.load_profile("longmem")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors are slower on several threads
+if not os.path.exists("/dev/nvidiactl"):  # before Triton: without a GPU, its kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.fairseq_runs import TASK, random_documents, run, write_data  # noqa: E402
 

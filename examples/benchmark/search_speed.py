@@ -40,6 +40,7 @@ from longmem_fairseq.memory.search.kernel import available_instructions
 from longmem_fairseq.memory.search.lane_index import LaneIndex
 from longmem_fairseq.memory.search.native import NativeSearch
 from longmem_fairseq.memory.search.torch import TorchSearch
+from longmem_fairseq.memory.search.triton import TritonSearch
 
 _BLOCK = 1 << 26  # scores that plain topk holds at a time
 
@@ -110,7 +111,13 @@ def backends(bank: MemoryBank, options: argparse.Namespace) -> Dict[str, Callabl
     if options.device.type == "cpu":
         searches["faiss knn"] = FaissSearch()
         searches.update(native_searches())
-    elif has_faiss_gpu():
+        return searches
+    reason = TritonSearch.unavailable(options.device)
+    if reason is None:
+        searches["triton"] = TritonSearch()
+    else:
+        print(f"without triton: {reason}", file=sys.stderr)
+    if has_faiss_gpu():
         searches["faiss knn_gpu"] = FaissSearch()
         searches["faiss GpuIndexFlatIP"] = FlatIndices(bank, options.device)
     return searches

@@ -6,16 +6,14 @@ and T the queries of a group (see :mod:`longmem_fairseq.modules.query_groups`).
 """
 
 import functools
-import importlib.util
 import logging
-import os
-import shutil
 from typing import Callable
 
 import torch
 from torch import Tensor
 
 from .row_products import row_products, weighted_row_sums
+from .triton_support import missing_triton
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +62,11 @@ class RowAttention(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=None)
 def has_triton() -> bool:
-    """Return whether Triton kernels can be built and run: Triton, a C compiler for its launchers, a GPU of sm_70 or up.
+    """Return whether Triton kernels can be built and run; see :func:`.triton_support.missing_triton`.
 
     The answer is logged once, because it decides which implementation reads the memory.
     """
-    missing = None
-    if importlib.util.find_spec("triton") is None:
-        missing = "Triton is not installed"
-    elif not (os.environ.get("CC") or any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang"))):
-        missing = "Triton finds no C compiler"
-    elif torch.cuda.get_device_capability() < (7, 0):
-        missing = f"{torch.cuda.get_device_name()} is older than what Triton supports"
+    missing = missing_triton()
     logger.info("memory attention on CUDA: %s", f"embedding bags ({missing})" if missing else "Triton kernel")
     return missing is None
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search.faiss import FaissSearch, has_faiss_gpu
 from longmem_fairseq.memory.search.torch import TorchSearch, top_indices
+from longmem_fairseq.memory.search.triton import TritonSearch
 from longmem_fairseq.modules.memory_attention import (
     has_triton,
     memory_attention,
@@ -20,7 +21,7 @@ from tests.models.tiny import batches, documents, longmem, read
 
 HALF = {torch.float16: 4e-3, torch.bfloat16: 3e-2}  # about four units in the last place of values near 1
 TOLERANCE = {torch.float32: 1e-4, **HALF}
-SEARCHES = {"torch": TorchSearch(), "faiss": FaissSearch()}
+SEARCHES = {"torch": TorchSearch(), "faiss": FaissSearch(), "triton": TritonSearch()}
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 LENGTHS = (60, 13, 31)
 

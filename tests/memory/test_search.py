@@ -1,4 +1,7 @@
-"""Exact search against scoring every chunk: faiss, torch and native, on lanes filled in every way."""
+"""Exact search against scoring every chunk: faiss, torch and native, on lanes filled in every way.
+
+The Triton search, in its interpreter, has the tests that need few searches; ``test_triton_search.py`` has its own.
+"""
 
 import itertools
 import sys
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search import base, native
 from longmem_fairseq.memory.search import torch as torch_search
+from longmem_fairseq.memory.search import triton as triton_search
 from longmem_fairseq.memory.search.base import (
     SearchBackend,
     check_search,
@@ -23,7 +27,9 @@ from longmem_fairseq.memory.search.faiss import FaissSearch, has_faiss_gpu
 from longmem_fairseq.memory.search.kernel import KernelUnavailable
 from longmem_fairseq.memory.search.native import NativeSearch
 from longmem_fairseq.memory.search.torch import TorchSearch
+from longmem_fairseq.memory.search.triton import TritonSearch
 from longmem_fairseq.modules.query_groups import group_queries, ungroup
+from tests.memory.interpreter import needs_interpreter
 from tests.memory.kernel import needs_kernel
 
 H, D = 3, 5
@@ -36,10 +42,11 @@ def kernel_search(*arguments):
         return NativeSearch()(*arguments)
 
 
-SEARCHES = {"torch": TorchSearch(), "faiss": FaissSearch(), "native": kernel_search}
+SEARCHES = {"torch": TorchSearch(), "faiss": FaissSearch(), "native": kernel_search, "triton": TritonSearch()}
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and has_faiss_gpu() else [])
 names = ["torch", "faiss", pytest.param("native", marks=needs_kernel)]
 each_search = pytest.mark.parametrize("name", names)
+each_search_and_interpreted = pytest.mark.parametrize("name", [*names, pytest.param("triton", marks=needs_interpreter)])
 each_search_and_device = pytest.mark.parametrize(
     "name, device",
     [*itertools.product(names[:2], DEVICES), pytest.param("native", "cpu", marks=needs_kernel)],
@@ -134,7 +141,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     assert torch.equal(search(bank, np.array([0, 1]), queries, 5), whole)
 
 
-@each_search
+@each_search_and_interpreted
 def test_lanes_do_not_depend_on_each_other(name):
     """Each lane alone finds, bit by bit, what it finds in a batch."""
     bank = filled_bank([(0, 30), (4, 9), (0, 0), (0, 5)], 8, 3)
@@ -144,7 +151,7 @@ def test_lanes_do_not_depend_on_each_other(name):
         assert torch.equal(SEARCHES[name](bank, np.array([lane]), queries[row : row + 1], 4)[0], together[row])
 
 
-@each_search
+@each_search_and_interpreted
 def test_queries_that_are_not_numbers_find_nothing_outside_what_is_held(name):
     """A training that diverges must not read slots that were never written."""
     bank = filled_bank([(12, 9)], 11, 3)
@@ -153,7 +160,7 @@ def test_queries_that_are_not_numbers_find_nothing_outside_what_is_held(name):
     assert torch.isin(slots, torch.tensor([-1, 4, 5, 6])).all()
 
 
-@each_search
+@each_search_and_interpreted
 @pytest.mark.parametrize("power", [-140, -60, 100, 124])
 def test_the_length_of_a_query_does_not_matter(name, power):
     """Scores of the long queries are above the largest float32, those of the short ones below the smallest."""
@@ -165,14 +172,14 @@ def test_the_length_of_a_query_does_not_matter(name, power):
     assert torch.equal(SEARCHES[name](bank, lanes, (queries * 4).round() * 2.0**power, 5), expected)
 
 
-@each_search
+@each_search_and_interpreted
 def test_gradients_do_not_flow_through_the_search(name):
     bank = filled_bank([(0, 30)], 8, 3)
     slots = SEARCHES[name](bank, np.array([0]), torch.randn(1, H, 7, D).requires_grad_(), 4)
     assert not slots.requires_grad
 
 
-@each_search
+@each_search_and_interpreted
 def test_query_heads_share_a_kv_head(name):
     """9 query heads over 3 KV heads find what a loop over the query heads finds, each in its KV head's chunks."""
     bank, lanes = filled_bank([(0, 60), (5, 20), (0, 0)], 11, 3), np.array([1, 0, 2])
@@ -225,6 +232,20 @@ def test_without_a_kernel_faiss_is_chosen_and_the_log_says_why(monkeypatch, capl
     with pytest.raises(ValueError) as error:
         choose_search("native", CPU)
     assert f"--memory-search native is not available: {reason}; choose --memory-search " in str(error.value)
+
+
+def test_choice_on_a_gpu(monkeypatch, caplog):
+    monkeypatch.setattr(FaissSearch, "unavailable", classmethod(lambda cls, device: None))
+    monkeypatch.setattr(triton_search, "missing_triton", lambda: None)
+    assert [type(choose_search(name, GPU)) for name in ("auto", "triton", "faiss")] == [
+        *(TritonSearch, TritonSearch, FaissSearch)
+    ]
+    monkeypatch.setattr(triton_search, "missing_triton", lambda: "Triton finds no compiler in this test")
+    with caplog.at_level("INFO"):
+        assert isinstance(choose_search("auto", GPU), FaissSearch)
+    assert "search by faiss, as triton is not available: Triton finds no compiler in this test" in caplog.text
+    with pytest.raises(ValueError, match="triton is not available: it searches the memory of a GPU, but .* on cpu; "):
+        choose_search("triton", CPU)
 
 
 def test_faiss_that_is_not_installed_is_an_error_not_another_search(monkeypatch):

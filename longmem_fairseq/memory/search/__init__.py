@@ -1,6 +1,6 @@
 """Search of the memory bank: the contract and its registry (``base``), and the backends, each in the file of its name.
 
-Importing this package registers the backends ``faiss``, ``native`` and ``torch``.
+Importing this package registers the backends ``faiss``, ``native``, ``torch`` and ``triton``.
 """
 
-from . import faiss, native, torch  # noqa: F401
+from . import faiss, native, torch, triton  # noqa: F401

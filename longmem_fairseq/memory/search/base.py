@@ -26,8 +26,8 @@ from ..bank import MemoryBank
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-# The backends that "auto" tries, in this order.
-_PREFERENCE = ("native", "faiss")
+# The backends that "auto" tries, in this order, by the type of the memory's device.
+_PREFERENCE = {"cpu": ("native", "faiss"), "cuda": ("triton", "faiss")}
 
 ListSearch = Callable[[List, np.ndarray, int], np.ndarray]  # see SearchBackend.list_search
 
@@ -138,7 +138,8 @@ def choose_search(name: str, device: torch.device) -> SearchBackend:
     """Make the search backend for ``--memory-search``.
 
     Args:
-        name: Name of a registered backend, or ``auto``: ``native`` where it can run, ``faiss`` elsewhere.
+        name: Name of a registered backend, or ``auto``: ``native`` in main memory and ``triton`` on a GPU, or ``faiss``
+            where they cannot run.
         device: Device of the bank's mean keys.
 
     Raises:
@@ -146,7 +147,7 @@ def choose_search(name: str, device: torch.device) -> SearchBackend:
     """
     check_search(name)
     reasons: Dict[str, str] = {}
-    candidates = _PREFERENCE if name == AUTO else (name,)
+    candidates = _PREFERENCE.get(device.type, ("faiss",)) if name == AUTO else (name,)
     for candidate in candidates:
         reason = BACKENDS[candidate].unavailable(device)
         if reason is None:
