@@ -37,7 +37,8 @@ def compile_launch(kernel: JITFunction, target: GPUTarget, arguments, named) -> 
             signature[parameter.name], constants[(place,)] = "constexpr", value
         else:
             signature[parameter.name] = type_of(value)
-            if isinstance(value, torch.Tensor):
+            whole = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+            if isinstance(value, torch.Tensor) or whole:
                 aligned[(place,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
     return {"kernel": kernel.fn.__name__, "shared": compiled.metadata.shared}
@@ -59,7 +60,15 @@ def attention(d: int) -> None:
     memory_attention_triton(q, keys, values, slots.new_zeros(1), slots, 1.0).sum().backward()
 
 
-CASES = {"search": search, "attention": attention}
+def causal(d: int) -> None:
+    from longmem_fairseq.modules.causal_attention_triton import causal_attention_triton
+
+    q = torch.randn(1, 4, 300, d, dtype=torch.bfloat16).requires_grad_()
+    k, v = torch.randn(2, 1, 2, 300, d, dtype=torch.bfloat16).requires_grad_()
+    sum(x.sum() for x in causal_attention_triton(q, k, v, torch.ones(4))).backward()
+
+
+CASES = {"search": search, "attention": attention, "causal": causal}
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ import pytest
 from tests.repository import ROOT
 
 SHARED = {"80": 163 * 1024, "90": 227 * 1024}  # bytes of shared memory that a program may have
-CASES = {"80:search:64": 4, "90:search:64": 4, "90:search:128": 4, "90:attention:64": 2}  # and their kernels
+# Capability, launches and width of a head, and the number of kernels.
+CASES = {"80:search:64": 4, "90:search:64": 4, "90:search:128": 4, "90:attention:64": 2, "90:causal:64": 4}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

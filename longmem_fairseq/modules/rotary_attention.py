@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cached_attention import CachedAttention, IncrementalState, left_padding, sliding_window
+from .causal_attention import causal_attention, has_causal_kernel
 from .joint_attention import MemoryGate
 from .query_groups import group_queries, ungroup
 from .rotary import RotaryPositions
@@ -152,7 +153,11 @@ class RotaryAttention(CachedAttention, nn.Module):
             )
             return ungroup(grouped, self.heads)
         grouped = self.heads != self.kv_heads
-        if left is None and T == S:
+        # PyTorch's fast kernels do not group queries in float32, and take a mask where queries or keys are left out.
+        whole = left is None and T == S
+        if not (whole and (q.dtype != torch.float32 or not grouped)) and has_causal_kernel(q, dropout):
+            return causal_attention(q, k, v, left=left)[0]
+        if whole:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
         left = torch.zeros(1, dtype=torch.int64, device=q.device) if left is None else left
         visible = self._visible(T, S, left)

@@ -13,6 +13,7 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor
 
 from .cached_attention import CachedAttention, IncrementalState, left_padding
+from .causal_attention import causal_attention, has_causal_kernel
 from .sliding_window import SINKS, SeenWindow, Sinks, sink_scores, sliding_window_attention
 
 
@@ -61,6 +62,13 @@ def _new_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torc
     slopes = alibi_slopes(alibi_heads) if alibi_heads else torch.zeros(1)
     bias = -slopes.to(device)[:, None, None] * distance  # float32: in half, multiples of small slopes collapse
     return bias.masked_fill_(distance < 0, float("-inf")).to(dtype)[None]
+
+
+@functools.lru_cache(maxsize=None)
+def _slopes_on(heads: int, device: torch.device) -> Tensor:
+    """Return ALiBi's slopes on a device: a copy for each layer and segment would wait for a GPU."""
+    with torch.inference_mode(False):  # otherwise a training that follows could not use them
+        return alibi_slopes(heads).to(device)
 
 
 @functools.lru_cache(maxsize=2)
@@ -171,13 +179,15 @@ class SelfAttention(CachedAttention, MultiheadAttention):
         """
         T, S = q.size(2), k.size(2)
         dropout = self.dropout_module.p if self.dropout_module.training else 0.0
+        slopes = _slopes_on(self.num_heads, q.device) if self.alibi else None
         if seen is not None:
-            slopes = alibi_slopes(self.num_heads) if self.alibi else None
             return sliding_window_attention(q, k, v, seen.window, self._sinks(q, seen, slopes), slopes, dropout)
         if not self.fused:
             return self._local_attention_by_steps(q, k, v, left)
         if left is None and not self.alibi and T in (1, S):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        if has_causal_kernel(q, dropout):
+            return causal_attention(q, k, v, slopes, left=left)[0]
         mask = causal_mask(self.num_heads if self.alibi else 0, T, S, q.dtype, q.device)
         if left is not None:
             hidden = torch.arange(S, device=q.device) < left.view(-1, 1, 1, 1)  # (B, 1, 1, S)
@@ -190,7 +200,7 @@ class SelfAttention(CachedAttention, MultiheadAttention):
         if slopes is not None:
             far = seen.window.sink_distances(q.size(2))[:, None, :, None]  # of the first one, (B, 1, T, 1)
             distances = (far - torch.arange(SINKS, device=q.device)).float()
-            scores = scores - (slopes.to(q.device).view(-1, 1, 1) * distances).to(q.dtype)
+            scores = scores - (slopes.view(-1, 1, 1) * distances).to(q.dtype)
         return Sinks(scores, seen.first_values)
 
     def _local_attention_by_steps(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor]) -> Tensor:

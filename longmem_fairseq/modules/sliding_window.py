@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .causal_attention import causal_attention, has_causal_kernel
 from .query_groups import group_queries, ungroup
 
 SINKS = 4  # first tokens of a text that all its tokens attend to
@@ -145,6 +146,8 @@ def sliding_window_attention(
     Returns:
         Output, shape (B, H, T, d).
     """
+    if has_causal_kernel(q, dropout):
+        return _attend_by_kernel(q, k, v, window, sinks, slopes)
     T, S, d = q.size(2), k.size(2), q.size(3)
     # A sink is a key of which one number more than d is 1, and in a query this number is the score. So the scores may
     # depend on the query in any way, and everything is one softmax of one kernel.
@@ -163,6 +166,21 @@ def sliding_window_attention(
         values = F.pad(torch.cat([sinks.values, v[:, :, first:end]], dim=2), (0, extra))
         outputs.append(_attend(queries, keys, values, mask, d**-0.5, dropout)[..., :d])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _attend_by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, window: SlidingWindow, sinks: Sinks, slopes: Optional[Tensor]
+) -> Tensor:
+    """Compute :func:`sliding_window_attention` by a kernel, whose softmax is joined with that of the sinks."""
+    T, S, positions = q.size(2), k.size(2), window.positions.view(-1, 1, 1, 1)
+    left = S - T + SINKS - window.positions  # columns before it are padding, or sinks
+    local, sums = causal_attention(q, k, v, slopes, window.size, left)
+    t = torch.arange(T, device=q.device)
+    hidden = torch.arange(SINKS, device=q.device) > positions + t[:, None]  # (B, 1, T, SINKS)
+    scores = sinks.scores.float().masked_fill(hidden, float("-inf"))
+    weights = torch.softmax(torch.cat([sums[..., None], scores], dim=3), dim=3).to(local.dtype)
+    of_sinks = group_queries(weights[..., 1:], k.size(1)) @ sinks.values.to(local.dtype)
+    return weights[..., :1] * local + ungroup(of_sinks, q.size(1))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:

@@ -10,5 +10,9 @@ from tests.memory.test_triton_search import (  # noqa: F401
     test_parts_change_nothing,
     test_queries_that_are_not_numbers_find_what_is_held,
 )
+from tests.modules.test_causal_attention import (  # noqa: F401
+    test_equals_plain_attention_forward_and_backward,
+    test_layers_attend_by_the_kernel,
+)
 
 pytestmark = needs_triton

@@ -1,0 +1,39 @@
+"""Causal attention by a fused kernel on CUDA, in place of a mask in memory."""
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .triton_support import missing_triton
+
+
+def has_causal_kernel(q: Tensor, dropout: float) -> bool:
+    """Return whether :func:`causal_attention` can attend here: on CUDA with Triton, where no weights are dropped.
+
+    One query needs no kernel of its own: its mask is no larger than a row of scores.
+
+    Args:
+        q: Queries, shape (B, H, T, d).
+        dropout: Dropout probability of the attention weights.
+    """
+    return dropout == 0.0 and q.size(2) > 1 and runs_kernels(q.device)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Return whether tensors on a device can be given to Triton's kernels."""
+    return device.type == "cuda" and missing_triton() is None
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Optional[Tensor] = None,
+    window: Optional[int] = None,
+    left: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    """Compute :func:`.causal_attention_triton.causal_attention_triton`; arguments are the same."""
+    from .causal_attention_triton import causal_attention_triton  # Triton is optional
+
+    return causal_attention_triton(q, k, v, slopes, window, left)
