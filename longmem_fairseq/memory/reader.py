@@ -58,14 +58,15 @@ class ChunkReader:
         """Find the best chunks for each query.
 
         Args:
-            bank: Bank to search; some lane holds a chunk.
+            bank: Bank to search.
             lanes: Lane of the bank for each row, shape (B,), int64.
             q: Queries, shape (B, H, T, d).
 
         Returns:
-            Slots, best first, shape (B, H, T, n), int64; -1 where a lane holds fewer chunks.
+            Slots, best first, shape (B, H, T, n), int64; -1 where a lane holds fewer chunks. The number n depends on
+            the sizes alone and not on what is held, so that a step has the same shapes wherever a stream is.
         """
-        n = min(self.chunks_per_query, int(bank.held[lanes].max()))
+        n = min(self.chunks_per_query, bank.chunks)
         return ungroup(self.search(bank, lanes, group_queries(q.detach(), bank.heads), n), q.size(1))
 
     def attend(self, keys: Tensor, values: Tensor, lanes: Tensor, q: Tensor, slots: Tensor, scaling: float) -> Tensor:

@@ -16,7 +16,8 @@ from .cached_attention import CachedAttention, IncrementalState, left_padding
 from .sliding_window import SINKS, SeenWindow, Sinks, sink_scores, sliding_window_attention
 
 
-def alibi_slopes(heads: int) -> Tensor:
+@functools.lru_cache(maxsize=None)  # a copy from the host in every layer would make it wait for the device
+def alibi_slopes(heads: int, device: torch.device = torch.device("cpu")) -> Tensor:
     """Return the slopes of ALiBi (Press et al., 2022), one per head.
 
     2^(-8i/H) for i = 1..H when H is a power of two; otherwise those of the next lower power, then every other one of
@@ -24,14 +25,16 @@ def alibi_slopes(heads: int) -> Tensor:
 
     Args:
         heads: Number of heads, H.
+        device: Device of the slopes.
 
     Returns:
-        Slopes, shape (heads,), float32, on the CPU.
+        Slopes, shape (heads,), float32, which are kept and must not be changed.
     """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
     slopes += [2.0 ** (-8.0 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)][: heads - power]
-    return torch.tensor(slopes)
+    with torch.inference_mode(False):  # otherwise a training that follows could not use them
+        return torch.tensor(slopes, device=device)
 
 
 def causal_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -58,8 +61,8 @@ def forget_masks() -> None:
 
 def _new_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
-    slopes = alibi_slopes(alibi_heads) if alibi_heads else torch.zeros(1)
-    bias = -slopes.to(device)[:, None, None] * distance  # float32: in half, multiples of small slopes collapse
+    slopes = alibi_slopes(alibi_heads, device) if alibi_heads else torch.zeros(1, device=device)
+    bias = -slopes[:, None, None] * distance  # float32: in half, multiples of small slopes collapse
     return bias.masked_fill_(distance < 0, float("-inf")).to(dtype)[None]
 
 
@@ -172,7 +175,7 @@ class SelfAttention(CachedAttention, MultiheadAttention):
         T, S = q.size(2), k.size(2)
         dropout = self.dropout_module.p if self.dropout_module.training else 0.0
         if seen is not None:
-            slopes = alibi_slopes(self.num_heads) if self.alibi else None
+            slopes = alibi_slopes(self.num_heads, q.device) if self.alibi else None
             return sliding_window_attention(q, k, v, seen.window, self._sinks(q, seen, slopes), slopes, dropout)
         if not self.fused:
             return self._local_attention_by_steps(q, k, v, left)
@@ -201,7 +204,7 @@ class SelfAttention(CachedAttention, MultiheadAttention):
             scores = torch.matmul(q * self.scaling, k.transpose(-1, -2))
         positions = torch.arange(S, device=q.device)
         if self.alibi:  # by the key's position, which differs from the distance by a constant for each query
-            bias = alibi_slopes(self.num_heads).to(q.device)[:, None, None] * positions  # (H, 1, S)
+            bias = alibi_slopes(self.num_heads, q.device)[:, None, None] * positions  # (H, 1, S)
             scores = scores + bias.to(q.dtype)
         scores = scores.masked_fill(positions > positions[S - T :, None], float("-inf"))
         if left is not None:

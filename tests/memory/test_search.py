@@ -36,13 +36,18 @@ def kernel_search(*arguments):
         return NativeSearch()(*arguments)
 
 
-SEARCHES = {"torch": TorchSearch(), "faiss": FaissSearch(), "native": kernel_search}
+def masked_search(bank, lanes, queries, n):
+    """Search as on a GPU, where empty slots are masked."""
+    return torch_search.search_masked(bank, bank.places(lanes, queries.device), queries, n)
+
+
+SEARCHES = {"torch": TorchSearch(), "faiss": FaissSearch(), "masked": masked_search, "native": kernel_search}
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and has_faiss_gpu() else [])
-names = ["torch", "faiss", pytest.param("native", marks=needs_kernel)]
+names = ["torch", "faiss", "masked", pytest.param("native", marks=needs_kernel)]
 each_search = pytest.mark.parametrize("name", names)
 each_search_and_device = pytest.mark.parametrize(
     "name, device",
-    [*itertools.product(names[:2], DEVICES), pytest.param("native", "cpu", marks=needs_kernel)],
+    [*itertools.product(names[:3], DEVICES), pytest.param("native", "cpu", marks=needs_kernel)],
 )
 
 
