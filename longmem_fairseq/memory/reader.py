@@ -67,7 +67,9 @@ class ChunkReader:
             the sizes alone and not on what is held, so that a step has the same shapes wherever a stream is.
         """
         n = min(self.chunks_per_query, bank.chunks)
-        return ungroup(self.search(bank, lanes, group_queries(q.detach(), bank.heads), n), q.size(1))
+        with torch.autocast(q.device.type, enabled=False):  # it would round the products to half precision
+            slots = self.search(bank, lanes, group_queries(q.detach(), bank.heads), n)
+        return ungroup(slots, q.size(1))
 
     def attend(self, keys: Tensor, values: Tensor, lanes: Tensor, q: Tensor, slots: Tensor, scaling: float) -> Tensor:
         """Attend to the chunks in slots.

@@ -14,7 +14,8 @@ from tests.conftest import T
 from tests.fairseq_runs import TASK, figures, run, weights
 
 CPU = ["--cpu"]
-PRECISIONS = {"float32": [], "fp16": ["--fp16"], "bf16": ["--bf16"], "amp": ["--amp"]}
+PRECISIONS = {"float32": [], "fp16": ["--fp16"], "bf16": ["--train-dtype", "bfloat16"], "amp": ["--amp"]}
+IN_EVALUATION = {**PRECISIONS, "bf16": ["--inference-dtype", "bfloat16"]}
 needs_faiss = pytest.mark.skipif(not has_faiss_gpu(), reason="the installed faiss has no GPU support")
 
 
@@ -59,7 +60,7 @@ def test_training(trained, tiny_data, tmp_path, name):
     saved = weights(directory / "checkpoint_last.pt")
     assert all(x.isfinite().all() for x in saved.values() if x.is_floating_point())
     assert any((x != 0).any() for key, x in saved.items() if key.endswith("gate_bias")), "the gate learned"
-    gpu = evaluate(tiny_data, directory / "checkpoint_last.pt", tmp_path, *PRECISIONS[name])
+    gpu = evaluate(tiny_data, directory / "checkpoint_last.pt", tmp_path, *IN_EVALUATION[name])
     cpu = evaluate(tiny_data, directory / "checkpoint_last.pt", tmp_path, *CPU)
     assert gpu == pytest.approx(cpu, abs=2e-3 if name == "float32" else 3e-2)
 

@@ -59,6 +59,12 @@ def config(**changes):
             "--memory-snapshot .*eval-lm",
         ),
         ({"fp16": True, "cpu": True}, "^--fp16 needs a GPU: leave it out.*--amp.*--inference-dtype bfloat16$"),
+        ({"bf16": True}, "^--bf16 selects a TPU.*train with --train-dtype bfloat16, .*--inference-dtype bfloat16$"),
+        (
+            {"bf16": True, "memory_efficient_bf16": True, "path": "x.pt"},
+            "^--memory-efficient-bf16 selects a TPU.*--inference-dtype bfloat16$",
+        ),
+        ({"train_dtype": "bfloat16", "amp": True}, "^--train-dtype bfloat16 and --amp are two precisions"),
         ({"dataset_impl": "raw"}, "--dataset-impl raw.*--dataset-impl mmap"),
     ],
 )

@@ -69,15 +69,15 @@ def search_masked(bank: MemoryBank, places: RingPlaces, queries: Tensor, n: int)
     """
     (B, H, T, _), N = queries.shape, bank.chunks
     oldest = (places.written - places.held)[:, None]  # (B, 1)
-    held, found = places.held[:, None], min(n, N)
+    held, best_n = places.held[:, None], min(n, N)
     empty = (torch.arange(N, device=queries.device) - oldest) % N >= held  # (B, N)
     slots = queries.new_full((B, H, T, n), -1, dtype=torch.int64)
     for i, h, t in _blocks(B, H, T, N):
         means = bank.means[:, h].index_select(0, places.lanes[i])  # (., ., N, d)
         scores = scale_queries(queries[i, h, t].float()) @ means.transpose(-1, -2)  # (., ., t, N)
-        best = top_indices(scores.masked_fill_(empty[i, None, None], float("-inf")), found)
+        best = top_indices(scores.masked_fill_(empty[i, None, None], float("-inf")), best_n)
         ages = (best - oldest[i, None, None]) % N
-        slots[i, h, t, :found] = best.masked_fill(ages >= held[i, None, None], -1)
+        slots[i, h, t, :best_n] = best.masked_fill(ages >= held[i, None, None], -1)
     return slots
 
 
