@@ -208,11 +208,18 @@ class MemoryBank:
             lanes: Lane of each row, shape (B,), int64.
             device: Device of the copy.
         """
-        values = np.stack([lanes, self.held[lanes], self.written[lanes], self.position[lanes]])
+        values = self._place_values(lanes)
         known, places = self._places or (None, None)
         if places is None or places.packed.device != device or not np.array_equal(known, values):
             self._places = values, RingPlaces(staged(values, device))
         return self._places[1]
+
+    def set_places(self, lanes: np.ndarray, places: RingPlaces) -> None:
+        """Let :meth:`places` return other tensors with the same numbers, at addresses that a CUDA graph reads."""
+        self._places = self._place_values(lanes), places
+
+    def _place_values(self, lanes: np.ndarray) -> np.ndarray:
+        return np.stack([lanes, self.held[lanes], self.written[lanes], self.position[lanes]])
 
     def contents(self, lane: int) -> Tuple[Tensor, Tensor, Tensor]:
         """Return a copy of the n chunks of a lane, oldest first.

@@ -5,7 +5,7 @@ bank, n chunks that were searched for, C tokens of a chunk.
 """
 
 from abc import ABC, abstractmethod
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -99,9 +99,14 @@ class BatchReader(ABC):
 
     recall: Optional[Tuple[float, float]]
 
+    @property
     @abstractmethod
+    def readers(self) -> "List[MemoryReader]":
+        """The reader of each memory layer, the lowest layer's first."""
+
     def of_layer(self, number: int) -> "MemoryReader":
         """Return the reader of a memory layer, counted from 0 among the memory layers."""
+        return self.readers[number]
 
     @property
     @abstractmethod
@@ -139,8 +144,19 @@ class MemoryReader(BatchReader):
         self.recall = None
         self.on_read: Optional[Observer] = None
 
+    @property
+    def readers(self) -> "List[MemoryReader]":
+        return [self]
+
     def of_layer(self, number: int) -> "MemoryReader":
         return self
+
+    def why_not_static(self) -> Optional[str]:
+        """Return the reason why a CUDA graph cannot contain a reading, as a clause; None if it can.
+
+        A reader that can also has the methods of :class:`longmem_fairseq.memory.stream_memory.StreamReader` for it.
+        """
+        return "the memory is not one ring for each row"
 
     @abstractmethod
     def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:

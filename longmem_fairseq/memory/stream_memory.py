@@ -15,9 +15,11 @@ from ..modules.token_mixture import TokenReads
 from .bank import MemoryBank
 from .lane_streams import LaneStreams
 from .layered_reader import join_layers
+from .placement import Placement
 from .policies import MemoryPolicy, register_memory_policy
 from .reader import BatchReader, ChunkReader, MemoryReader, chunk_ages, tables_to_read
 from .ring import RingPlaces, chunk_numbers
+from .search.base import SearchBackend
 from .token_search import TokenStates
 from .token_streams import TokenStreams
 
@@ -201,6 +203,23 @@ class StreamReader(MemoryReader):
             self._places = self.bank.places(self.lanes, device)
         return self._places
 
+    # What a CUDA graph of the step needs -------------------------------------------------------------------------
+
+    def why_not_static(self) -> Optional[str]:
+        if self.on_read is not None:
+            return "what is read is observed"
+        return why_not_static(self.bank.placement, self.chunk_reader.search)
+
+    @property
+    def reads(self) -> bool:
+        """Whether some row's lane holds a chunk; a graph contains the search or does not."""
+        return bool(self._held.any())
+
+    def bind(self, places: RingPlaces) -> None:
+        """Read what the lanes hold from tensors at other addresses, and forget what was found."""
+        self._places, self.slots = places, None
+        self.bank.set_places(self.lanes, places)
+
     def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
         if not self._held.any():  # on the host: nothing waits for the device
             return torch.zeros_like(q), q.new_zeros(q.size(0), dtype=torch.bool)
@@ -233,6 +252,18 @@ class StreamReader(MemoryReader):
         middle = chunk_numbers(places.written, slots, self.bank.chunks) * C + (C - 1) / 2
         read = (slots >= 0) & (t < lengths)
         return ((starts + t - middle) * read).sum(dtype=torch.float32), read.sum(dtype=torch.float32)
+
+
+def why_not_static(placement: Placement, search: SearchBackend) -> Optional[str]:
+    """Return the reason why a CUDA graph cannot contain the reading of a memory, as a clause; None if it can.
+
+    Args:
+        placement: Placement of the memory.
+        search: Search of the memory.
+    """
+    if placement.tokens != placement.means:
+        return f"the memory is in {placement}"
+    return None if search.static else f"the search by {search.name} depends on what the memory holds"
 
 
 register_memory_policy(MemoryPolicy("document", StreamMemory))

@@ -12,6 +12,7 @@ from omegaconf import II
 
 from ..memory.memory_file import DTYPES
 from ..memory.policies import memory_policy
+from ..models.step_graphs import MODES
 from .generation_options import check_stops, check_values
 from .option_table import INTERACTIVE, TRAIN, check_use
 
@@ -107,6 +108,13 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
             "on GPUs but for attention"
         },
     )
+    cuda_graphs: ChoiceEnum(list(MODES)) = field(
+        default="auto",
+        metadata={
+            "help": "evaluation: launch backbone, search and side network at once, as a CUDA graph; training: the "
+            "frozen backbone; auto: on GPUs, where the step has fixed sizes; on: fail where it has not"
+        },
+    )
 
     # Set by the parser of a command line, see ExplicitOptions: the command, and which options the user gave.
     fairseq_command: Optional[str] = field(default=None, metadata={"help": SUPPRESS})
@@ -156,6 +164,8 @@ def check_options(cfg: LongMemLanguageModelingConfig, from_checkpoint: bool = Fa
         if cfg.use_plasma_view:
             raise ValueError("--use-plasma-view is not supported: data is memory-mapped; leave it out")
         _check_precision(cfg)
+        if str(cfg.cuda_graphs) == "on" and (cfg.cpu or not torch.cuda.is_available()):
+            raise ValueError("--cuda-graphs on needs a GPU: leave it out")
     memory_policy(cfg.memory_scope)
     if cfg.tokens_per_sample < 1:
         raise ValueError(f"--tokens-per-sample {cfg.tokens_per_sample} is less than one token: raise it")

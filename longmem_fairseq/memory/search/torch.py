@@ -32,6 +32,8 @@ class TorchSearch(SearchBackend):
     so that its work has the same sizes in every step and it need not be told by the host which they are.
     """
 
+    static = True
+
     def __call__(self, bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
         if queries.device.type == "cpu":
             return search_filled(bank, lanes, queries, n)
