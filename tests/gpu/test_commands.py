@@ -95,6 +95,15 @@ def test_resuming(options, trained, tmp_path, name):
     assert losses == pytest.approx(expected[10:], abs=5e-3 if name == "float32" else 5e-2)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_two_gpus_do_what_one_does(options, trained, tmp_path):
+    """By NCCL, with half of the lanes on each."""
+    halved = [2 if previous == "--batch-size" else x for previous, x in zip([None, *options], options)]
+    log = train(halved, tmp_path, "--distributed-world-size", 2, "--distributed-port", 29555)
+    expected = figures(trained("float32")[1], "train_inner", "loss")
+    assert figures(log, "train_inner", "loss") == pytest.approx(expected, abs=2e-2)
+
+
 def test_checkpoint_of_the_cpu_on_the_gpu(tiny_data, tiny_longmem, tmp_path):
     losses = [evaluate(tiny_data, tiny_longmem.checkpoint, tmp_path, *where) for where in ([], CPU)]
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
