@@ -120,10 +120,8 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         x = self.features(states)
         return (x if features_only else self.predictor(x, reads, extra)), extra
 
-    def read_segment(
-        self, tokens: Tensor, reader: Union[BatchReader, KeptRows, None], carried=None
-    ) -> Tuple[EncodedSegment, List[Tensor]]:
-        """Encode one segment of each lane, tokens (B, T), and return that and the states of the side network."""
+    def read_segment(self, tokens: Tensor, reader, carried=None) -> Tuple[EncodedSegment, List[Tensor]]:
+        """Encode one segment of each lane, tokens (B, T); return that and the states of the side network."""
         encoded = self.backbone(tokens, carried, 0 if carried is None else carried.start)
         return encoded, self.side_network(encoded, reader, carried)
 

@@ -11,7 +11,7 @@ import logging
 from typing import Dict, Hashable, List, Optional, Sequence, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backbones.base import EncodedSegment
 from ..memory.reader import BatchReader
@@ -211,20 +211,31 @@ class _Reading(_Encoding):
         self.key = self.bank, len(self.readers)
 
     def compute(self, inputs: Sequence[Tensor]) -> Tuple[Tensor, ...]:
-        """Return keys, values, hidden states, states of the side network and slots that were found."""
+        """Return keys, values, hidden states, states of the side network, slots that were found, and gates."""
         tokens, *places = inputs
         for reader, packed in zip(self.readers, places):
             reader.bind(RingPlaces(packed))
         encoded, states = self.decoder.read_segment(tokens, self.reader)
         slots = [reader.slots for reader in self.readers]
-        return (encoded.keys, encoded.values, *encoded.hidden, *states, *slots)
+        return (encoded.keys, encoded.values, *encoded.hidden, *states, *slots, *self._gates())
 
     def result(self, outputs: Sequence[Tensor]) -> Step:
         """Return the outputs as the decoder takes them; copies of those that are needed after the step."""
         encoded = super().result(outputs[: self.decoder.backbone.num_layers + 3])
         rest = [x.clone() for x in outputs[self.decoder.backbone.num_layers + 3 :]]
-        states = rest[: len(rest) - len(self.readers)]
-        for reader, packed, slots in zip(self.readers, self.inputs[1:], rest[len(states) :]):
+        states, rest = rest[: len(self.decoder.layers) + 1], rest[len(self.decoder.layers) + 1 :]
+        for reader, packed, slots in zip(self.readers, self.inputs[1:], rest):
             reader.bind(RingPlaces(packed))
             reader.slots = slots
+        for attention, gates in zip(self._attentions, rest[len(self.readers) :]):
+            attention.last_gates = gates
         return encoded, states
+
+    @property
+    def _attentions(self) -> List[nn.Module]:
+        """The attention modules whose gates depend on the query and are looked at behind the step."""
+        attentions = [self.decoder.layers[s].self_attn for s in self.decoder.reading_layers]
+        return [attention for attention in attentions if self.reader is not None and attention.gate_weight is not None]
+
+    def _gates(self) -> List[Tensor]:
+        return [attention.last_gates for attention in self._attentions]

@@ -98,6 +98,7 @@ MODELS = {
     "carried keys": {"model": "alibi_lm", "carry_window": 5},
     "carried tokens": {"carry_window": 5},
     "recompute": {"checkpoint_activations": True},
+    "token gates": {"gate": "token", "memory_dropout": 0.5},
 }
 
 
