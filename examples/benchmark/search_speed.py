@@ -32,7 +32,7 @@ from examples.benchmark.real_keys import RealKeys
 from examples.benchmark.tables import bullet_list, table
 from longmem_fairseq.files import write_json, write_text
 from longmem_fairseq.memory.bank import MemoryBank
-from longmem_fairseq.memory.search.base import BACKENDS, SearchBackend
+from longmem_fairseq.memory.search.base import SearchBackend
 from longmem_fairseq.memory.search.faiss import FaissSearch, has_faiss_gpu
 from longmem_fairseq.memory.search.index import IndexSearch, chunk_scores, count_hits
 from longmem_fairseq.memory.search.index_spec import IndexSpec, index_spec, split_index
@@ -113,10 +113,6 @@ def backends(bank: MemoryBank, options: argparse.Namespace) -> Dict[str, Callabl
     elif has_faiss_gpu():
         searches["faiss knn_gpu"] = FaissSearch()
         searches["faiss GpuIndexFlatIP"] = FlatIndices(bank, options.device)
-    measured = {TorchSearch.name, FaissSearch.name, NativeSearch.name}
-    for name, backend in BACKENDS.items():
-        if name not in measured and backend.unavailable(options.device) is None:
-            searches[name] = backend()
     return searches
 
 

@@ -16,8 +16,7 @@ from .cached_attention import CachedAttention, IncrementalState, left_padding
 from .sliding_window import SINKS, SeenWindow, Sinks, sink_scores, sliding_window_attention
 
 
-@functools.lru_cache(maxsize=None)  # a copy from the host in every layer would make it wait for the device
-def alibi_slopes(heads: int, device: torch.device = torch.device("cpu")) -> Tensor:
+def alibi_slopes(heads: int) -> Tensor:
     """Return the slopes of ALiBi (Press et al., 2022), one per head.
 
     2^(-8i/H) for i = 1..H when H is a power of two; otherwise those of the next lower power, then every other one of
@@ -25,16 +24,14 @@ def alibi_slopes(heads: int, device: torch.device = torch.device("cpu")) -> Tens
 
     Args:
         heads: Number of heads, H.
-        device: Device of the slopes.
 
     Returns:
-        Slopes, shape (heads,), float32, which are kept and must not be changed.
+        Slopes, shape (heads,), float32, on the CPU.
     """
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
     slopes += [2.0 ** (-8.0 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)][: heads - power]
-    with torch.inference_mode(False):  # otherwise a training that follows could not use them
-        return torch.tensor(slopes, device=device)
+    return torch.tensor(slopes)
 
 
 def causal_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -61,9 +58,16 @@ def forget_masks() -> None:
 
 def _new_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
-    slopes = alibi_slopes(alibi_heads, device) if alibi_heads else torch.zeros(1, device=device)
+    slopes = _slopes_on(alibi_heads, device) if alibi_heads else torch.zeros(1, device=device)
     bias = -slopes[:, None, None] * distance  # float32: in half, multiples of small slopes collapse
     return bias.masked_fill_(distance < 0, float("-inf")).to(dtype)[None]
+
+
+@functools.lru_cache(maxsize=None)
+def _slopes_on(heads: int, device: torch.device) -> Tensor:
+    """Return ALiBi's slopes on a device: a copy for each layer and segment would wait for a GPU."""
+    with torch.inference_mode(False):  # otherwise a training that follows could not use them
+        return alibi_slopes(heads).to(device)
 
 
 @functools.lru_cache(maxsize=2)
@@ -174,8 +178,8 @@ class SelfAttention(CachedAttention, MultiheadAttention):
         """
         T, S = q.size(2), k.size(2)
         dropout = self.dropout_module.p if self.dropout_module.training else 0.0
+        slopes = _slopes_on(self.num_heads, q.device) if self.alibi else None
         if seen is not None:
-            slopes = alibi_slopes(self.num_heads, q.device) if self.alibi else None
             return sliding_window_attention(q, k, v, seen.window, self._sinks(q, seen, slopes), slopes, dropout)
         if not self.fused:
             return self._local_attention_by_steps(q, k, v, left)
@@ -193,7 +197,7 @@ class SelfAttention(CachedAttention, MultiheadAttention):
         if slopes is not None:
             far = seen.window.sink_distances(q.size(2))[:, None, :, None]  # of the first one, (B, 1, T, 1)
             distances = (far - torch.arange(SINKS, device=q.device)).float()
-            scores = scores - (slopes.to(q.device).view(-1, 1, 1) * distances).to(q.dtype)
+            scores = scores - (slopes.view(-1, 1, 1) * distances).to(q.dtype)
         return Sinks(scores, seen.first_values)
 
     def _local_attention_by_steps(self, q: Tensor, k: Tensor, v: Tensor, left: Optional[Tensor]) -> Tensor:
@@ -204,7 +208,7 @@ class SelfAttention(CachedAttention, MultiheadAttention):
             scores = torch.matmul(q * self.scaling, k.transpose(-1, -2))
         positions = torch.arange(S, device=q.device)
         if self.alibi:  # by the key's position, which differs from the distance by a constant for each query
-            bias = alibi_slopes(self.num_heads, q.device)[:, None, None] * positions  # (H, 1, S)
+            bias = _slopes_on(self.num_heads, q.device)[:, None, None] * positions  # (H, 1, S)
             scores = scores + bias.to(q.dtype)
         scores = scores.masked_fill(positions > positions[S - T :, None], float("-inf"))
         if left is not None:
