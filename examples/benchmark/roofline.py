@@ -58,13 +58,24 @@ def model_work(options: argparse.Namespace) -> Dict[str, float]:
     }
 
 
-def full_attention_work(options: argparse.Namespace, window: int) -> Dict[str, float]:
-    """Count the operations and bytes of the backbone alone over a window of ``window`` tokens."""
+def full_attention_work(options: argparse.Namespace, kind: str, length: int) -> Dict[str, float]:
+    """Count the operations and bytes of the backbone alone in one step.
+
+    Args:
+        options: Options of throughput.py.
+        kind: ``window``, which is read at once, or ``context``, behind which a segment is read.
+        length: Number of tokens of the window or context.
+    """
     D = options.dim
-    layer = 2.0 * options.layer_weights + 4.0 * window / 2 * options.heads * options.head_dim
+    context = length if kind == "context" else 0
+    tokens = options.segment if context else length
+    keys = context + tokens / 2  # of a query, on average
+    layer = 2.0 * options.layer_weights + 4.0 * keys * options.heads * options.head_dim
+    caches = 2.0 * options.batch * context * options.kv_heads * options.head_dim * options.layers
+    weights = options.layer_weights * options.layers + D * options.vocab
     return {
-        "model_operations": options.batch * window * (layer * options.layers + 2.0 * D * options.vocab),
-        "model_bytes": (options.layer_weights * options.layers + D * options.vocab) * _bytes(options.dtype),
+        "model_operations": options.batch * tokens * (layer * options.layers + 2.0 * D * options.vocab),
+        "model_bytes": (weights + caches) * _bytes(options.dtype),
     }
 
 

@@ -5,7 +5,8 @@
     python -m examples.benchmark.throughput --backbone BACKBONE.pt --segment 1024         # a model's shape and weights
     python -m examples.benchmark.throughput --memory-index IVF1024,Flat:nprobe=32 --memory-sizes 0 1048576 --keys KEYS
     python -m examples.benchmark.throughput --device cuda --dtype bf16 --layers 24 --dim 1024 --heads 16 \
-        --vocab 50264 --segment 1024 --retrieval-layer-index 17 --batch 8 --full-windows 4096 8192
+        --vocab 50264 --segment 1024 --retrieval-layer-index 17 --batch 8 --cuda-graphs off on \
+        --positions learned --full-windows 4096 8192 --full-contexts 16384 65536
 
 The weights are random, because the time of exact search, reading and attention does not depend on the text; --backbone
 takes the sizes and weights of a model of any family, and the side network that starts from it. The time of an
@@ -45,12 +46,13 @@ from examples.benchmark.machine import describe_machine, peak_resident
 from examples.benchmark.real_keys import RealKeys
 from examples.benchmark.roofline import bound, full_attention_work, machine_speed, memory_work, model_work
 from examples.benchmark.tables import bullet_list, table
-from examples.benchmark.variants import DTYPES, FullAttentionVariant, build_decoder, build_variant, take_sizes
+from examples.benchmark.variants import DTYPES, build_decoder, build_variant, take_sizes
 from longmem_fairseq.files import write_json, write_text
 from longmem_fairseq.memory.placement import DEVICES, choose_placement
 from longmem_fairseq.memory.search.base import registered_searches
 from longmem_fairseq.memory.search.index_spec import FLAT, index_spec, split_index
 from longmem_fairseq.models.memory_layers import parse_memory_layers
+from longmem_fairseq.models.step_graphs import MODES
 from longmem_fairseq.modules.self_attention import forget_masks
 
 
@@ -109,24 +111,28 @@ def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
 
 def names_of(options: argparse.Namespace) -> List[str]:
     """List the names of the variants in the order of the rows."""
-    return [f"memory:{size}" for size in options.memory_sizes] + [f"window:{w}" for w in options.full_windows]
+    memories = [f"memory:{size}:{graphs}" for size in options.memory_sizes for graphs in options.cuda_graphs]
+    full = [f"window:{length}" for length in options.full_windows]
+    return memories + full + [f"context:{length}" for length in options.full_contexts]
 
 
 def peaks_in_processes(options: argparse.Namespace, arguments: List[str]) -> List[int]:
     """Measure the peak resident memory, in bytes, of one step of each variant in a separate process."""
-    peaks = []
+    peaks: Dict[str, int] = {}
     for name in tqdm(names_of(options), desc="peak memory", leave=False):
-        command = [sys.executable, "-m", "examples.benchmark.throughput", *arguments, "--peak-of", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        peaks.append(int(done.stdout.split()[-1]))
-    return peaks
+        kind = ":".join(name.split(":")[:2])  # there are no CUDA graphs on the CPU
+        if kind not in peaks:
+            command = [sys.executable, "-m", "examples.benchmark.throughput", *arguments, "--peak-of", kind]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            peaks[kind] = int(done.stdout.split()[-1])
+    return [peaks[":".join(name.split(":")[:2])] for name in names_of(options)]
 
 
 def print_peak(options: argparse.Namespace) -> None:
     """Do one step of the variant ``--peak-of`` and print this process's peak resident memory."""
     variant = build_variant(options.peak_of, build_decoder(options), options)
     gc.collect()
-    if not isinstance(variant, FullAttentionVariant) and variant.memory_size:
+    if options.peak_of.startswith("memory:") and variant.memory_size:
         variant.fill_with_noise()  # the peak does not depend on what the memory holds
     variant.step()
     print(peak_resident())
@@ -137,13 +143,14 @@ def compare(rows: List[Dict], full: List[Dict], options: argparse.Namespace, spe
 
     Args:
         rows: Rows by memory size; changed in place.
-        full: Rows of full attention by window; changed in place.
+        full: Rows of full attention by window or context; changed in place.
         options: Options of this command.
         speed: Speed of the machine (see ``machine_speed``).
     """
-    off = next((row for row in rows if row["memory_size"] == 0), None)
-    smallest = min((row for row in rows if row["memory_size"]), key=lambda row: row["memory_size"], default=None)
     for row in rows:
+        same = [other for other in rows if other["cuda_graphs"] == row["cuda_graphs"]]
+        off = next((other for other in same if other["memory_size"] == 0), None)
+        smallest = min((x for x in same if x["memory_size"]), key=lambda x: x["memory_size"], default=None)
         work = {**model_work(options), **memory_work(options, row["memory_size"])}
         row.update(work, roofline_share=bound(work, speed) / row["seconds_per_step"])
         row["roofline_ms"] = 1000 * bound({k: v for k, v in work.items() if not k.startswith("model")}, speed)
@@ -154,9 +161,10 @@ def compare(rows: List[Dict], full: List[Dict], options: argparse.Namespace, spe
             row["cost_of_smallest"] = row["seconds_per_step"] / smallest["seconds_per_step"]
         for other in full:
             ratio = row["tokens_per_second"] / other["tokens_per_second"]
-            row.setdefault("ratio_to_full", {})[other["window"]] = ratio
+            row.setdefault("ratio_to_full", {})[other["attention"]] = ratio
     for row in full:
-        work = full_attention_work(options, row["window"])
+        kind, length = row["attention"].split(":")
+        work = full_attention_work(options, kind, int(length))
         row["roofline_share"] = bound(work, speed) / row["seconds_per_step"]
         row["speed_of_longmem"] = rows[-1]["tokens_per_second"] / row["tokens_per_second"]
         row["memory_of_longmem"] = rows[-1]["peak_memory_bytes"] / row["peak_memory_bytes"]
@@ -169,6 +177,7 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
     columns = {
         "memory_size": "memory",
         "index": "index",
+        "cuda_graphs": "CUDA graphs",
         "tokens_per_second": "tokens/s",
         "ratio_to_off": "of memory off",
         "cost_of_smallest": "cost of a token x",
@@ -197,7 +206,7 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
             table(
                 result["full_attention"],
                 {
-                    "window": "full attention",
+                    "attention": "full attention",
                     "tokens_per_second": "tokens/s",
                     "roofline_share": "roofline share",
                     "peak_mib": "peak MiB",
@@ -206,7 +215,8 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
                 },
             ),
             "",
-            f"LongMem has a memory of {result['rows'][-1]['memory_size']:,} tokens there.",
+            f"LongMem has a memory of {result['rows'][-1]['memory_size']:,} tokens there. A window is read at once; a "
+            "segment is read behind a context, which is kept in caches of all layers.",
         ]
     return "\n".join(text)
 
@@ -216,10 +226,11 @@ def draw(axes, result: Dict) -> None:
     rows = result["rows"]
     places = range(len(rows))
     axes.bar(places, [row["tokens_per_second"] for row in rows], color="tab:blue")
-    axes.set_xticks(places, [f"{row['memory_size']:,}" if row["memory_size"] else "off" for row in rows])
+    names = [f"{row['memory_size']:,}" if row["memory_size"] else "off" for row in rows]
+    axes.set_xticks(places, [f"{name}\ngraphs {row['cuda_graphs']}" for name, row in zip(names, rows)])
     for row in result["full_attention"]:
         axes.axhline(row["tokens_per_second"], color="tab:red", linestyle="--")
-        axes.annotate(f"full attention, {row['window']:,}", (0, row["tokens_per_second"]), va="bottom")
+        axes.annotate(f"full attention, {row['attention']}", (0, row["tokens_per_second"]), va="bottom")
     axes.set_xlabel("memory, tokens")
     axes.set_ylabel(f"tokens/s ({result['options']['mode']})")
 
@@ -259,6 +270,25 @@ def parse(arguments: List[str]) -> argparse.Namespace:
         default=[],
         help="windows, in tokens, of the backbone alone to measure too",
     )
+    add(
+        "--full-contexts",
+        type=int,
+        nargs="*",
+        default=[],
+        help="tokens in the caches of the backbone alone, behind which it reads a segment with full attention",
+    )
+    add(
+        "--cuda-graphs",
+        choices=MODES,
+        nargs="+",
+        default=["auto"],
+        help="as in training; several values are measured beside each other (default: auto)",
+    )
+    add(
+        "--noise",
+        action="store_true",
+        help="fill the memories with noise in place of the keys of random tokens, which exact search does not notice",
+    )
     add("--threads", type=int, help="number of threads on the CPU (default: PyTorch's)")
     add(
         "--dtype",
@@ -290,7 +320,15 @@ def parse(arguments: List[str]) -> argparse.Namespace:
         stop("--dim must be a multiple of --heads, --layers of --reduction, and --k of --chunk-size")
     if options.full_windows and options.mode != "eval":
         stop(f"--full-windows needs --mode eval: leave it out with --mode {options.mode}")
+    if options.full_contexts and (options.mode != "eval" or options.positions != "learned" or options.backbone):
+        stop("--full-contexts needs --mode eval, --positions learned (ALiBi has no flash kernel) and no --backbone")
     require_device(options.device)
+    if options.cuda_graphs != ["auto"] and options.mode == "generate":
+        stop(f"--cuda-graphs {options.cuda_graphs[0]} has no effect in --mode generate: leave it out")
+    if "on" in options.cuda_graphs and options.device.type != "cuda":
+        stop("--cuda-graphs on needs --device cuda")
+    if options.noise and (options.keys is not None or options.memory_index != FLAT):
+        stop("--noise is for exact search without --keys: leave it out")
     for size in options.memory_sizes:
         if 0 < size < options.segment:
             stop(f"--memory-sizes {size} is smaller than one segment of {options.segment} tokens")
@@ -337,18 +375,23 @@ def main(arguments: List[str]) -> None:
     except ValueError as error:
         stop(str(error))
     variants = [build_variant(name, decoder, options, real) for name in names_of(options)]
-    for variant in variants[: len(options.memory_sizes)]:
-        variant.fill()
+    memories = len(options.memory_sizes) * len(options.cuda_graphs)
+    for variant in variants[:memories]:
+        if variant.memory_size and options.noise:
+            variant.fill_with_noise()
+        else:
+            variant.fill()
     measured = measure(variants, options)
     if options.device.type != "cuda":
         for row, peak in zip(measured, peaks_in_processes(options, arguments)):
             row["peak_memory_bytes"] = peak
-    rows, full = measured[: len(options.memory_sizes)], measured[len(options.memory_sizes) :]
+    rows, full = measured[:memories], measured[memories:]
     for row, variant in zip(rows, variants):
         index = variant.decoder.memory_factory.settings.index if variant.memory_size else None
         row.update(memory_size=variant.memory_size, index=index, bank_bytes=variant.bank_bytes)
-    for row, window in zip(full, options.full_windows):
-        row["window"] = window
+        row["cuda_graphs"] = variant.decoder.lane_state.graphs.mode
+    for row, name in zip(full, names_of(options)[memories:]):
+        row["attention"] = name
     compare(rows, full, options, speed)
     settings = {name: str(value) if name == "device" else value for name, value in vars(options).items()}
     result = {"machine": describe_machine(), "options": settings, "speed": speed, "rows": rows, "full_attention": full}

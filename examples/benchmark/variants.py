@@ -1,5 +1,5 @@
 """Variants that throughput.py measures: one decoder with memories of several sizes that reads, trains or generates, and
-the backbone alone over longer windows.
+the backbone alone (full_attention.py).
 
 Every variant has ``step()``, the ``tokens`` of a step, ``bank_bytes`` and ``recall``; one with a memory also has
 ``memory_size``, ``banks``, ``fill()`` and ``fill_with_noise()``.
@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.benchmark.full_attention import FullAttentionVariant, FullContextVariant, random_tokens
 from examples.benchmark.real_keys import RealKeys, RealQueriesFactory
 from longmem_fairseq.backbones.base import Backbone
 from longmem_fairseq.backbones.loading import build_backbone, load_backbone, read_backbone
@@ -100,7 +101,7 @@ def random_backbone(options: argparse.Namespace, dictionary: Dictionary) -> Back
         "no_token_positional_embeddings": alibi,
         "share_decoder_input_output_embed": True,
         "no_scale_embedding": True,
-        "max_target_positions": max([options.segment, *options.full_windows]),
+        "max_target_positions": max([*options.full_windows, options.segment + max(options.full_contexts, default=0)]),
     }
     torch.manual_seed(0)
     return build_backbone(config, dictionary)
@@ -342,35 +343,6 @@ class GenerationVariant:
             self.decoder(random_tokens(self.options, 1), incremental_state=self.state)
 
 
-class FullAttentionVariant:
-    """The backbone alone over a longer window.
-
-    Args:
-        backbone: Backbone of the other variants.
-        window: Number of tokens in the window.
-        options: Options of throughput.py.
-    """
-
-    bank_bytes = 0
-    recall = None
-
-    def __init__(self, backbone: Backbone, window: int, options: argparse.Namespace):
-        self.backbone, self.window, self.options = backbone, window, options
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in one step."""
-        return self.options.batch * self.window
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Compute the logits of one window of each row; hidden states are dropped as soon as they are used."""
-        x = self.backbone.embed(random_tokens(self.options, self.window))
-        for layer in self.backbone.layers:
-            x = layer(x)[0]
-        self.backbone.output(self.backbone.final_norm(x).transpose(0, 1))
-
-
 def fill_with_noise(bank: MemoryBank) -> None:
     """Make a bank full of random keys, values and means."""
     for buffer in (bank.keys, bank.values, bank.means):
@@ -380,22 +352,20 @@ def fill_with_noise(bank: MemoryBank) -> None:
     bank.resets += 1
 
 
-def random_tokens(options: argparse.Namespace, length: int) -> Tensor:
-    """Draw random token ids, shape (batch, length), int64, on the device of the model."""
-    return torch.randint(4, options.vocab, (options.batch, length), device=options.device)
-
-
 def build_variant(name: str, decoder: LongMemDecoder, options: argparse.Namespace, real: Optional[RealKeys] = None):
     """Build the variant of a name.
 
     Args:
-        name: ``memory:SIZE`` or ``window:LENGTH``, in tokens.
+        name: ``memory:SIZE``, ``window:LENGTH`` or ``context:LENGTH``, in tokens; behind the size of a memory comes the
+            value of ``--cuda-graphs``.
         decoder: Decoder whose weights are used.
         options: Options of throughput.py.
         real: Real keys and queries in place of those of random tokens.
     """
-    kind, size = name.split(":")
-    if kind == "window":
-        return FullAttentionVariant(decoder.backbone, int(size), options)
-    variant = GenerationVariant if options.mode == "generate" else StreamVariant
-    return variant(decoder, int(size), options, real)
+    kind, size, *graphs = name.split(":")
+    if kind != "memory":
+        full = {"window": FullAttentionVariant, "context": FullContextVariant}[kind]
+        return full(decoder.backbone, int(size), options)
+    variant = (GenerationVariant if options.mode == "generate" else StreamVariant)(decoder, int(size), options, real)
+    variant.decoder.lane_state.graphs.mode = graphs[0] if graphs else "off"
+    return variant

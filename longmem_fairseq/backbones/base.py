@@ -10,12 +10,15 @@ N layers, V symbols, n memory layers.
 from abc import ABC, abstractmethod
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar, Union
 
+import numpy as np
 import torch
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import Tensor, nn
 
 from ..modules.cached_attention import IncrementalState
 from ..modules.side_layer import SideLayer, SideNetworkOptions
+
+Start = Union[int, np.ndarray]  # position of the first token of a window, or of each row's
 
 
 class BackboneError(ValueError):
@@ -141,12 +144,12 @@ class Backbone(nn.Module, ABC):
         """The longest window that the positions allow, in tokens; None where there is no limit."""
 
     @abstractmethod
-    def embed(self, tokens: Tensor, start: Union[int, Tensor] = 0) -> Tensor:
+    def embed(self, tokens: Tensor, start: Start = 0) -> Tensor:
         """Return h_0.
 
         Args:
             tokens: Token ids, shape (B, T), int64.
-            start: Position of the first token in the window; or one for each row, shape (B,), int64.
+            start: Position of the first token in the window; or one for each row, shape (B,), int64, on the host.
 
         Returns:
             Embeddings with whatever position term the family adds to them, shape (T, B, D).
@@ -237,12 +240,12 @@ class Backbone(nn.Module, ABC):
                 )
         self.memory_layers = tuple(sorted(numbers))
 
-    def forward(self, tokens: Tensor, state: IncrementalState = None, start: Union[int, Tensor] = 0) -> EncodedSegment:
+    def forward(self, tokens: Tensor, state: IncrementalState = None, start: Start = 0) -> EncodedSegment:
         """See :meth:`encode`."""
         return self.encode(tokens, state, start)
 
     @torch.no_grad()
-    def encode(self, tokens: Tensor, state: IncrementalState = None, start: Union[int, Tensor] = 0) -> EncodedSegment:
+    def encode(self, tokens: Tensor, state: IncrementalState = None, start: Start = 0) -> EncodedSegment:
         """Encode one segment of each lane with all layers.
 
         Args:
@@ -261,9 +264,7 @@ class Backbone(nn.Module, ABC):
         return EncodedSegment(self._residual_stream(hidden), *_heads_of_all(remembered))
 
     @torch.no_grad()
-    def encode_for_memory(
-        self, tokens: Tensor, state: IncrementalState = None, start: Union[int, Tensor] = 0
-    ) -> EncodedSegment:
+    def encode_for_memory(self, tokens: Tensor, state: IncrementalState = None, start: Start = 0) -> EncodedSegment:
         """Encode one segment of each lane only as far as the memory needs: the highest memory layer does not run.
 
         Args:

@@ -4,15 +4,17 @@ Legend: B lanes, T tokens of a segment, D width, H_kv key/value heads, d width o
 """
 
 from types import SimpleNamespace
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple
 
+import numpy as np
 from fairseq.utils import safe_getattr
 from torch import Tensor, nn
 
 from ..modules.llama_layer import LlamaSideLayer
 from ..modules.rotary_attention import RotaryAttention, RotaryJointAttention
 from ..modules.side_layer import SideLayer, SideNetworkOptions
-from .base import Backbone, BackboneError, register_backbone_family
+from ..modules.staging import staged
+from .base import Backbone, BackboneError, Start, register_backbone_family
 from .llama_lm import LlamaConfig, LlamaDecoder, LlamaLanguageModel, attention_shape, rope_scaling
 
 # Options that decide which function a model computes.
@@ -110,8 +112,9 @@ class LlamaBackbone(Backbone):
         for i, layer in enumerate(self.layers):
             layer.self_attn.caches_unrotated = i in numbers
 
-    def embed(self, tokens: Tensor, start: Union[int, Tensor] = 0) -> Tensor:
-        return self.decoder.embed(tokens, start == 0).transpose(0, 1)
+    def embed(self, tokens: Tensor, start: Start = 0) -> Tensor:
+        first = staged(start == 0, tokens.device) if isinstance(start, np.ndarray) else start == 0
+        return self.decoder.embed(tokens, first).transpose(0, 1)
 
     def memory_keys_and_values(self, x: Tensor, number: int) -> Tuple[Tensor, Tensor]:
         layer = self.layers[number]

@@ -6,8 +6,9 @@ Legend: B lanes, T tokens of a segment, D width, H heads, d = D / H.
 import copy
 import json
 from types import SimpleNamespace
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple
 
+import numpy as np
 import torch
 from fairseq.models import MODEL_REGISTRY
 from fairseq.models.transformer import TransformerConfig, TransformerDecoderBase
@@ -23,7 +24,8 @@ from ..modules.joint_attention import JointAttention
 from ..modules.layer_norm import set_layer_norm_eps
 from ..modules.self_attention import SelfAttention
 from ..modules.side_layer import SideLayer, SideNetworkOptions
-from .base import Backbone, BackboneError, register_backbone_family
+from ..modules.staging import staged
+from .base import Backbone, BackboneError, Start, register_backbone_family
 
 # Settings of a stock model that decide which function it computes. All others (dropout, checkpointing, options of
 # training) may differ between two files of the same backbone.
@@ -178,25 +180,24 @@ class TransformerBackbone(Backbone):
         # A LayerNorm has the precision of the activations, also where linear layers compute in another.
         return self.layers[0].self_attn_layer_norm.weight.dtype
 
-    def embed(self, tokens: Tensor, start: Union[int, Tensor] = 0) -> Tensor:
+    def embed(self, tokens: Tensor, start: Start = 0) -> Tensor:
         decoder = self.decoder
         x = decoder.embed_scale * decoder.embed_tokens(tokens)
         if decoder.project_in_dim is not None:
             x = decoder.project_in_dim(x)
         if decoder.embed_positions is not None:
-            if isinstance(start, Tensor):
-                T = tokens.size(1)
-                positions = self._positions(0, int(start.max()) + T)
-                numbers = start[:, None] + torch.arange(T, device=start.device)  # (B, T)
-                positions = positions[numbers.to(positions.device)]  # (B, T, D)
+            T = tokens.size(1)
+            if isinstance(start, np.ndarray):
+                numbers = staged(start[:, None] + np.arange(T), x.device)  # (B, T)
+                positions = self._positions(0, int(start.max(initial=0)) + T, x.device)[numbers]  # (B, T, D)
             else:
-                positions = self._positions(start, start + tokens.size(1))
-            x = x + positions.to(x)  # sinusoidal tables are not buffers
+                positions = self._positions(start, start + T, x.device)
+            x = x + positions.to(x)
         if decoder.layernorm_embedding is not None:
             x = decoder.layernorm_embedding(x)
         return x.transpose(0, 1)  # (T, B, D)
 
-    def _positions(self, begin: int, end: int) -> Tensor:
+    def _positions(self, begin: int, end: int, device: torch.device) -> Tensor:
         """Return the embeddings of positions ``begin`` to ``end - 1``, shape (end - begin, D).
 
         They are taken by number: fairseq numbers the tokens of its input, which is not the window when decoding step
@@ -213,6 +214,8 @@ class TransformerBackbone(Backbone):
             return table.weight[first + begin : first + end]
         if table.weights.size(0) < first + end:
             table.weights = table.get_embedding(first + end, table.embedding_dim, table.padding_idx).to(table.weights)
+        if table.weights.device != device:  # no buffer, so it does not follow the model by itself
+            table.weights = table.weights.to(device)
         return table.weights[first + begin : first + end]
 
     def memory_keys_and_values(self, x: Tensor, number: int) -> Tuple[Tensor, Tensor]:

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..modules.staging import staged
 from .placement import Placement
+from .ring import RingPlaces, SegmentChunks, chunk_numbers, replace_rows
 from .token_bank import TokenBank
 
 
@@ -92,6 +94,7 @@ class MemoryBank:
         self.resets = np.zeros(lanes, dtype=np.int64)
         self.indices: Dict = {}
         self.token_bank: Optional[TokenBank] = None
+        self._places: Optional[Tuple[np.ndarray, RingPlaces]] = None  # and the numbers that were copied
 
     @property
     def held(self) -> np.ndarray:
@@ -165,30 +168,58 @@ class MemoryBank:
             keys: Keys, shape (H, T, d), any floating dtype.
             values: Values, shape (H, T, d), any floating dtype.
         """
-        C, N, T = self.chunk_size, self.chunks, keys.size(1)
-        skip = min(T, max(0, int(self.written[lane]) * C - int(self.position[lane])))
-        waiting = max(0, int(self.position[lane]) - int(self.written[lane]) * C)
-        self.position[lane] += T
-        new = torch.stack([keys[:, skip:], values[:, skip:]]).to(self.tail)  # (2, H, T, d)
-        if waiting:
-            new = torch.cat([self.tail[:, lane, :, :waiting], new], dim=2)
-        chunks, rest = divmod(new.size(2), C)
-        if rest:
-            self.tail[:, lane, :, :rest] = new[:, :, chunks * C :]
-        if not chunks:
+        self.append_rows(np.array([lane]), keys[None], values[None], np.array([keys.size(1)]))
+
+    def append_rows(self, lanes: np.ndarray, keys: Tensor, values: Tensor, lengths: np.ndarray) -> None:
+        """Write the first tokens of each row of a batch into a lane.
+
+        Args:
+            lanes: Lane of each row, none twice, shape (B,), int64.
+            keys: Keys, shape (B, H, T, d), any floating dtype.
+            values: Values, shape (B, H, T, d), any floating dtype.
+            lengths: Number of tokens of each row that are written, at most T, shape (B,), int64.
+        """
+        T, C = keys.size(2), self.chunk_size
+        if not len(lanes) or not T:
             return
-        kept = min(chunks, N)  # a segment longer than the memory leaves only its end
-        begin = int(self.written[lane]) + chunks - kept
-        new = new[:, :, (chunks - kept) * C : chunks * C].reshape(2, self.heads, kept, C, self.head_dim)
-        means = new[0].float().mean(dim=2)  # (H, kept, d)
-        slot, done = begin % N, 0
-        while done < kept:  # once, or twice where the ring closes
-            n = min(kept - done, N - slot)
-            self.keys[lane, :, slot : slot + n] = new[0, :, done : done + n]
-            self.values[lane, :, slot : slot + n] = new[1, :, done : done + n]
-            self.means[lane, :, slot : slot + n] = means[:, done : done + n]
-            slot, done = 0, done + n
-        self.written[lane] += chunks
+        written, position = self.written[lanes], self.position[lanes]
+        skipped = np.clip(written * C - position, 0, lengths)
+        waiting = np.maximum(0, position - written * C)
+        total = waiting + lengths - skipped
+        plan = staged(np.stack([lanes, written, waiting, skipped, total]), self.tail.device)
+        chunks = SegmentChunks(plan, T, C, self.chunks)
+        whole = bool((total // C >= min(-(-T // C), self.chunks)).all())
+        tails = self.tail.index_select(1, chunks.lanes)  # (2, B, H, C, d)
+        tokens = [torch.cat([tail, x.to(tail)], dim=2) for tail, x in zip(tails, (keys, values))]
+        new, rows = [chunks.take(x) for x in tokens], chunks.rows(self.heads)
+        means = new[0].float().mean(dim=3)  # (B, H, J, d)
+        for buffer, x in zip((self.keys, self.values, self.means), (*new, means)):
+            replace_rows(buffer, rows, x, chunks.present, whole)
+        if (total % C).any():
+            rests = [chunks.take_rest(x, tail) for x, tail in zip(tokens, tails)]
+            self.tail.index_copy_(1, chunks.lanes, torch.stack(rests))
+        self.position[lanes] += lengths
+        self.written[lanes] += total // C
+
+    def places(self, lanes: np.ndarray, device: torch.device) -> RingPlaces:
+        """Return where the rings of some lanes are, for the device: copied once, however often a batch asks.
+
+        Args:
+            lanes: Lane of each row, shape (B,), int64.
+            device: Device of the copy.
+        """
+        values = self._place_values(lanes)
+        known, places = self._places or (None, None)
+        if places is None or places.packed.device != device or not np.array_equal(known, values):
+            self._places = values, RingPlaces(staged(values, device))
+        return self._places[1]
+
+    def set_places(self, lanes: np.ndarray, places: RingPlaces) -> None:
+        """Let :meth:`places` return other tensors with the same numbers, at addresses that a CUDA graph reads."""
+        self._places = self._place_values(lanes), places
+
+    def _place_values(self, lanes: np.ndarray) -> np.ndarray:
+        return np.stack([lanes, self.held[lanes], self.written[lanes], self.position[lanes]])
 
     def contents(self, lane: int) -> Tuple[Tensor, Tensor, Tensor]:
         """Return a copy of the n chunks of a lane, oldest first.
@@ -299,9 +330,7 @@ class MemoryBank:
             lanes: Lane of each row, shape (B,), int64.
             slots: Slots, shape (B, ...), int64.
         """
-        newest = torch.from_numpy(self.written[lanes] - 1).to(slots.device, non_blocking=True)
-        newest = newest.view(-1, *([1] * (slots.dim() - 1)))
-        return newest - (newest - slots) % self.chunks
+        return chunk_numbers(staged(self.written[lanes], slots.device), slots, self.chunks)
 
 
 def _restored(sizes, dtype, exact_means, placement, layers, tensors, counters, token_bank) -> MemoryBank:

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..modules.staging import staged
 from ..modules.token_mixture import TokenReads
 from .bank import MemoryBank
 from .layered_reader import join_layers
 from .reader import BatchReader, ChunkReader, MemoryReader, Observer, chunk_ages
+from .ring import RingPlaces
 from .token_bank import HALF, TokenBank
 from .token_search import Past, TokenStates, read_segments, read_windows
 
@@ -150,28 +152,29 @@ class BranchReader(MemoryReader):
         self.banks, self.chunk_reader = banks, chunk_reader
         self._lanes = np.full(1, layer)  # of each bank by layer: a bank has one lane
         self._rows: Dict[int, List[int]] = {}  # by the identity of their bank
-        self._reads: List[Tuple[List[int], Tensor, Tensor, Tensor, int]] = []
+        self._reads: List[Tuple[List[int], Tensor, RingPlaces, int]] = []
         for row, bank in enumerate(banks):
             if bank is not None and bank.held[0]:
                 self._rows.setdefault(id(bank), []).append(row)
 
     def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
         B, H, T, d = q.shape
-        z, present = torch.zeros_like(q), torch.zeros(B, dtype=torch.bool)
+        z, present = torch.zeros_like(q), np.zeros(B, dtype=bool)
         self._reads = []
         for rows in self._rows.values():
             bank, R = self.banks[rows[0]].by_layer(), len(rows)
-            queries = q if R == B else q[torch.tensor(rows, device=q.device)]
+            index = None if R == B else staged(np.array(rows), q.device)
+            queries = q if index is None else q.index_select(0, index)
             queries = queries.transpose(0, 1).reshape(1, H, R * T, d)  # the rows' queries end to end
             slots = self.chunk_reader.find(bank, self._lanes, queries)  # (1, H, R * T, n)
             self.observe(bank, self._lanes, queries, slots, scaling)
             lane = slots.new_full((1,), self.layer)
             read = self.chunk_reader.attend(bank.keys, bank.values, lane, queries, slots, scaling)
-            z[rows] = read.view(H, R, T, d).transpose(0, 1)
-            written, held = (torch.from_numpy(x[self._lanes]) for x in (bank.written, bank.held))  # as they are now
-            self._reads.append((rows, slots.view(H, R, T, -1), written, held, bank.chunks))
+            read = read.view(H, R, T, d).transpose(0, 1)
+            z = read if index is None else z.index_copy(0, index, read)
+            self._reads.append((rows, slots.view(H, R, T, -1), bank.places(self._lanes, q.device), bank.chunks))
             present[rows] = True
-        return z, None if present.all() else present.to(q.device)
+        return z, None if present.all() else staged(present, q.device)
 
     @property
     def retrieved(self) -> Optional[Tensor]:
@@ -180,9 +183,9 @@ class BranchReader(MemoryReader):
         H, _, T, _ = self._reads[0][1].shape
         columns = self.chunk_reader.chunks_per_query
         retrieved = self._reads[0][1].new_full((len(self.banks), H, T, columns), -1)
-        for rows, slots, written, held, chunks in self._reads:
-            ages = chunk_ages(slots.transpose(0, 1), written.to(slots.device), held.to(slots.device), chunks, columns)
-            retrieved[rows] = ages
+        for rows, slots, places, chunks in self._reads:
+            ages = chunk_ages(slots.transpose(0, 1), places.written, places.held, chunks, columns)
+            retrieved.index_copy_(0, staged(np.array(rows), slots.device), ages)
         return retrieved
 
     @property

@@ -14,7 +14,7 @@ from .reader import ChunkReader
 from .search.base import SearchBackend, choose_search
 from .search.index import IndexSearch
 from .settings import MemorySettings
-from .stream_memory import StreamMemory
+from .stream_memory import StreamMemory, why_not_static
 from .token_bank import TokenBank
 from .token_streams import TokenStreams
 
@@ -91,6 +91,12 @@ class MemoryFactory:
     def chunk_reader(self, device: torch.device) -> ChunkReader:
         """Return search and attention for a model on a device."""
         return ChunkReader(self.search(device), self.attention, self.settings.chunks_per_query)
+
+    def why_not_static(self, device: torch.device) -> Optional[str]:
+        """Return the reason why a CUDA graph on a device cannot contain the reading, as a clause; None if it can."""
+        if memory_policy(self.settings.scope).shares_memory:
+            return f"--memory-scope {self.settings.scope} has no ring for each row"
+        return why_not_static(self.placement(device), self.search(device))
 
     def bank(self, lanes: int, dtype: torch.dtype, device: torch.device) -> MemoryBank:
         """Make an empty bank.

@@ -3,7 +3,7 @@
 Legend: n memory layers, B rows of a batch, H query heads of one layer, T queries of a row.
 """
 
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ class LayeredReader(BatchReader):
     """
 
     def __init__(self, readers: Sequence[MemoryReader]):
-        self.readers = list(readers)
+        self._readers = list(readers)
 
-    def of_layer(self, number: int) -> MemoryReader:
-        return self.readers[number]
+    @property
+    def readers(self) -> List[MemoryReader]:
+        return self._readers
 
     @property
     def recall(self) -> Optional[Tuple[float, float]]:

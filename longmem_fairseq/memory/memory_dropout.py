@@ -3,13 +3,14 @@
 Legend: B rows of a batch, T tokens of a segment, H heads, d width of a head.
 """
 
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from ..modules.staging import staged
 from ..modules.token_mixture import TokenReads
-from .reader import BatchReader
+from .reader import BatchReader, MemoryReader
 
 
 class KeptRows:
@@ -17,11 +18,16 @@ class KeptRows:
 
     Args:
         reader: What all rows would read.
-        rows: Which rows read, shape (B,), bool; None for all.
+        rows: Which rows read, shape (B,), bool, on the CPU; None for all.
     """
 
     def __init__(self, reader: BatchReader, rows: Optional[Tensor]):
         self.reader, self.rows = reader, rows
+
+    @property
+    def readers(self) -> List[MemoryReader]:
+        """The reader of each memory layer, the lowest layer's first, as all rows would read."""
+        return self.reader.readers
 
     def of_layer(self, number: int) -> "KeptRows":
         """Return the reader of a memory layer, counted from 0 among the memory layers."""
@@ -32,14 +38,14 @@ class KeptRows:
         memory, present = self.reader(q, scaling)
         if self.rows is None:
             return memory, present
-        rows = self.rows.to(q.device)
+        rows = staged(self.rows, q.device)
         return memory, rows if present is None else present & rows
 
     def of_tokens(self, reads: Optional[TokenReads]) -> Optional[TokenReads]:
         """Return what the rows that read found in a token memory; None without one."""
         if reads is None or self.rows is None:
             return reads
-        return reads._replace(sizes=reads.sizes * self.rows[:, None].to(reads.sizes))
+        return reads._replace(sizes=reads.sizes * staged(self.rows, reads.sizes.device)[:, None].to(reads.sizes))
 
 
 class MemoryDropout(nn.Module):

@@ -5,7 +5,7 @@ bank, n chunks that were searched for, C tokens of a chunk.
 """
 
 from abc import ABC, abstractmethod
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -58,15 +58,18 @@ class ChunkReader:
         """Find the best chunks for each query.
 
         Args:
-            bank: Bank to search; some lane holds a chunk.
+            bank: Bank to search.
             lanes: Lane of the bank for each row, shape (B,), int64.
             q: Queries, shape (B, H, T, d).
 
         Returns:
-            Slots, best first, shape (B, H, T, n), int64; -1 where a lane holds fewer chunks.
+            Slots, best first, shape (B, H, T, n), int64; -1 where a lane holds fewer chunks. The number n depends on
+            the sizes alone and not on what is held, so that a step has the same shapes wherever a stream is.
         """
-        n = min(self.chunks_per_query, int(bank.held[lanes].max()))
-        return ungroup(self.search(bank, lanes, group_queries(q.detach(), bank.heads), n), q.size(1))
+        n = min(self.chunks_per_query, bank.chunks)
+        with torch.autocast(q.device.type, enabled=False):  # it would round the products to half precision
+            slots = self.search(bank, lanes, group_queries(q.detach(), bank.heads), n)
+        return ungroup(slots, q.size(1))
 
     def attend(self, keys: Tensor, values: Tensor, lanes: Tensor, q: Tensor, slots: Tensor, scaling: float) -> Tensor:
         """Attend to the chunks in slots.
@@ -96,9 +99,14 @@ class BatchReader(ABC):
 
     recall: Optional[Tuple[float, float]]
 
+    @property
     @abstractmethod
+    def readers(self) -> "List[MemoryReader]":
+        """The reader of each memory layer, the lowest layer's first."""
+
     def of_layer(self, number: int) -> "MemoryReader":
         """Return the reader of a memory layer, counted from 0 among the memory layers."""
+        return self.readers[number]
 
     @property
     @abstractmethod
@@ -136,8 +144,19 @@ class MemoryReader(BatchReader):
         self.recall = None
         self.on_read: Optional[Observer] = None
 
+    @property
+    def readers(self) -> "List[MemoryReader]":
+        return [self]
+
     def of_layer(self, number: int) -> "MemoryReader":
         return self
+
+    def why_not_static(self) -> Optional[str]:
+        """Return the reason why a CUDA graph cannot contain a reading, as a clause; None if it can.
+
+        A reader that can also has the methods of :class:`longmem_fairseq.memory.stream_memory.StreamReader` for it.
+        """
+        return "the memory is not one ring for each row"
 
     @abstractmethod
     def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:

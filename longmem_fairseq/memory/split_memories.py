@@ -4,6 +4,7 @@ import logging
 from typing import Dict, Iterator, Optional, Tuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..data.segments import Segments
@@ -37,6 +38,12 @@ class SplitMemories:
         """Return the memory of training or evaluation; None before anything was written."""
         return self._memories.get(training)
 
+    def fitting(self, training: bool, lanes: int, device: torch.device) -> Optional[StreamMemory]:
+        """Return the memory of training or evaluation if it has as many lanes, for a model on a device; else None."""
+        memory = self._memories.get(training)
+        fits = memory is not None and (memory.lanes is None or memory.lanes >= lanes)
+        return memory if fits and memory.bank.placement == self.factory.placement(device) else None
+
     def allocate(self, training: bool, lanes: int, like: Tensor, keep_reads: bool = False) -> StreamMemory:
         """Return the memory of training or evaluation, allocated if there is none that fits.
 
@@ -46,11 +53,10 @@ class SplitMemories:
             like: Keys of the model, whose dtype and device a new memory takes.
             keep_reads: Whether a backward pass may come after later batches were written.
         """
-        memory = self._memories.get(training)
+        memory = self.fitting(training, lanes, like.device)
         if memory is not None:
-            fits = memory.lanes is None or memory.lanes >= lanes
-            if fits and memory.bank.placement == self.factory.placement(like.device):
-                return memory
+            return memory
+        if training in self._memories:
             logger.warning("the memory is allocated again for %d lanes on %s", lanes, like.device)
         memory = self._memories[training] = self.factory.memory(lanes, like, keep_reads)
         memory.base = None if training else self.base

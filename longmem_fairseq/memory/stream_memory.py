@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from ..data.segments import Segments
+from ..modules.staging import staged
 from ..modules.token_mixture import TokenReads
 from .bank import MemoryBank
 from .lane_streams import LaneStreams
 from .layered_reader import join_layers
+from .placement import Placement
 from .policies import MemoryPolicy, register_memory_policy
 from .reader import BatchReader, ChunkReader, MemoryReader, chunk_ages, tables_to_read
+from .ring import RingPlaces, chunk_numbers
+from .search.base import SearchBackend
 from .token_search import TokenStates
 from .token_streams import TokenStreams
 
@@ -70,9 +74,9 @@ class StreamMemory(LaneStreams):
         self.bank.reset(lane, position)
 
     def store(self, segments: Segments, written: WrittenSegments, rows: List[int]) -> None:
-        for row in rows:
-            lane, length = int(segments.lanes[row]), int(segments.lengths[row])
-            self.bank.append(lane, written.keys[row, :, :length], written.values[row, :, :length])
+        lengths = np.zeros_like(segments.lengths)
+        lengths[rows] = segments.lengths[rows]
+        self.bank.append_rows(segments.lanes, written.keys, written.values, lengths)
 
     # What all policies share -------------------------------------------------------------------------------------
 
@@ -191,28 +195,49 @@ class StreamReader(MemoryReader):
         self.bank, self.lanes = bank.by_layer(), segments.lanes * bank.layers + layer
         self.chunk_reader, self.segments, self.keep_reads = chunk_reader, segments, keep_reads
         self.slots: Optional[Tensor] = None  # (B, H, T, n)
-        self._held, self._written = self.bank.held[self.lanes], self.bank.written[self.lanes]
-        self._positions = self.bank.position[self.lanes]
+        self._held, self._places = self.bank.held[self.lanes], None
+
+    def places(self, device: torch.device) -> RingPlaces:
+        """Return where the rings of the rows' lanes are when the batch is read, for a device."""
+        if self._places is None:
+            self._places = self.bank.places(self.lanes, device)
+        return self._places
+
+    # What a CUDA graph of the step needs -------------------------------------------------------------------------
+
+    def why_not_static(self) -> Optional[str]:
+        if self.on_read is not None:
+            return "what is read is observed"
+        return why_not_static(self.bank.placement, self.chunk_reader.search)
+
+    @property
+    def reads(self) -> bool:
+        """Whether some row's lane holds a chunk; a graph contains the search or does not."""
+        return bool(self._held.any())
+
+    def bind(self, places: RingPlaces) -> None:
+        """Read what the lanes hold from tensors at other addresses, and forget what was found."""
+        self._places, self.slots = places, None
+        self.bank.set_places(self.lanes, places)
 
     def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
-        if not self._held.any():
+        if not self._held.any():  # on the host: nothing waits for the device
             return torch.zeros_like(q), q.new_zeros(q.size(0), dtype=torch.bool)
-        bank, lanes = self.bank, self.lanes
+        bank, lanes, places = self.bank, self.lanes, self.places(q.device)
         if self.slots is None:
             self.slots = self.chunk_reader.find(bank, lanes, q)
             self.recall = self.chunk_reader.search.recall
             self.observe(bank, lanes, q, self.slots, scaling)
-        rows = _to(q.device, lanes)
         keys, values = tables_to_read(bank, q, self.keep_reads)
-        z = self.chunk_reader.attend(keys, values, rows, q, self.slots, scaling)
-        return z, None if self._held.all() else _to(q.device, self._held > 0)
+        return self.chunk_reader.attend(keys, values, places.lanes, q, self.slots, scaling), places.held > 0
 
     @property
     def retrieved(self) -> Optional[Tensor]:
         if self.slots is None:
             return None
-        written, held = (_to(self.slots.device, x) for x in (self._written, self._held))
-        return chunk_ages(self.slots, written, held, self.bank.chunks, self.chunk_reader.chunks_per_query)
+        places = self.places(self.slots.device)
+        columns = self.chunk_reader.chunks_per_query
+        return chunk_ages(self.slots, places.written, places.held, self.bank.chunks, columns)
 
     @property
     def fill(self) -> float:
@@ -221,16 +246,24 @@ class StreamReader(MemoryReader):
     def distance(self) -> Tuple[Tensor, Tensor]:
         if self.slots is None:
             return super().distance()
-        slots, C = self.slots, self.bank.chunk_size
-        starts, lengths = (_to(slots.device, x).view(-1, 1, 1, 1) for x in (self._positions, self.segments.lengths))
+        slots, C, places = self.slots, self.bank.chunk_size, self.places(self.slots.device)
+        starts, lengths = (x.view(-1, 1, 1, 1) for x in (places.positions, staged(self.segments.lengths, slots.device)))
         t = torch.arange(slots.size(2), device=slots.device).view(1, 1, -1, 1)
-        middle = self.bank.chunk_numbers(self.lanes, slots) * C + (C - 1) / 2
+        middle = chunk_numbers(places.written, slots, self.bank.chunks) * C + (C - 1) / 2
         read = (slots >= 0) & (t < lengths)
         return ((starts + t - middle) * read).sum(dtype=torch.float32), read.sum(dtype=torch.float32)
 
 
-def _to(device: torch.device, x: np.ndarray) -> Tensor:
-    return torch.from_numpy(x).to(device, non_blocking=True)
+def why_not_static(placement: Placement, search: SearchBackend) -> Optional[str]:
+    """Return the reason why a CUDA graph cannot contain the reading of a memory, as a clause; None if it can.
+
+    Args:
+        placement: Placement of the memory.
+        search: Search of the memory.
+    """
+    if placement.tokens != placement.means:
+        return f"the memory is in {placement}"
+    return None if search.static else f"the search by {search.name} depends on what the memory holds"
 
 
 register_memory_policy(MemoryPolicy("document", StreamMemory))

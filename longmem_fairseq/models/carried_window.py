@@ -20,6 +20,7 @@ from ..data.segments import Segments
 from ..memory.lane_streams import LaneStreams
 from ..modules.cached_attention import FIRST, LEFT_PADDING, SLIDING_WINDOW, SegmentState
 from ..modules.sliding_window import SINKS, SlidingWindow
+from ..modules.staging import staged
 from .window_caches import Caches, attention_modules, encode_window
 
 Tensors = Dict[str, Tensor]
@@ -43,7 +44,7 @@ class CarriedSegment(SegmentState):
         lengths: As above.
         positions: As above.
         tokens: As above.
-        start: Position of the first token of each row in its window, shape (B,), int64, or 0 for all.
+        start: Position of the first token of each row in its window, shape (B,), int64, on the host, or 0 for all.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ class CarriedSegment(SegmentState):
         if window is not None:
             entries[SLIDING_WINDOW] = {"window": window_behind(window, positions, device)}
         if lengths.min(initial=longest) < longest:
-            entries[LEFT_PADDING] = {"left": torch.from_numpy(longest - lengths).to(device)}
+            entries[LEFT_PADDING] = {"left": staged(longest - lengths, device)}
         super().__init__(entries)
         self.lengths, self.positions, self.tokens, self._device = lengths, positions, tokens, device
-        self.start: Any = torch.from_numpy(lengths).to(device) if longest else 0
+        self.start: Any = lengths if longest else 0
 
     def again(self) -> "CarriedSegment":
         """Return the same state before anything was appended."""
@@ -92,7 +93,7 @@ def window_behind(size: int, positions: np.ndarray, device: torch.device) -> Sli
         device: Device of the model.
     """
     started = bool(positions.min(initial=SINKS) >= SINKS)
-    return SlidingWindow(size, torch.from_numpy(positions).to(device), started)
+    return SlidingWindow(size, staged(positions, device), started)
 
 
 class CarriedWindow(LaneStreams):
@@ -171,16 +172,18 @@ class CarriedWindow(LaneStreams):
 
     def store(self, segments: Segments, written: Carried, rows: List[int]) -> None:
         lanes = segments.lanes[rows]
+        to, of = staged(np.stack([lanes, np.array(rows, dtype=np.int64)]), self.device)
         for name, x in written.tensors.items():
             columns = self._columns(name)
             if name not in self._tensors:
                 self._tensors[name] = x.new_zeros(self.lanes, *x.shape[1:-2], columns, x.size(-1))
-            self._tensors[name][lanes, ..., columns - x.size(-2) :, :] = x[rows]
+            stored = self._tensors[name][..., columns - x.size(-2) :, :]
+            stored.index_copy_(0, to, x.index_select(0, of))
         self.lengths[lanes] = written.lengths[rows]
 
-    def take(self, lanes: np.ndarray, name: str, columns: int) -> Tensor:
-        """Return the last columns of some lanes of a stored tensor, a copy of shape (B, ..., columns, width)."""
-        return self._tensors[name][..., self._columns(name) - columns :, :][lanes]
+    def take(self, lanes: Tensor, name: str, columns: int) -> Tensor:
+        """Return the last columns of some lanes (B,) of a stored tensor, a copy of shape (B, ..., columns, width)."""
+        return self._tensors[name][..., self._columns(name) - columns :, :].index_select(0, lanes)
 
     def positions(self, lanes: np.ndarray) -> np.ndarray:
         """Return the number of tokens of some lanes' streams that were read and stored, shape (B,), int64."""
@@ -237,11 +240,12 @@ class CarriedKeys(CarriedWindow):
         lengths = self.lengths[lanes]
         S = int(lengths.max(initial=0))
         if S:
+            numbers = staged(lanes, self.device)
             for i, module in enumerate(self._modules):
                 names = _names(i)
                 if names["prev_key"] in self._tensors:
                     columns = {entry: SINKS if entry in FIRST else S for entry in names}
-                    module.set_cache(before, {x: self.take(lanes, name, columns[x]) for x, name in names.items()})
+                    module.set_cache(before, {x: self.take(numbers, name, columns[x]) for x, name in names.items()})
         return CarriedSegment(before, lengths, self.positions(lanes), self.decoder.device, self.size)
 
     def columns(self, tokens: Tensor, state: CarriedSegment) -> Tensors:
@@ -266,7 +270,7 @@ class CarriedTokens(CarriedWindow):
         lengths = self.lengths[lanes]
         if not lengths.any():
             return CarriedSegment({}, lengths, self.positions(lanes), self.decoder.device)
-        carried = self.take(lanes, _TOKENS, int(lengths.max()))[..., 0]  # (B, S)
+        carried = self.take(staged(lanes, self.device), _TOKENS, int(lengths.max()))[..., 0]  # (B, S)
         pieces = [row[len(row) - length :] for row, length in zip(carried, lengths.tolist())]
         with torch.no_grad():
             tokens, before, _ = encode_window(self.decoder, pieces, for_memory=self.for_memory)
@@ -289,7 +293,7 @@ def _last(x: Tensor, behind: np.ndarray, columns: int) -> Tensor:
     x, end = x.detach(), int(behind.max())
     if (behind == end).all():
         return x[..., end - columns : end, :].clone()
-    index = torch.from_numpy(behind[:, None] - columns + np.arange(columns)).clamp(min=0).to(x.device)
+    index = staged(np.maximum(behind[:, None] - columns + np.arange(columns), 0), x.device)
     index = index.view(len(index), *[1] * (x.dim() - 3), columns, 1)
     return x.gather(-2, index.expand(*x.shape[:-2], columns, x.size(-1)))
 

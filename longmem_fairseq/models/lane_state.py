@@ -13,6 +13,7 @@ from ..memory.lane_streams import LaneStreams, next_segments
 from ..memory.split_memories import SplitMemories
 from ..memory.stream_memory import StreamMemory
 from .carried_window import CarriedWindow, SplitWindows
+from .step_graphs import StepGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,14 @@ class LaneState:
     Attributes:
         memories: Memories of training and evaluation.
         windows: Carried windows of training and evaluation.
+        graphs: CUDA graphs of the steps on these memories.
     """
 
     def __init__(self, decoder, memory_factory: MemoryFactory, carry_window: int):
         self.decoder = decoder
         self.memories = SplitMemories(memory_factory)
         self.windows = SplitWindows(decoder, carry_window)
+        self.graphs = StepGraphs(decoder)
 
     def streams(self) -> List[LaneStreams]:
         """Return what the decoder's present mode, training or evaluation, has kept so far."""
@@ -70,11 +73,19 @@ class LaneState:
         Returns:
             The two, each None where the decoder has none.
         """
-        decoder, memory = self.decoder, None
-        if decoder.has_memory:
+        return self.memory(tokens, lanes), self.windows.allocate(self.decoder.training, lanes)
+
+    def memory(self, tokens: Tensor, lanes: int) -> Optional[StreamMemory]:
+        """Return the memory alone (see :meth:`allocate`)."""
+        decoder = self.decoder
+        if not decoder.has_memory:
+            return None
+        memory = self.memories.fitting(decoder.training, lanes, tokens.device)
+        if memory is None:
             like = decoder.backbone.encode_for_memory(tokens[:, :1]).keys
+            # Outside a task several segments may come before one backward pass.
             memory = self.memories.allocate(decoder.training, lanes, like, keep_reads=decoder.stateful)
-        return memory, self.windows.allocate(decoder.training, lanes)
+        return memory
 
     @torch.no_grad()
     def read_again(self, tokens: Tensor, segments: Segments, restart: bool) -> None:
@@ -106,4 +117,5 @@ class LaneState:
     def clear(self) -> None:
         """Forget everything and free it."""
         self.memories.clear()
+        self.graphs.clear()
         self.windows.clear()

@@ -24,6 +24,7 @@ from ..memory.branches import MemoryBranches
 from ..memory.reader import BatchReader
 from ..memory.token_search import TokenStates
 from ..modules.cached_attention import FIRST, LEFT_PADDING, SLIDING_WINDOW
+from ..modules.staging import staged
 from ..modules.token_mixture import TokenReads
 from ..progress import token_bar
 from .carried_window import CarriedWindow, new_carried_window, window_behind
@@ -88,12 +89,11 @@ class LiveWindow:
         if len(full):
             self._roll_over(full.tolist(), state)
         S = self.tokens.size(1)
-        left = torch.from_numpy(S - self.lengths).to(tokens.device)  # (B,)
-        state[LEFT_PADDING] = {"left": left if self.lengths.min() < S else None}
+        left = staged(S - self.lengths, tokens.device) if self.lengths.min() < S else None  # (B,)
+        state[LEFT_PADDING] = {"left": left}
         if self._keeps_keys:
             state[SLIDING_WINDOW] = {"window": window_behind(self.carried, self.positions, self.decoder.device)}
-        starts = torch.from_numpy(self.lengths).to(tokens.device)
-        encoded = self.decoder.backbone.encode(tokens, state, starts)
+        encoded = self.decoder.backbone.encode(tokens, state, self.lengths)
         states = self.decoder.side_network(encoded, self.reader(), state)
         self.tokens = torch.cat([self.tokens, tokens], dim=1)  # (B, S + 1)
         self.lengths, self.live, self.positions = self.lengths + 1, self.live + 1, self.positions + 1
@@ -107,7 +107,7 @@ class LiveWindow:
         if self.hidden is None:
             return None
         states = TokenStates(self.hidden, self.tokens[:, -self.hidden.size(1) :])
-        return self.branches.read_windows(states, torch.from_numpy(self.live).to(self.tokens.device))
+        return self.branches.read_windows(states, staged(self.live, self.tokens.device))
 
     def fill(self, pieces: Sequence[Tensor], state: Dict[str, Any], carried: Optional[CarriedWindow] = None) -> None:
         """Read the first inputs of all rows into their empty windows.
@@ -137,7 +137,7 @@ class LiveWindow:
             state.update(before)
             return
         padded = pad(self.decoder, pieces)  # (B, P)
-        padding = torch.from_numpy(padded.size(1) - self.live).to(padded.device)
+        padding = padded.size(1) - self.live
         encoded = self.decoder.backbone.encode(padded, before, before.start)
         self.decoder.side_network(encoded, self.reader(), before)
         if self.hidden is not None:
@@ -163,7 +163,7 @@ class LiveWindow:
     def _roll_over(self, rows: List[int], state: Dict[str, Any]) -> None:
         """Move inputs of full windows into their memories, and drop or encode again what is before the next segment."""
         left = 0 if self.carried else self.size // 2
-        index = torch.tensor(rows, device=self.tokens.device)
+        index = staged(np.array(rows), self.tokens.device)
         if self.branches is not None:
             S = self.tokens.size(1)
             moved = slice(S - self.size, S - left)
@@ -194,7 +194,7 @@ class LiveWindow:
         columns = self.tokens.size(1)
         pieces = [self.tokens[row, columns - length :] for row, length in zip(rows, kept.tolist())]
         tokens, caches, hidden = encode_window(self.decoder, pieces, None if self.carried else self.reader(rows))
-        index = torch.tensor(rows, device=self.tokens.device)
+        index = staged(np.array(rows), self.tokens.device)
         self.lengths[rows] = kept
         S = int(self.lengths.max())
         self.tokens = _replace(self.tokens, index, tokens, S)

@@ -102,11 +102,10 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         segments = self.lane_state.next_segments(prev_output_tokens) if segments is None else segments
         window = self.lane_state.windows.allocate(self.training, segments.n_lanes)
         carried = None if window is None else window.open(segments)
-        encoded = self.backbone(prev_output_tokens, carried, 0 if carried is None else carried.start)
-        memory = self._memory(segments, encoded.keys) if self.has_memory else None
+        memory = self.lane_state.memory(prev_output_tokens, segments.n_lanes)
         reader = None if memory is None else memory.open(segments)
         read = None if memory is None else self.memory_dropout(reader, len(segments))
-        states = self.side_network(encoded, read, carried)
+        encoded, states = self.lane_state.graphs.run(prev_output_tokens, read, carried)
         token_states = self.predictor.token_states(encoded, prev_output_tokens)
         reads = None if memory is None else read.of_tokens(memory.read_tokens(segments, token_states))
         if memory is not None and not read_only:  # after the search: nothing retrieves itself
@@ -120,6 +119,11 @@ class LongMemDecoder(FairseqIncrementalDecoder):
                 extra["logits_without_memory"] = self.output_layer(self.features(alone))
         x = self.features(states)
         return (x if features_only else self.predictor(x, reads, extra)), extra
+
+    def read_segment(self, tokens: Tensor, reader, carried=None) -> Tuple[EncodedSegment, List[Tensor]]:
+        """Encode one segment of each lane, tokens (B, T); return that and the states of the side network."""
+        encoded = self.backbone(tokens, carried, 0 if carried is None else carried.start)
+        return encoded, self.side_network(encoded, reader, carried)
 
     def side_network(
         self, encoded: EncodedSegment, reader: Union[BatchReader, KeptRows, None], incremental_state=None
@@ -156,7 +160,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         if not self.has_memory:
             return
         encoded = self.predictor.encode_for_memory(tokens)
-        memory = self._memory(segments, encoded.keys)
+        memory = self.lane_state.memory(tokens, segments.n_lanes)
         if restart:
             memory.restart(segments)
         else:
@@ -204,10 +208,6 @@ class LongMemDecoder(FairseqIncrementalDecoder):
     def needs_replay(self, segments: Segments) -> np.ndarray:
         """Return which rows' memory or carried window is not where their segment starts, shape (B,), bool."""
         return self.lane_state.needs_replay(segments)
-
-    def _memory(self, segments: Segments, keys: Tensor):
-        # Outside a task several segments may come before one backward pass.
-        return self.lane_state.memories.allocate(self.training, segments.n_lanes, keys, keep_reads=self.stateful)
 
     @torch.no_grad()
     def _decode(self, tokens: Tensor, state: Dict, features_only: bool) -> Tuple[Tensor, Dict]:

@@ -1,10 +1,11 @@
 """The registered model ``longmem_lm`` and its architectures."""
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
-from typing import Any, Optional
+from typing import Any, ContextManager, Optional
 
 import numpy as np
 import torch
@@ -52,6 +53,7 @@ class LongMemModel(FairseqLanguageModel):
             side network when it reads nothing.
         num_updates: Number of updates of the training so far.
         autocast_dtype: Precision of products under autocast; None for that of the weights.
+        gpu_autocast_dtype: The same on GPUs alone, where attention in half precision has a kernel of its own.
     """
 
     def __init__(self, cfg, decoder: LongMemDecoder):
@@ -60,6 +62,7 @@ class LongMemModel(FairseqLanguageModel):
         self.score_without_memory = False
         self.num_updates = 0
         self.autocast_dtype: Optional[torch.dtype] = None
+        self.gpu_autocast_dtype: Optional[torch.dtype] = None
 
     def __getstate__(self):
         return {**self.__dict__, "cfg": plain(self.cfg)}
@@ -136,7 +139,7 @@ class LongMemModel(FairseqLanguageModel):
 
     def forward(self, src_tokens: Tensor, without_memory: bool = False, **kwargs):
         """See :meth:`LongMemDecoder.forward`."""
-        with self._autocast(src_tokens):
+        with self.autocast(src_tokens):
             return self.decoder(src_tokens, without_memory=without_memory or self.score_without_memory, **kwargs)
 
     def reset_memory(self) -> None:
@@ -153,12 +156,19 @@ class LongMemModel(FairseqLanguageModel):
 
     def memorize(self, src_tokens: Tensor, segments: Segments, restart: bool = False) -> None:
         """Write tokens into the memory without reading it (see :meth:`LongMemDecoder.memorize`)."""
-        with self._autocast(src_tokens):  # as forward, so that a memory is rebuilt bit by bit
+        with self.autocast(src_tokens):  # as forward, so that a memory is rebuilt bit by bit
             self.decoder.memorize(src_tokens, segments, restart=restart)
 
-    def _autocast(self, tokens: Tensor) -> torch.autocast:
+    def autocast(self, tokens: Tensor) -> ContextManager:
+        """Return the context in which the decoder computes, given a batch's tokens on the model's device.
+
+        A model without a precision of its own leaves fairseq's (``--amp``) as it is.
+        """
         # Here and not around the training step, in which fairseq turns autocast off.
-        return torch.autocast(tokens.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        dtype = self.autocast_dtype or (self.gpu_autocast_dtype if tokens.is_cuda else None)
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(tokens.device.type, dtype)
 
     @property
     def memory_tokens(self) -> int:

@@ -5,11 +5,13 @@ Legend: B rows, S columns of the caches.
 
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..memory.reader import BatchReader
 from ..modules.cached_attention import FIRST, CachedAttention
+from ..modules.staging import staged
 
 Caches = Dict[str, Any]  # an incremental state with nothing but caches
 
@@ -42,7 +44,7 @@ def encode_window(
         encoded = decoder.backbone.encode(padded, state)
         decoder.side_network(encoded, reader, state)
         states = decoder.predictor.token_states(encoded, padded)
-    padding = torch.tensor([padded.size(1) - len(piece) for piece in pieces], device=padded.device)
+    padding = np.array([padded.size(1) - len(piece) for piece in pieces], dtype=np.int64)
     hidden = None if states is None else align_right(states.hidden[:, None], padding)[:, 0]
     return align_right(padded, padding), align_caches(decoder, state, padding), hidden
 
@@ -54,7 +56,7 @@ def pad(decoder, pieces: Sequence[Tensor]) -> Tensor:
     )
 
 
-def align_right(x: Tensor, padding: Tensor) -> Tensor:
+def align_right(x: Tensor, padding: np.ndarray) -> Tensor:
     """Rotate the columns of each row so that padding at its end comes to its front.
 
     Args:
@@ -64,13 +66,13 @@ def align_right(x: Tensor, padding: Tensor) -> Tensor:
     if not padding.any():
         return x
     dim = min(2, x.dim() - 1)
-    columns = (torch.arange(x.size(dim), device=x.device) - padding[:, None]) % x.size(dim)  # (B, S)
+    columns = (torch.arange(x.size(dim), device=x.device) - staged(padding, x.device)[:, None]) % x.size(dim)  # (B, S)
     if x.dim() == 2:
         return x.gather(1, columns)
     return x.gather(2, columns[:, None, :, None].expand_as(x))
 
 
-def align_caches(decoder, state: Caches, padding: Tensor) -> Caches:
+def align_caches(decoder, state: Caches, padding: np.ndarray) -> Caches:
     """Return the caches of an incremental state, with :func:`align_right` applied."""
     aligned: Caches = {}
     for module in attention_modules(decoder):

@@ -28,11 +28,12 @@ class MemoryGate:
     Attributes:
         gate_bias: Parameter b, shape (H,), which starts at 0.
         gate_weight: Parameter w, shape (H, d), which starts at 0; None where a gate does not depend on the query.
+        last_gates: Gates of the last call that depend on the query, shape (B, H, T, 1), without gradient; None before.
     """
 
     gate_bias: nn.Parameter
     gate_weight: Optional[nn.Parameter]
-    _last_gates: Optional[Tensor] = None
+    last_gates: Optional[Tensor] = None
     _reader = None
 
     def add_gate(self, num_heads: int) -> None:
@@ -93,7 +94,7 @@ class MemoryGate:
         if self.gate_weight is not None:
             d = q.size(3)
             g = g + (q.float() * self.gate_weight.float()[:, None]).sum(dim=3, keepdim=True) / d**0.5
-            self._last_gates = torch.sigmoid(GATE_PACE * g.detach())
+            self.last_gates = torch.sigmoid(GATE_PACE * g.detach())
         return torch.sigmoid(GATE_PACE * g)
 
     @property
@@ -103,9 +104,9 @@ class MemoryGate:
         Gates that depend on the query are means over the rows and tokens of the last call, and before the first call
         those of a query of zeros.
         """
-        if self.gate_weight is None or self._last_gates is None:
+        if self.gate_weight is None or self.last_gates is None:
             return torch.sigmoid(GATE_PACE * self.gate_bias.detach().float())
-        return self._last_gates.mean(dim=(0, 2, 3))
+        return self.last_gates.mean(dim=(0, 2, 3))
 
 
 class JointAttention(MemoryGate, SelfAttention):

@@ -64,6 +64,7 @@ class RotaryPositions:
         except KeyError as error:
             raise ValueError(f"the {kind} scaling of the rotary positions lacks {error.args[0]!r}") from None
         self._tables: Dict[torch.device, _Tables] = {}
+        self._turns: Dict[Tuple[int, torch.dtype, torch.device], _Tables] = {}
 
     def rotate(self, x: Tensor, start: int = 0, left: Optional[Tensor] = None) -> Tensor:
         """Rotate queries or keys to their positions.
@@ -103,8 +104,12 @@ class RotaryPositions:
 
     def turn_by(self, x: Tensor, distance: int) -> Tensor:
         """Rotate all queries or keys (B, H, T, d) by the same distance, without :attr:`magnitude`."""
-        angles = distance * self.frequencies.double()
-        return _turn(x, angles.cos().to(x), angles.sin().to(x))
+        turn = distance, x.dtype, x.device
+        if turn not in self._turns:
+            angles = distance * self.frequencies.double()
+            with torch.inference_mode(False):  # as for the tables
+                self._turns[turn] = angles.cos().to(x), angles.sin().to(x)
+        return _turn(x, *self._turns[turn])
 
     def _table(self, length: int, device: torch.device) -> _Tables:
         """Return cosines and sines (at least ``length``, d / 2), float32, of the positions from 0 on."""

@@ -59,8 +59,8 @@ def forget_masks() -> None:
 
 def _new_mask(alibi_heads: int, T: int, S: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)  # (T, S)
-    slopes = alibi_slopes(alibi_heads) if alibi_heads else torch.zeros(1)
-    bias = -slopes.to(device)[:, None, None] * distance  # float32: in half, multiples of small slopes collapse
+    slopes = _slopes_on(alibi_heads, device) if alibi_heads else torch.zeros(1, device=device)
+    bias = -slopes[:, None, None] * distance  # float32: in half, multiples of small slopes collapse
     return bias.masked_fill_(distance < 0, float("-inf")).to(dtype)[None]
 
 
@@ -211,7 +211,7 @@ class SelfAttention(CachedAttention, MultiheadAttention):
             scores = torch.matmul(q * self.scaling, k.transpose(-1, -2))
         positions = torch.arange(S, device=q.device)
         if self.alibi:  # by the key's position, which differs from the distance by a constant for each query
-            bias = alibi_slopes(self.num_heads).to(q.device)[:, None, None] * positions  # (H, 1, S)
+            bias = _slopes_on(self.num_heads, q.device)[:, None, None] * positions  # (H, 1, S)
             scores = scores + bias.to(q.dtype)
         scores = scores.masked_fill(positions > positions[S - T :, None], float("-inf"))
         if left is not None:

@@ -112,7 +112,7 @@ class SharedReader(MemoryReader):
         super().__init__()
         self.bank, self.chunk_reader, self.rows, self.keep_reads = bank, chunk_reader, rows, keep_reads
         self.slots: Optional[Tensor] = None  # (1, H, B * T, n)
-        self._held, self._written = bank.held, bank.written.copy()
+        self._held, self._places = bank.held, None
 
     def __call__(self, q: Tensor, scaling: float) -> Tuple[Tensor, Optional[Tensor]]:
         B, H, T, d = q.shape
@@ -120,6 +120,7 @@ class SharedReader(MemoryReader):
             return torch.zeros_like(q), q.new_zeros(B, dtype=torch.bool)
         queries = q.transpose(0, 1).reshape(1, H, B * T, d)
         if self.slots is None:
+            self._places = self.bank.places(_LANE, q.device)
             self.slots = self.chunk_reader.find(self.bank, _LANE, queries)
             self.recall = self.chunk_reader.search.recall
             self.observe(self.bank, _LANE, queries, self.slots, scaling)
@@ -133,8 +134,8 @@ class SharedReader(MemoryReader):
             return None
         _, H, _, n = self.slots.shape
         slots = self.slots.view(H, self.rows, -1, n).transpose(0, 1)  # (B, H, T, n)
-        written, held = (torch.from_numpy(x).to(slots.device) for x in (self._written, self._held))
-        return chunk_ages(slots, written, held, self.bank.chunks, self.chunk_reader.chunks_per_query)
+        columns = self.chunk_reader.chunks_per_query
+        return chunk_ages(slots, self._places.written, self._places.held, self.bank.chunks, columns)
 
     @property
     def fill(self) -> float:

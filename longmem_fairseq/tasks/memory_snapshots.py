@@ -215,8 +215,9 @@ class MemorySnapshots:
         start = time.time()
         path = _path(os.path.dirname(restored.path), iterator, restored.batches)
         try:
-            with torch.autocast("cuda", enabled=autocast):
-                memory, window = model.decoder.lane_state.allocate(sample["net_input"]["src_tokens"], segments.n_lanes)
+            tokens = sample["net_input"]["src_tokens"]
+            with torch.autocast("cuda", enabled=autocast), model.autocast(tokens):
+                memory, window = model.decoder.lane_state.allocate(tokens, segments.n_lanes)
             load_training_memory(path, memory, _place(model, iterator, restored.batches), window)
         except SnapshotError as error:
             raise SnapshotError(f"{error}: {_REPLAY}") from error

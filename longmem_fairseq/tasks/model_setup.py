@@ -19,7 +19,14 @@ def prepare_model(model: Any, cfg: Any, from_checkpoint: bool) -> None:
         ValueError: An option contradicts the model.
     """
     if from_checkpoint and str(cfg.inference_dtype) != "float32":
-        compute_products_in(model, getattr(torch, str(cfg.inference_dtype)))
+        dtype = getattr(torch, str(cfg.inference_dtype))
+        compute_products_in(model, dtype)
+        if hasattr(model, "memorize"):
+            model.gpu_autocast_dtype = dtype
+    if hasattr(model, "memorize"):
+        model.decoder.lane_state.graphs.choose(str(cfg.cuda_graphs), trains=not from_checkpoint)
+    elif str(cfg.cuda_graphs) == "on":
+        raise ValueError("--cuda-graphs on is for longmem_lm: leave it out")
     if not from_checkpoint and str(cfg.train_dtype) != "float32":
         if not hasattr(model, "memorize"):
             raise ValueError(f"--train-dtype {cfg.train_dtype} is for longmem_lm: use --amp for other models")

@@ -54,6 +54,9 @@ TABLE: Dict[str, OptionUse] = {
         (VALIDATE, EVAL_LM, *_PROMPTS),
         "it is for evaluation and generation; leave it out, and train with --train-dtype",
     ),
+    "cuda_graphs": OptionUse(
+        _SPLITS, "the caches of generation grow with every token, so no step has the sizes of another; leave it out"
+    ),
     "future_target": OptionUse(COMMANDS),  # what is always done
     "self_target": _NEXT_TOKEN,
     "past_target": _NEXT_TOKEN,

@@ -12,6 +12,7 @@ from omegaconf import II
 
 from ..memory.memory_file import DTYPES
 from ..memory.policies import memory_policy
+from ..models.step_graphs import MODES
 from .generation_options import check_stops, check_values
 from .option_table import INTERACTIVE, TRAIN, check_use
 
@@ -103,7 +104,15 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
         default="float32",
         metadata={
             "help": "evaluation and generation: precision in which weights are held and multiplied; bfloat16 is up to "
-            "twice as fast on CPUs that support it, least where a single row is generated; the rest stays in float32"
+            "twice as fast on CPUs that support it, least where a single row is generated; the rest stays in float32, "
+            "on GPUs but for attention"
+        },
+    )
+    cuda_graphs: ChoiceEnum(list(MODES)) = field(
+        default="auto",
+        metadata={
+            "help": "evaluation: launch backbone, search and side network at once, as a CUDA graph; training: the "
+            "frozen backbone; auto: on GPUs, where the step has fixed sizes; on: fail where it has not"
         },
     )
 
@@ -127,6 +136,9 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
     tokenizer_settings: Any = II("tokenizer")
     fp16: bool = II("common.fp16")
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
+    amp: bool = II("common.amp")
+    bf16: bool = II("common.bf16")
+    memory_efficient_bf16: bool = II("common.memory_efficient_bf16")
     cpu: bool = II("common.cpu")
     log_format: Optional[str] = II("common.log_format")
     log_interval: int = II("common.log_interval")
@@ -152,6 +164,8 @@ def check_options(cfg: LongMemLanguageModelingConfig, from_checkpoint: bool = Fa
         if cfg.use_plasma_view:
             raise ValueError("--use-plasma-view is not supported: data is memory-mapped; leave it out")
         _check_precision(cfg)
+        if str(cfg.cuda_graphs) == "on" and (cfg.cpu or not torch.cuda.is_available()):
+            raise ValueError("--cuda-graphs on needs a GPU: leave it out")
     memory_policy(cfg.memory_scope)
     if cfg.tokens_per_sample < 1:
         raise ValueError(f"--tokens-per-sample {cfg.tokens_per_sample} is less than one token: raise it")
@@ -167,11 +181,17 @@ def check_options(cfg: LongMemLanguageModelingConfig, from_checkpoint: bool = Fa
 
 
 def _check_precision(cfg: LongMemLanguageModelingConfig) -> None:
-    if str(cfg.train_dtype) != "float32" and cfg.fp16:
-        raise ValueError(f"--train-dtype {cfg.train_dtype} and --fp16 are two precisions: leave one out")
-    half = str(cfg.inference_dtype) != "float32"
-    if half and cfg.fp16:
-        raise ValueError(f"--inference-dtype {cfg.inference_dtype} and --fp16 are two precisions: leave one out")
+    if cfg.bf16 or cfg.memory_efficient_bf16:
+        option = "--memory-efficient-bf16" if cfg.memory_efficient_bf16 else "--bf16"
+        raise ValueError(
+            f"{option} selects a TPU in fairseq and computes on no GPU or CPU: train with --train-dtype bfloat16, and "
+            "evaluate and generate with --inference-dtype bfloat16"
+        )
+    for name in ("train_dtype", "inference_dtype"):
+        for other in ("fp16", "amp"):
+            if str(getattr(cfg, name)) != "float32" and getattr(cfg, other):
+                option = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
+                raise ValueError(f"{option} and --{other} are two precisions: leave one out")
     if cfg.fp16 and not cfg.memory_efficient_fp16 and (cfg.cpu or not torch.cuda.is_available()):
         raise ValueError(
             "--fp16 needs a GPU: leave it out, and for half precision on a CPU train with --amp, or evaluate and "

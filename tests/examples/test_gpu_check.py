@@ -34,12 +34,17 @@ def test_gpu_check_tiny(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["tiny"] and {part["status"] for part in report["parts"]} == {"passed"}
     results = {part["part"]: part["result"] for part in report["parts"]}
-    assert {"environment", "tests", "throughput-eval-8", "search", "throughput-train-8", "training"} == set(results)
+    throughputs = {"throughput-full-8", "throughput-train-8"}
+    assert {"environment", "tests", "search", "profile-8", "training", *throughputs} == set(results)
+    assert {path.stem for path in (tmp_path / "logs").iterdir()} == set(results)
     assert results["throughput-train-8"]["options"]["mode"] == "train"
+    full = [row["attention"] for row in results["throughput-full-8"]["full_attention"]]
+    assert full == ["window:32", "context:48"] and results["profile-8"]["kernels"]
     text = (tmp_path / "report.md").read_text()
     assert "nothing here has run on a GPU" in text and "perplexity of the test documents after 3 updates" in text
     assert "Which search should be the default" in text
-    assert str(ROOT) not in text + json.dumps(report), "the report contains no directory of this machine"
+    texts = [text, json.dumps(report), *(path.read_text() for path in (tmp_path / "logs").iterdir())]
+    assert not any(str(ROOT) in x for x in texts), "the report contains no directory of this machine"
 
 
 def test_gpu_check_refusals(tmp_path):
@@ -87,29 +92,42 @@ def test_gpu_result_refusals(texts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def throughput(name, mode="eval", **row):
-    row = {"memory_size": 65536, "ratio_to_off": 0.95, "extra_ms": 2.0, "roofline_ms": 1.0, **row}
-    full = [{"window": 4096, "speed_of_longmem": 1.6, "memory_of_longmem": 0.7}] if mode == "eval" else []
-    off = {"memory_size": 0, "ratio_to_off": 1.0}
-    return {"part": name, "result": {"options": {"mode": mode}, "rows": [off, row], "full_attention": full}}
+def row(size, speed, graphs="off", share=0.6):
+    return {"memory_size": size, "tokens_per_second": speed, "cuda_graphs": graphs, "roofline_share": share}
+
+
+def throughput(name, mode, lanes, rows, full=()):
+    options = {"mode": mode, "batch": lanes, "positions": "alibi"}
+    return {"part": name, "result": {"options": options, "rows": rows, "full_attention": list(full)}}
 
 
 def test_targets():
-    """Each figure is compared with its upper or lower limit; parts without figures have no targets."""
+    """Each figure is compared with its limit, the best of those with and without graphs; others have no target."""
+    context = {"attention": "context:65536", "speed_of_longmem": 4.5, "memory_of_longmem": 0.3}
+    window = {"attention": "window:4096", "speed_of_longmem": 0.5, "memory_of_longmem": 0.3}
+    search = {"tokens": 65536, "backend": "triton", "milliseconds": 0.5, "worst": 0.0}
     parts = [
-        throughput("throughput-eval-8"),
-        throughput("throughput-train-8", "train", ratio_to_off=0.8, roofline_ms=0.5),
-        {"part": "throughput-eval-1", "result": None},
+        throughput("throughput-eval-8", "eval", 8, [row(0, 100.0), row(65536, 80.0), row(65536, 94.0, "on")]),
+        throughput("throughput-full-8", "eval", 8, [row(0, 100.0, share=0.5), row(65536, 90.0)], [window, context]),
+        throughput("throughput-eval-1", "eval", 1, [row(0, 200000.0), row(1048576, 160000.0)]),
+        throughput("throughput-train-8", "train", 8, [row(65536, 80.0)]),
+        throughput("throughput-generate-1", "generate", 1, [row(0, 80.0)]),
+        {"part": "throughput-train-1", "result": None},
+        {"part": "search", "result": {"rows": [search, {**search, "tokens": 4096}]}},
         {"part": "tests", "result": None},
     ]
-    rows = {(row["part"], row["target"]): (row["found"], row["limit"], row["met"]) for row in gpu_report.targets(parts)}
+    rows = {(x["part"], x["target"]): (x["found"], x["limit"], x["met"]) for x in gpu_report.targets(parts)}
     assert rows == {
-        ("throughput-eval-8", "65k of memory: speed of memory off"): (0.95, "at least 0.9", True),
-        ("throughput-eval-8", "65k: extra time of its roofline"): (2.0, "at most 3", True),
-        ("throughput-eval-8", "full attention over 4,096: LongMem's speed"): (1.6, "at least 1.54", True),
-        ("throughput-eval-8", "full attention over 4,096: LongMem's memory"): (0.7, "at most 0.65", False),
-        ("throughput-train-8", "65k of memory: speed of memory off"): (0.8, "at least 0.85", False),
-        ("throughput-train-8", "65k: extra time of its roofline"): (4.0, "at most 3", False),
+        ("throughput-eval-8", "65,536 tokens of memory: speed of memory off"): (0.94, "at least 0.92", True),
+        ("throughput-eval-8", "memory off: share of the roofline"): (0.6, "at least 0.55", True),
+        ("throughput-full-8", "65,536 tokens of memory: speed of memory off"): (0.9, "at least 0.92", False),
+        ("throughput-full-8", "memory off: share of the roofline"): (0.5, "at least 0.55", False),
+        ("throughput-full-8", "full attention to 65,536 tokens: LongMem's speed"): (4.5, "at least 4", True),
+        ("throughput-full-8", "full attention to 65,536 tokens: LongMem's memory"): (0.3, "at most 0.25", False),
+        ("throughput-eval-1", "1,048,576 tokens of memory: speed of memory off"): (0.8, "at least 0.75", True),
+        ("throughput-eval-1", "memory off: tokens/s"): (200000.0, "at least 1.88e+05", True),
+        ("throughput-generate-1", "memory off: share of the roofline"): (0.6, "at least 0.667", False),
+        ("search", "exact search in 65,536 tokens, ms a lane"): (0.5, "at most 0.4", False),
     }
 
 

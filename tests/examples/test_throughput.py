@@ -1,11 +1,13 @@
 """Test the benchmark of throughput as a whole command on tiny shapes, with an index on real keys, and its refusals."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from examples.benchmark import throughput
+from examples.benchmark import profile_step, throughput
+from examples.benchmark.full_attention import random_tokens
 from tests.examples.commands import run_example
 from tests.models.tiny import HEADS, LAYERS, VOCABULARY, WIDTH, stock_config, stock_model, write_checkpoint
 
@@ -25,8 +27,7 @@ def test_throughput(tmp_path):
         64,
         "--batch",
         2,
-        "--full-windows",
-        32,
+        *"--full-windows 32 --cuda-graphs auto off --noise --tflops 1 --gbps 10".split(),
         "--memory-search",
         "torch",
         "--json",
@@ -36,8 +37,9 @@ def test_throughput(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "t.json").read_text())
-    off, on = result["rows"]
-    assert [off["memory_size"], on["memory_size"]] == [0, 64]
+    rows = {(row["memory_size"], row["cuda_graphs"]): row for row in result["rows"]}
+    assert list(rows) == [(0, "auto"), (0, "off"), (64, "auto"), (64, "off")]
+    off, on = rows[0, "off"], rows[64, "off"]
     assert on["tokens_per_second"] == pytest.approx(2 * 16 / on["seconds_per_step"])
     assert on["ratio_to_off"] == pytest.approx(on["tokens_per_second"] / off["tokens_per_second"])
     # 2 lanes, 2 layers of 2 heads, 16 chunks of 4 tokens, width 8: keys and values, means, and a chunk a lane as tail.
@@ -45,7 +47,7 @@ def test_throughput(tmp_path):
     assert min(off["peak_memory_bytes"], on["peak_memory_bytes"]) > 2**26  # PyTorch alone takes more
     (full,) = result["full_attention"]
     assert full["speed_of_longmem"] == pytest.approx(on["tokens_per_second"] / full["tokens_per_second"])
-    assert on["ratio_to_full"]["32"] == full["speed_of_longmem"] and full["roofline_share"] > 0
+    assert on["ratio_to_full"]["window:32"] == full["speed_of_longmem"] and full["roofline_share"] > 0
     assert "| 64 |" in done.stdout and "full attention" in done.stdout
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
@@ -64,7 +66,7 @@ def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
         variant.fill()
     rows = throughput.measure(variants, options)
     for row, variant in zip(rows, variants):
-        row["memory_size"] = variant.memory_size
+        row.update(memory_size=variant.memory_size, cuda_graphs="auto")
     throughput.compare(rows, [], options, speed)
     assert [variant.decoder.memory_factory.settings.index for variant in variants[1:]] == ["flat", "IVF32,Flat"]
     assert variants[0].tokens == 2 * (4 if mode == "generate" else 16)
@@ -89,6 +91,13 @@ def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
         (["--memory-index", "IVF4,Flat:x=1"], "IVF4,Flat:x=1 has search parameters that cannot be set for IVF4,Flat"),
         (["--memory-index-parameters", "x=1", "--memory-index", "IVF4,Flat"], "IVF4,Flat:x=1 has search parameters"),
         (["--memory-device", "cuda"], "--memory-device cuda: the model is on cpu"),
+        (["--cuda-graphs", "on"], "--cuda-graphs on needs --device cuda"),
+        (
+            ["--cuda-graphs", "off", "--mode", "generate"],
+            "--cuda-graphs off has no effect in --mode generate",
+        ),
+        (["--noise", "--memory-index", "IVF4,Flat"], "--noise is for exact search without --keys: leave it out"),
+        (["--full-contexts", "64"], "--full-contexts needs --mode eval, --positions learned"),
         (["--heads", "3"], "--dim must be a multiple of --heads"),
         (["--steps", "0"], "--steps 0 is less than 1"),
     ],
@@ -124,6 +133,35 @@ def test_throughput_of_a_backbone(tmp_path):
     (tmp_path / "dict.txt").unlink()
     with pytest.raises(SystemExit, match="dict.txt does not exist: put the backbone's dict.txt beside its checkpoint"):
         throughput.parse(["--backbone", path])
+
+
+def test_full_attention_to_a_context_is_what_the_backbone_computes():
+    """The same keys and values in a cache of fairseq's kind; and the work of the shapes."""
+    options = throughput.parse([*TINY.split(), *"--positions learned --full-contexts 48 --batch 2".split()])
+    backbone = throughput.build_decoder(options).backbone
+    variant = throughput.build_variant("context:48", SimpleNamespace(backbone=backbone), options)
+    state, tokens = {}, random_tokens(options, 16)
+    for layer, cache in zip(backbone.layers, variant.caches):
+        keys, values = (x[:, :, :48].clone() for x in cache)
+        layer.self_attn.set_cache(state, {"prev_key": keys, "prev_value": values})
+    with torch.no_grad():
+        expected = backbone.output(backbone.final_hidden(backbone.encode(tokens, state, 48)))
+    torch.testing.assert_close(variant.read(tokens), expected, rtol=1e-4, atol=1e-4)
+    assert variant.tokens == 2 * 16 and variant.bank_bytes == 2 * 2 * 2 * 2 * (48 + 16) * 8 * 4
+    work = [throughput.full_attention_work(options, kind, 48) for kind in ("window", "context")]
+    weights = 2 * 2 * 12 * 16**2 + 2 * 16 * 50  # operations of a token: both layers and the output projection
+    scores = [x["model_operations"] / 2 - n * weights for x, n in zip(work, (48, 16))]
+    assert scores == [48 * 24 * 4 * 16 * 2, 16 * (48 + 8) * 4 * 16 * 2]
+
+
+def test_profile_of_a_step(capsys, tmp_path):
+    path = tmp_path / "profile.json"
+    profile_step.main([*TINY.split(), *"--memory-sizes 0 64 --noise --memory-search torch --json".split(), str(path)])
+    printed, result = capsys.readouterr().out, json.loads(path.read_text())
+    assert "## Profile, eval: 1 lanes, memory of 64 tokens" in printed and "without CUDA graphs" in printed
+    assert sum(row["share"] for row in result["kernels"]) == pytest.approx(1) and result["busy"] > 0
+    assert {"aten::topk", "aten::addmm"} <= {row["kernel"] for row in result["kernels"]}
+    assert "others" in printed and " kernels." in printed
 
 
 def test_the_work_of_search_and_reading():

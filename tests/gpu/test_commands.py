@@ -14,7 +14,8 @@ from tests.conftest import T
 from tests.fairseq_runs import TASK, figures, run, weights
 
 CPU = ["--cpu"]
-PRECISIONS = {"float32": [], "fp16": ["--fp16"], "bf16": ["--bf16"], "amp": ["--amp"]}
+PRECISIONS = {"float32": [], "fp16": ["--fp16"], "bf16": ["--train-dtype", "bfloat16"], "amp": ["--amp"]}
+IN_EVALUATION = {**PRECISIONS, "bf16": ["--inference-dtype", "bfloat16"]}
 needs_faiss = pytest.mark.skipif(not has_faiss_gpu(), reason="the installed faiss has no GPU support")
 
 
@@ -59,7 +60,7 @@ def test_training(trained, tiny_data, tmp_path, name):
     saved = weights(directory / "checkpoint_last.pt")
     assert all(x.isfinite().all() for x in saved.values() if x.is_floating_point())
     assert any((x != 0).any() for key, x in saved.items() if key.endswith("gate_bias")), "the gate learned"
-    gpu = evaluate(tiny_data, directory / "checkpoint_last.pt", tmp_path, *PRECISIONS[name])
+    gpu = evaluate(tiny_data, directory / "checkpoint_last.pt", tmp_path, *IN_EVALUATION[name])
     cpu = evaluate(tiny_data, directory / "checkpoint_last.pt", tmp_path, *CPU)
     assert gpu == pytest.approx(cpu, abs=2e-3 if name == "float32" else 3e-2)
 
@@ -92,6 +93,15 @@ def test_resuming(options, trained, tmp_path, name):
     assert len(losses) == len(expected) - 10
     # A GPU does not add in the same order twice.
     assert losses == pytest.approx(expected[10:], abs=5e-3 if name == "float32" else 5e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+def test_two_gpus_do_what_one_does(options, trained, tmp_path):
+    """By NCCL, with half of the lanes on each."""
+    halved = [2 if previous == "--batch-size" else x for previous, x in zip([None, *options], options)]
+    log = train(halved, tmp_path, "--distributed-world-size", 2, "--distributed-port", 29555)
+    expected = figures(trained("float32")[1], "train_inner", "loss")
+    assert figures(log, "train_inner", "loss") == pytest.approx(expected, abs=2e-2)
 
 
 def test_checkpoint_of_the_cpu_on_the_gpu(tiny_data, tiny_longmem, tmp_path):

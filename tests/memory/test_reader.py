@@ -68,6 +68,17 @@ def test_grouped_heads_equal_repeated_heads(memory_class, lanes, attention):
         assert torch.equal(retrieved, expected_retrieved) and retrieved.shape == (B, H, T, 3)
 
 
+def test_autocast_does_not_round_the_search():
+    """--train-dtype bfloat16 and --amp: near ties are decided by float32 products."""
+    keys, _ = torch.randn(2, 1, KV, 90, d, generator=torch.Generator().manual_seed(0))
+    bank = MemoryBank(1, KV, d, 90, 3)
+    bank.append(0, keys[0], keys[0])
+    reader, q = ChunkReader(TorchSearch(), memory_attention, 9), 1 + torch.randn(1, KV, 40, d) / 99
+    expected = reader.find(bank, np.zeros(1, dtype=np.int64), q)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reader.find(bank, np.zeros(1, dtype=np.int64), q), expected)
+
+
 def test_grouped_heads_have_the_gradient_of_repeated_heads():
     gradients = []
     for heads in (KV, H):

@@ -123,6 +123,23 @@ def test_finds_the_best_of_many(name, device):
     check(bank, lanes, queries, 17, SEARCHES[name](bank, lanes, queries, 17))
 
 
+def test_empty_slots_are_masked_as_on_a_gpu():
+    """A GPU scores all slots and learns from ``places`` which are filled; no size depends on what lanes hold."""
+    fills = [(0, 97 * 3), (0, 500), (0, 10), (97 * 3 - 30, 90), (0, 0)]
+    bank, lanes = filled_bank(fills, 97, 3), np.array([3, 1, 4, 0, 2])
+    queries = torch.randn(5, H, 63, D, generator=torch.Generator().manual_seed(1))
+    places = bank.places(lanes, queries.device)
+    check(bank, lanes, queries, 17, torch_search.search_masked(bank, places, queries, 17))
+    assert bank.places(lanes, queries.device) is places  # copied once for a batch
+    queries[:] = float("nan")
+    slots = torch_search.search_masked(bank, places, queries, 17)
+    for row, lane in enumerate(lanes):
+        held = [-1, *(slot for begin, end in bank.spans(lane) for slot in range(begin, end))]
+        assert torch.isin(slots[row], torch.tensor(held)).all()
+    bank.append(4, *torch.randn(2, H, 3, D))
+    assert bank.places(lanes, queries.device).held.tolist() == [bank.held[lane] for lane in lanes]
+
+
 @each_search_and_device
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_searched_in_float32(name, dtype, device):

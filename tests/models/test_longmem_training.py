@@ -218,6 +218,20 @@ def test_autocast_computes_products_in_half_and_learns_in_full_precision(tmp_pat
     for tokens, segments in batches(docs, T):
         rebuilt.train().memorize(tokens, segments)
     assert all(torch.equal(a, b) for a, b in zip(half.memory_contents(), rebuilt.memory_contents()))
+    with torch.autocast("cpu", torch.bfloat16):  # fairseq's --amp, which a model without a precision keeps
+        full.reset_memory()
+        losses(full, docs)
+    assert all(torch.equal(a, b) for a, b in zip(half.memory_contents(), full.memory_contents()))
+
+
+def test_a_memory_that_is_read_from_a_snapshot_has_the_precision_of_autocast(tmp_path):
+    """It is allocated before the first batch."""
+    model = longmem(tmp_path).train()
+    model.autocast_dtype = torch.bfloat16
+    tokens = documents([T])[0][None]
+    with model.autocast(tokens):
+        memory, _ = model.decoder.lane_state.allocate(tokens, 1)
+    assert memory.bank.keys.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["transformer_lm", "alibi_lm", "llama_lm"])

@@ -59,6 +59,13 @@ def config(**changes):
             "--memory-snapshot .*eval-lm",
         ),
         ({"fp16": True, "cpu": True}, "^--fp16 needs a GPU: leave it out.*--amp.*--inference-dtype bfloat16$"),
+        ({"cuda_graphs": "on", "cpu": True}, "^--cuda-graphs on needs a GPU: leave it out$"),
+        ({"bf16": True}, "^--bf16 selects a TPU.*train with --train-dtype bfloat16, .*--inference-dtype bfloat16$"),
+        (
+            {"bf16": True, "memory_efficient_bf16": True, "path": "x.pt"},
+            "^--memory-efficient-bf16 selects a TPU.*--inference-dtype bfloat16$",
+        ),
+        ({"train_dtype": "bfloat16", "amp": True}, "^--train-dtype bfloat16 and --amp are two precisions"),
         ({"dataset_impl": "raw"}, "--dataset-impl raw.*--dataset-impl mmap"),
     ],
 )
@@ -92,6 +99,7 @@ def test_command_lines_refuse_options_that_do_not_act(command, tmp_path, monkeyp
         "resume_memory": "replay",
         "inference_dtype": "bfloat16",
         "train_dtype": "bfloat16",
+        "cuda_graphs": "off",
     }
     values.update(
         repetition_penalty="2.0", memory_save_dtype="float32", sample_break_mode="eos", shorten_method="truncate"

@@ -41,10 +41,13 @@ class SearchBackend(ABC):
         name: Name that ``--memory-search`` selects the backend by; set by :func:`register_search`.
         recall: Number of chunks that the last search has in common with exact search, and number of chunks searched
             for. None where the search is exact or was not compared.
+        static: Whether on a GPU its kernels depend on nothing but sizes, and it learns from ``bank.places`` alone what
+            lanes hold, so that a CUDA graph can contain it.
     """
 
     name: ClassVar[str] = ""
     recall: Optional[Tuple[float, float]] = None
+    static: ClassVar[bool] = False
 
     @classmethod
     def unavailable(cls, device: torch.device) -> Optional[str]:

@@ -4,13 +4,14 @@ Legend: B rows of a batch, H KV heads, T queries of a KV head, d width of a head
 """
 
 import itertools
-from typing import Dict, Tuple
+from typing import Dict, Iterator, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..bank import MemoryBank
+from ..ring import RingPlaces
 from .base import SearchBackend, register_search
 from .scaling import scale_queries
 
@@ -25,28 +26,70 @@ _COLUMNS = 64
 
 @register_search("torch")
 class TorchSearch(SearchBackend):
-    """Exact search by matrix product and top-k; see :class:`SearchBackend`."""
+    """Exact search by matrix product and top-k; see :class:`SearchBackend`.
+
+    On the CPU only the slots that lanes fill are scored. On a GPU all slots are, and those that are empty are masked,
+    so that its work has the same sizes in every step and it need not be told by the host which they are.
+    """
+
+    static = True
 
     def __call__(self, bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
-        B, H, T, _ = queries.shape
-        slots = queries.new_full((B, H, T, n), -1, dtype=torch.int64)
-        for spans, rows in rows_by_spans(bank, lanes).items():
-            low, high = spans[0][0], spans[-1][1]
-            means = _take(bank.means, lanes[rows])[:, :, low:high]  # (b, H, N, d)
-            of_rows = _take(queries, rows)  # (b, H, T, d)
-            held = min(n, sum(end - begin for begin, end in spans))
-            together = max(1, SCORES_PER_BLOCK // ((high - low) * min(T, _QUERIES_PER_BLOCK)))  # lanes * heads
-            by_head, by_row = min(H, together), max(1, min(len(rows), together // H))
-            step = max(1, SCORES_PER_BLOCK // (by_row * by_head * (high - low)))
-            for i, h, t in itertools.product(range(0, len(rows), by_row), range(0, H, by_head), range(0, T, step)):
-                block = scale_queries(of_rows[i : i + by_row, h : h + by_head, t : t + step].float())
-                scores = block @ means[i : i + by_row, h : h + by_head].transpose(-1, -2)  # (., ., t, N)
-                if len(spans) == 2:
-                    scores[..., spans[0][1] - low : spans[1][0] - low] = float("-inf")
-                best = top_indices(scores, held) + low
-                for row, of_row in zip(rows[i : i + by_row].tolist(), best):  # an index array would stall a GPU
-                    slots[row, h : h + by_head, t : t + step, :held] = of_row
-        return slots
+        if queries.device.type == "cpu":
+            return search_filled(bank, lanes, queries, n)
+        return search_masked(bank, bank.places(lanes, queries.device), queries, n)
+
+
+def search_filled(bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
+    """Search the slots that lanes fill, as the host knows them; see :class:`SearchBackend`."""
+    B, H, T, _ = queries.shape
+    slots = queries.new_full((B, H, T, n), -1, dtype=torch.int64)
+    for spans, rows in rows_by_spans(bank, lanes).items():
+        low, high = spans[0][0], spans[-1][1]
+        means = _take(bank.means, lanes[rows])[:, :, low:high]  # (b, H, N, d)
+        of_rows = _take(queries, rows)  # (b, H, T, d)
+        held = min(n, sum(end - begin for begin, end in spans))
+        for i, h, t in _blocks(len(rows), H, T, high - low):
+            block = scale_queries(of_rows[i, h, t].float())
+            scores = block @ means[i, h].transpose(-1, -2)  # (., ., t, N)
+            if len(spans) == 2:
+                scores[..., spans[0][1] - low : spans[1][0] - low] = float("-inf")
+            best = top_indices(scores, held) + low
+            for row, of_row in zip(rows[i].tolist(), best):
+                slots[row, h, t, :held] = of_row
+    return slots
+
+
+def search_masked(bank: MemoryBank, places: RingPlaces, queries: Tensor, n: int) -> Tensor:
+    """Search all slots, as the device knows which of them are filled; see :class:`SearchBackend`.
+
+    Args:
+        bank: Memory bank to search.
+        places: Places of the rows' rings.
+        queries: Queries, shape (B, H, T, d).
+        n: Number of chunks to find.
+    """
+    (B, H, T, _), N = queries.shape, bank.chunks
+    oldest = (places.written - places.held)[:, None]  # (B, 1)
+    held, best_n = places.held[:, None], min(n, N)
+    empty = (torch.arange(N, device=queries.device) - oldest) % N >= held  # (B, N)
+    slots = queries.new_full((B, H, T, n), -1, dtype=torch.int64)
+    for i, h, t in _blocks(B, H, T, N):
+        means = bank.means[:, h].index_select(0, places.lanes[i])  # (., ., N, d)
+        scores = scale_queries(queries[i, h, t].float()) @ means.transpose(-1, -2)  # (., ., t, N)
+        best = top_indices(scores.masked_fill_(empty[i, None, None], float("-inf")), best_n)
+        ages = (best - oldest[i, None, None]) % N
+        slots[i, h, t, :best_n] = best.masked_fill(ages >= held[i, None, None], -1)
+    return slots
+
+
+def _blocks(rows: int, heads: int, queries: int, slots: int) -> Iterator[Tuple[slice, slice, slice]]:
+    """Cut rows, heads and queries into blocks whose scores of all slots are held at a time."""
+    together = max(1, SCORES_PER_BLOCK // (slots * min(queries, _QUERIES_PER_BLOCK)))  # lanes * heads
+    by_head, by_row = min(heads, together), max(1, min(rows, together // heads))
+    step = max(1, SCORES_PER_BLOCK // (by_row * by_head * slots))
+    for i, h, t in itertools.product(range(0, rows, by_row), range(0, heads, by_head), range(0, queries, step)):
+        yield slice(i, i + by_row), slice(h, h + by_head), slice(t, t + step)
 
 
 def top_indices(scores: Tensor, n: int) -> Tensor:
