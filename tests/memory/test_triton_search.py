@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.search import triton as triton_search
-from longmem_fairseq.memory.search.triton import TritonSearch, held_slots, search_ring
+from longmem_fairseq.memory.search.triton import TritonSearch, search_ring
 from tests.memory.interpreter import DEVICE, INTERPRETED, needs_triton
 
 pytestmark = needs_triton
@@ -164,11 +164,7 @@ def test_counters_are_read_on_the_device():
     """What a lane holds is in tensors, so that one captured graph serves all fills; no query, nothing found."""
     bank = bank_of([(0, 90)], 1, 5, 50)
     queries = torch.randn(1, 1, 2, 5, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    lanes, begins, held = held_slots(bank, np.array([0]))
-    assert (lanes.tolist(), begins.tolist(), held.tolist()) == ([0], [40], [50])
-    assert {x.device.type for x in (lanes, begins, held)} == {DEVICE.type}
-    begins.copy_(begins + 7)
-    held.copy_(held - 47)
+    lanes, begins, held = (torch.tensor([x], device=DEVICE) for x in (0, 47, 3))  # it holds the 50 from slot 40 on
     slots = search_ring(bank.means, lanes, begins, held, queries, 4)
     assert (slots[..., :3].sort(dim=-1).values == torch.tensor([47, 48, 49], device=DEVICE)).all()
     assert (slots[..., 3] == -1).all()

@@ -35,6 +35,8 @@ class TritonSearch(SearchBackend):
     share the lowest score than there are places left, any of them may be found.
     """
 
+    static = True
+
     @classmethod
     def unavailable(cls, device: torch.device) -> Optional[str]:
         if device.type != "cuda":
@@ -42,23 +44,9 @@ class TritonSearch(SearchBackend):
         return missing_triton()
 
     def __call__(self, bank: MemoryBank, lanes: np.ndarray, queries: Tensor, n: int) -> Tensor:
-        return search_ring(bank.means, *held_slots(bank, lanes), queries.detach(), n)
-
-
-def held_slots(bank: MemoryBank, lanes: np.ndarray) -> Tuple[Tensor, Tensor, Tensor]:
-    """Return where the chunks of some lanes are, on the device of the bank's mean keys.
-
-    Args:
-        bank: Memory bank to search.
-        lanes: Lane of the bank for each row, shape (B,), int64.
-
-    Returns:
-        The lanes, the slot of the oldest chunk that each holds, and the number of chunks that it holds, each of shape
-        (B,), int64.
-    """
-    held = bank.held[lanes]
-    rows = np.stack([lanes, (bank.written[lanes] - held) % bank.chunks, held])
-    return torch.from_numpy(rows).to(bank.means.device, non_blocking=True).unbind()
+        places = bank.places(lanes, bank.means.device)
+        oldest = (places.written - places.held) % bank.chunks
+        return search_ring(bank.means, places.lanes, oldest, places.held, queries.detach(), n)
 
 
 def search_ring(means: Tensor, lanes: Tensor, begins: Tensor, held: Tensor, queries: Tensor, n: int) -> Tensor:
