@@ -63,7 +63,7 @@ class DocumentStream:
         names += [with_memory(size) for size in sizes] if scorer.has_memory else []
         for size in sizes:
             names += [base + with_cache(size) for base, _ in self._cached(size)]
-        return names
+        return [name for name in names if name not in scorer.skipped]
 
     def _cached(self, size: int) -> List[Tuple[str, CacheSettings]]:
         """Return the systems that are mixed with a cache of this size, with their settings."""
