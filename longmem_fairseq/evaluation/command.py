@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import platform
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from ..files import printable
+from ..files import printable, write_text
 from ..memory.cache import CacheSettings
 from .base import Evaluation
 from .command_line import check, model_overrides, parser_of
@@ -135,6 +136,8 @@ def _report(evaluation: Evaluation, scorer: Scorer, description, tuning, results
         "markdown": text,
     }
     write_report(directory, report, text, tables)
+    for name, content in evaluation.further_files(results).items():
+        write_text(os.path.join(directory, name), content)
     return Outcome(report, tables)
 
 
