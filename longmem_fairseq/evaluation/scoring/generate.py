@@ -47,7 +47,7 @@ def generate(
         )
     decoder = SystemDecoder(scorer, system, state, one_line)
     generator = _generator(decoder, scorer, beam_size=beam, max_len_b=max_new_tokens, min_len=1)
-    return [_without_end(best["tokens"], scorer) for best in _hypotheses(decoder, generator, prompts, room)]
+    return [_without_end(best["tokens"], scorer) for best in _hypotheses(scorer, decoder, generator, prompts, room)]
 
 
 def generate_texts(
@@ -84,7 +84,7 @@ def generate_texts(
         generator.stop_at(StopStrings(stops, text))
     room = min(max_new_tokens + 1, max(1, scorer.size // 2))
     texts = []
-    for prompt, best in zip(prompts, _hypotheses(decoder, generator, prompts, room)):
+    for prompt, best in zip(prompts, _hypotheses(scorer, decoder, generator, prompts, room)):
         if generator.stop_rule is not None:
             generator.stop_rule.cut(prompt, best)
         tokens = _without_end(best["tokens"], scorer)
@@ -100,19 +100,21 @@ def _generator(decoder: SystemDecoder, scorer, **options) -> LongMemGenerator:
 
 @torch.no_grad()
 def _hypotheses(
-    decoder: SystemDecoder, generator: LongMemGenerator, prompts: Sequence[Tensor], room: int
+    scorer, decoder: SystemDecoder, generator: LongMemGenerator, prompts: Sequence[Tensor], room: int
 ) -> Iterator[Dict[str, Any]]:
     """Yield the best hypothesis behind each prompt; ``room`` tokens of the window stay free for it."""
     beam, device = generator.beam_size, decoder.device
     at_once = max(1, _TOKENS_AT_ONCE // (generator.segment * beam))
     for begin in range(0, len(prompts), at_once):
         batch = prompts[begin : begin + at_once]
-        generator.model.prefilled = [decoder.prefill(batch, room)]
         last = [int(prompt[-1]) if len(prompt) else decoder.state.last for prompt in batch]
         last = torch.tensor(last, device=device)
         sample = {"net_input": {"src_tokens": last[:, None], "src_lengths": torch.ones_like(last)}}
-        for hypotheses in generator(sample, bos_token=last.repeat_interleave(beam)):
-            yield hypotheses[0]
+        with scorer.times.measure(decoder.system):
+            generator.model.prefilled = [decoder.prefill(batch, room)]
+            best = [hypotheses[0] for hypotheses in generator(sample, bos_token=last.repeat_interleave(beam))]
+        scorer.times.count(decoder.system, sum(len(hypothesis["tokens"]) for hypothesis in best))
+        yield from best
 
 
 def _without_end(tokens: Tensor, scorer) -> Tensor:

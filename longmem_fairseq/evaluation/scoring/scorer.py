@@ -34,6 +34,7 @@ from ...modules.token_mixture import TokenReads
 from ...progress import token_bar
 from ...tasks.pretrained import choose_device, find_checkpoint, find_data, read_state
 from .description import describe
+from .system_times import SystemTimes
 from .systems import BACKBONE, OFF, ON, WITH_CACHE
 from .text_state import TextState
 from .text_tokenizer import TextTokenizer
@@ -56,6 +57,7 @@ class Scorer:
         cache: Settings of the neural cache by system, for "backbone" and "memory on"; empty without a cache.
         skipped: Names of systems that are not scored.
         excluded: Ids of symbols that get no probability, shape (n,), int64; none by default.
+        times: Wall time of each system.
 
     Raises:
         ValueError: The window does not fit the backbone.
@@ -78,6 +80,7 @@ class Scorer:
         self.size, self.memory_size = size, memory_size
         self.cache: Dict[str, CacheSettings] = {}
         self.skipped: FrozenSet[str] = frozenset()
+        self.times = SystemTimes(self.device)
         self.excluded = torch.zeros(0, dtype=torch.int64, device=self.device)
 
     @classmethod
@@ -214,7 +217,8 @@ class Scorer:
         skipped = self._skip(state, begin, len(tokens))
         inputs, tokens = inputs[skipped:], tokens[skipped:]
         all_layers = state.cache is not None or state.token_bank is not None
-        with token_bar(len(inputs), "memorizing") as progress:
+        remembering = [ON] if state.bank is not None else [name + WITH_CACHE for name in self.cache]
+        with token_bar(len(inputs), "memorizing") as progress, self.times.measure(*remembering):
             for part, encoded in encode_document(self.backbone, inputs, self.size, all_layers):
                 self.write(state, encoded, part, tokens[: part.numel()])
                 tokens = tokens[part.numel() :]
@@ -294,13 +298,14 @@ class Scorer:
             Input of the output layer by system, shape (B, T, D), and the encoded segment.
         """
         incremental = incremental or {}
-        encoded = self.backbone.encode(tokens, incremental.get(BACKBONE), start)
-        features = {BACKBONE: self.backbone.final_hidden(encoded)}
-        if self.decoder is not None:
-            readers = {name: self.reader(state, len(tokens)) for name, state in states.items()}
-            if OFF not in self.skipped:
-                readers = {OFF: None, **readers}
-            for name, reader in readers.items():
+        side_networks = {} if self.decoder is None else {OFF: None, **states}
+        side_networks = {name: state for name, state in side_networks.items() if name not in self.skipped}
+        with self.times.measure(BACKBONE, *side_networks):
+            encoded = self.backbone.encode(tokens, incremental.get(BACKBONE), start)
+            features = {BACKBONE: self.backbone.final_hidden(encoded)}
+        for name, state in side_networks.items():
+            with self.times.measure(name):
+                reader = None if state is None else self.reader(state, len(tokens))
                 network = self.decoder.side_network(encoded, reader, incremental.get(name))
                 features[name] = self.decoder.features(network)
         return features, encoded
@@ -367,10 +372,12 @@ class Scorer:
             for begin in range(0, len(targets), at_once):
                 block = slice(begin, begin + at_once)
                 read = TokenReads(*(r[block] for r in reads[name])) if reads and name in reads else None
-                scores = self.log_probs(x[block], read)  # (n, V)
-                parts.append(scores.gather(1, targets[block, None])[:, 0])
+                with self.times.measure(name):
+                    scores = self.log_probs(x[block], read)  # (n, V)
+                    parts.append(scores.gather(1, targets[block, None])[:, 0])
                 if likeliest is not None:
                     symbols.append(scores.argmax(1))
+            self.times.count(name, len(targets))
             log_probs[name] = torch.cat(parts)
             if likeliest is not None:
                 likeliest[name] = torch.cat(symbols)

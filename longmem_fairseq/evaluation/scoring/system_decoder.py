@@ -33,7 +33,7 @@ class SystemDecoder(FairseqIncrementalDecoder):
 
     def __init__(self, scorer, system: str, state: TextState, one_line: bool = True):
         super().__init__(scorer.tokenizer.dictionary)
-        self.base = without_cache(system)
+        self.system, self.base = system, without_cache(system)
         self.setting = scorer.cache[self.base] if system != self.base else None
         self.state, self.states = state, [state]
         self.backbone = scorer.backbone

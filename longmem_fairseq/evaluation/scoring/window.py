@@ -180,14 +180,17 @@ class Window:
             if name in scorer.skipped:
                 continue
             read = TokenReads(*(r[index, ends] for r in reads[name])) if name in reads else None
-            scores[name] = scorer.log_probs(x[index, ends], read)
+            with scorer.times.measure(name):
+                scores[name] = scorer.log_probs(x[index, ends], read)
+            scorer.times.count(name, len(prompts))
         for name, setting in scorer.cache.items():
             if name not in scores:
                 continue
             hidden = features[BACKBONE]
             parts = [*self._cached, (hidden[:, :-1], padded[:, 1:])]  # padding follows nothing
-            cached = log_distribution(hidden[index, ends], parts, setting.theta, scores[name].size(1))
-            scores[name + WITH_CACHE] = mix(scores[name], cached, setting.weight)
+            with scorer.times.measure(name + WITH_CACHE):
+                cached = log_distribution(hidden[index, ends], parts, setting.theta, scores[name].size(1))
+                scores[name + WITH_CACHE] = mix(scores[name], cached, setting.weight)
         return scores
 
     def _score(self, rows: List[Continuation], compared: bool = False) -> List[Dict]:
@@ -222,7 +225,8 @@ class Window:
             return [{name: ComparedTokens(parts[name][i], hits[name][i]) for name in parts} for i in range(len(rows))]
         if scorer.cache:
             hidden = [features[BACKBONE][i, : part.stop] for i, part in zip(batch_rows, scored)]
-            scores.update(self._mixed_with_cache(scores, picked[BACKBONE], targets, hidden, streams, scored))
+            with scorer.times.measure(*(name + WITH_CACHE for name in scorer.cache)):
+                scores.update(self._mixed_with_cache(scores, picked[BACKBONE], targets, hidden, streams, scored))
         parts = {name: scores[name].cpu().split(lengths) for name in scorer.systems}
         return [{name: part[i] for name, part in parts.items()} for i in range(len(rows))]
 
@@ -257,8 +261,9 @@ class Window:
         """Return what each system with a token memory reads for rows (B, R), by system."""
         if self._state.token_bank is None:
             return {}
-        states = self.scorer.decoder.predictor.token_states(encoded, inputs)
-        return dict.fromkeys(self._readers, self.scorer.token_reads(self._state, states, self._prefix))
+        with self.scorer.times.measure(*self._readers):
+            states = self.scorer.decoder.predictor.token_states(encoded, inputs)
+            return dict.fromkeys(self._readers, self.scorer.token_reads(self._state, states, self._prefix))
 
     def _incremental_of_rows(self, rows: int) -> Dict[str, dict]:
         """Return the window's incremental states expanded to some rows; nothing is copied until a row is read."""
