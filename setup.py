@@ -31,7 +31,9 @@ PREPROCESS = ["regex>=2022.1.18", "tokenizers>=0.20", "zstandard>=0.18"]
 PARQUET = ["pyarrow>=12.0,<26"]  # 26 needs numpy 2
 EXAMPLES = PREPROCESS + ["matplotlib>=3.5"]
 # Additional requirements of longmem_fairseq.evaluation: plots, and BLEU for dialogue.
-EVALUATION = ["matplotlib>=3.5", "sacrebleu>=2.3"]
+EVALUATION = ["matplotlib>=3.5", "nltk>=3.8", "sacrebleu>=2.3"]
+# EleutherAI's lm-evaluation-harness, for longmem_fairseq.integrations.lm_eval.
+HARNESS = ["lm-eval>=0.4.9"]
 # Reads models in llama.cpp's format.
 GGUF = "gguf>=0.17"
 
@@ -85,12 +87,15 @@ setup(
         "parquet": PARQUET,
         "examples": EXAMPLES,
         "eval": EVALUATION,
+        "lm-eval": HARNESS,
         "convert": ["transformers>=4.30", "safetensors>=0.4", GGUF],
         "dev": EXAMPLES
         + EVALUATION
         + PARQUET
+        + HARNESS
         + [
             GGUF,
+            "accelerate>=0.26",  # the harness's model of transformers, which its adapter is compared with
             "hypothesis>=6.80",
             "pytest>=8.0",
             "pytest-xdist>=3.5",

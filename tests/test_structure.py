@@ -29,6 +29,7 @@ LAYERS = (
     ("criterions", "tasks"),
     ("hub",),
     ("evaluation",),
+    ("integrations",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # File names that may occur twice, and why.

@@ -3,7 +3,8 @@
     python -m examples.dialogue.evaluate --path CHECKPOINT --data msc.test.jsonl --valid msc.valid.jsonl \
         --results-path DIR
 
---data has the layout of MSC, LoCoMo, Conversation Chronicles, or JSON lines (docs/evaluation.md).
+--data has the layout of MSC, MiSC, LoCoMo, Conversation Chronicles, or JSON lines (docs/evaluation.md).
+DIR/judge.jsonl is for examples.dialogue.judge.
 """
 
 from longmem_fairseq.evaluation.command import main

@@ -30,6 +30,8 @@ class LaneDataset(FairseqDataset):
         scope: Name of the memory's scope, which checkpoints record (see :meth:`LaneIterator.layout`).
         seed: Seed of the order of the documents, together with the epoch; None keeps their order.
         with_segments: If true, put :class:`Segments` into ``net_input``, which only models with a memory accept.
+        context: Number of the document's tokens before a segment that are read again in front of it and are no targets;
+            only where documents are not joined.
 
     Attributes:
         lanes: Lanes of all ranks in the current epoch, L of them.
@@ -53,6 +55,7 @@ class LaneDataset(FairseqDataset):
         scope: str = "document",
         seed: Optional[int] = None,
         with_segments: bool = True,
+        context: int = 0,
     ):
         super().__init__()
         if min(n_lanes, n_ranks, tokens_per_sample) < 1:
@@ -63,6 +66,7 @@ class LaneDataset(FairseqDataset):
         self.documents, self.n_lanes, self.n_ranks, self.T = documents, n_lanes, n_ranks, tokens_per_sample
         self.joins_documents, self.shares_memory, self.scope = joins_documents, shares_memory, scope
         self.bos, self.pad, self.seed, self.with_segments = bos, documents.pad, seed, with_segments
+        self.context = context
         self.epoch: Optional[int] = None
         self.set_epoch(1)
 
@@ -120,27 +124,32 @@ class LaneDataset(FairseqDataset):
             index: Index of the segment.
 
         Returns:
-            ``id``, ``source`` and ``target`` (shape (length,), int64), ``lane``, ``stream``, ``start`` in the stream,
-            and ``pieces``, the parts of documents in the segment.
+            ``id``, ``source`` and ``target`` (shape (length,), int64), the number of ``context`` tokens in front, whose
+            targets are padding, ``lane``, ``stream``, ``start`` in the stream, and ``pieces``, the parts of documents
+            in the segment.
         """
         step, g = divmod(int(index), self.total_lanes)
         lane = self.lanes[g]
         stream, start, length = lane.segment(step)
         pieces = lane.pieces(step)
-        source, target = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
+        context = min(self.context, start)
+        source, target = (np.empty(context + length, dtype=np.int64) for _ in range(2))
         at = 0
         for piece in pieces:
-            n = len(piece)
-            before = min(piece.start, 1)  # the token before the piece, unless the piece starts its document
-            tokens = self.documents.read(piece.document, piece.start - before, piece.stop)
+            n = context + len(piece)
+            first = piece.start - context
+            before = min(first, 1)  # the token before what is read, unless that starts its document
+            tokens = self.documents.read(piece.document, first - before, piece.stop)
             target[at : at + n] = tokens[before:]
             source[at] = tokens[0] if before else self.bos
             source[at + 1 : at + n] = tokens[before:-1]
             at += n
+        target[:context] = self.pad
         return {
             "id": int(index),
             "source": source,
             "target": target,
+            "context": context,
             "lane": g // self.n_ranks,
             "stream": stream,
             "start": start,
@@ -155,8 +164,8 @@ class LaneDataset(FairseqDataset):
 
         Returns:
             ``id`` (B,), ``nsentences``, ``ntokens``, ``net_input`` with ``src_tokens`` (B, T), ``src_lengths`` (B,) and
-            ``segments``, ``target`` (B, T), ``pieces`` (the parts of documents in each row), ``split``; or ``{}`` if
-            there are no segments.
+            ``segments``, ``target`` (B, T), ``pieces`` (the parts of documents in each row), ``split``, and with a
+            context ``start_indices``, where the targets of each row begin; or ``{}`` if there are no segments.
         """
         if not samples:
             return {}
@@ -169,10 +178,12 @@ class LaneDataset(FairseqDataset):
         if self.with_segments:
             lanes, streams, starts = ([sample[name] for sample in samples] for name in ("lane", "stream", "start"))
             net_input["segments"] = Segments(lanes, streams, starts, lengths, self.n_lanes)
+        contexts = [sample["context"] for sample in samples]
         return {
             "id": torch.tensor([sample["id"] for sample in samples]),
             "nsentences": len(samples),
-            "ntokens": int(lengths.sum()),
+            "ntokens": int(lengths.sum()) - sum(contexts),
+            **({"start_indices": contexts} if self.context else {}),
             "net_input": net_input,
             "target": torch.from_numpy(tokens[1]),
             "pieces": [sample["pieces"] for sample in samples],

@@ -77,3 +77,11 @@ class Evaluation(ABC):
             results: Results of :meth:`score` by item.
         """
         return {}
+
+    def further_files(self, results: Dict[str, Any]) -> Dict[str, str]:
+        """Return the contents of further files of the report by name; none by default.
+
+        Args:
+            results: Results of :meth:`score` by item.
+        """
+        return {}

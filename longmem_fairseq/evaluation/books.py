@@ -20,7 +20,7 @@ from .reporting.statistic import PERPLEXITY
 from .reporting.system_scores import SystemScores
 from .reporting.table import Table, TextLoss, text_tables
 from .scoring.document_stream import DocumentStream
-from .scoring.systems import BACKBONE, OFF, with_cache, with_memory, with_window
+from .scoring.systems import BACKBONE, OFF, with_cache, with_memory, with_sliding_window, with_window
 from .words import KINDS, MOST, count_words, kinds_of_characters
 
 LENGTHS = ((0, "< 5k"), (5e3, "5-10k"), (1e4, "10-100k"), (1e5, "100-500k"), (5e5, "500k-1M"), (1e6, "> 1M"))
@@ -82,6 +82,14 @@ class Books(Evaluation):
             metavar="N",
             help="tokens of longer windows of the backbone alone (default: the window it was trained with, if longer)",
         )
+        parser.add_argument(
+            "--sliding-windows",
+            nargs="*",
+            type=int,
+            metavar="N",
+            help="tokens of windows of the backbone alone that move by half of them, so that every token has at least "
+            "N/2 before it, for twice the time of a window (default: --tokens-per-sample)",
+        )
         parser.add_argument("--document-tokens", type=int, metavar="N", help="maximum number of tokens of a document")
 
     def prepare(self, args, scorer) -> None:
@@ -93,8 +101,10 @@ class Books(Evaluation):
         trained = scorer.backbone.trained_window or 0
         default = [trained] if trained > scorer.size and trained % scorer.size == 0 else []
         self.windows = default if args.windows is None else sorted(args.windows)
-        DocumentStream(scorer, self.sizes[:1], self.windows)  # refuses windows that do not fit
-        self.block = math.lcm(scorer.size, *self.windows)
+        default = [scorer.size] if scorer.size % 2 == 0 else []
+        self.sliding = default if args.sliding_windows is None else sorted(args.sliding_windows)
+        DocumentStream(scorer, self.sizes[:1], self.windows, self.sliding)  # refuses windows that do not fit
+        self.block = math.lcm(scorer.size, *self.windows, *(window // 2 for window in self.sliding))
         self.block *= -(-_BLOCK // self.block)
         texts = list(self.read_texts(args.data))
         if len({name for name, _ in texts}) < len(texts):
@@ -129,6 +139,7 @@ class Books(Evaluation):
             "data": [name_of(path) for path in self.args.data],
             "memory_sizes": self.sizes,
             "windows": self.windows,
+            "sliding_windows": self.sliding,
             "reference": [name_of(path) for path in self.args.reference or []],
             "valid": [name_of(path) for path in self.args.valid or []],
             "data_sha256": self.digest,
@@ -149,7 +160,7 @@ class Books(Evaluation):
         name, begin, end = _parse(item)
         _, tokens, sizes, kinds = self.books[name]
         if self._position != (name, begin):  # the first block of a document, or where an earlier run stopped
-            self.stream = DocumentStream(self.scorer, self.sizes, self.windows)
+            self.stream = DocumentStream(self.scorer, self.sizes, self.windows, self.sliding)
             self.stream.replay(tokens[:begin])
         block = tokens[begin:end]
         losses = {system: -x.double().numpy() for system, x in self.stream.read(block).items()}
@@ -193,6 +204,7 @@ class Books(Evaluation):
             (on + with_cache(last), cache),
             (on + with_cache(last), on),
             *((on, with_window(window)) for window in self.windows),
+            *((on, with_sliding_window(window)) for window in self.sliding),
         ]
         text_losses = [TextLoss(item, result["loss"], result.get("size")) for item, result in results.items()]
         tables = []
@@ -217,7 +229,8 @@ class Books(Evaluation):
         return [
             f"{len(self.books):,} documents of {data}, {tokens:,} tokens with an end-of-sentence each; every token "
             f"is scored once, in segments of {self.scorer.size} tokens.",
-            "Memory and cache of N tokens hold the document's last N tokens before the segment.",
+            "Memory and cache of N tokens hold the document's last N tokens before the segment; a sliding window of N "
+            "moves by N/2 tokens, so that every token has at least N/2 before it.",
             words if self.located else "Words could not be located: the tokenizer changes text.",
             f"Intervals: bootstrap over blocks of {self.block:,} tokens.",
         ]

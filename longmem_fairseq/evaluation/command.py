@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import platform
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 import torch
 from tqdm import tqdm
 
-from ..files import printable
+from ..files import printable, write_text
 from ..memory.cache import CacheSettings
 from .base import Evaluation
 from .command_line import check, model_overrides, parser_of
@@ -19,6 +20,7 @@ from .reporting.markdown import as_markdown
 from .reporting.plots import require_matplotlib
 from .reporting.report_files import as_json, write_report
 from .reporting.table import Table
+from .reporting.times import times_table, total_times
 from .scoring.cache_tuning import tune
 from .scoring.scorer import Scorer
 from .scoring.systems import BACKBONE, ON
@@ -110,15 +112,18 @@ def run(evaluation: Evaluation, args: argparse.Namespace) -> Outcome:
     )
     for item in progress:
         started = time.time()
+        scorer.times.reset()
         result = evaluation.score(item)
-        finished.add(item, {**result, "seconds": round(time.time() - started, 2)})
+        finished.add(item, {**result, "seconds": round(time.time() - started, 2), "times": scorer.times.by_system()})
     return _report(evaluation, scorer, description, tuning, dict(finished.of(items)), args.results_path)
 
 
 def _report(evaluation: Evaluation, scorer: Scorer, description, tuning, results, directory: str) -> Outcome:
     tables = evaluation.tables(results)
     notes = [*evaluation.notes(), *_cache_notes(tuning, scorer)]
-    text = printable("\n\n".join([f"# {evaluation.title}", bullets(notes), *map(as_markdown, tables), BRACKETS]))
+    times = total_times(result.get("times", {}) for result in results.values())
+    parts = [f"# {evaluation.title}", bullets(notes), *map(as_markdown, tables), BRACKETS, times_table(times)]
+    text = printable("\n\n".join(parts))
     report = {
         "evaluation": evaluation.name,
         "title": evaluation.title,
@@ -129,12 +134,15 @@ def _report(evaluation: Evaluation, scorer: Scorer, description, tuning, results
         **evaluation.figures(results),
         "items": len(results),
         "seconds": round(sum(result["seconds"] for result in results.values()), 1),
+        "times": times,
         "device": torch.cuda.get_device_name() if scorer.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "markdown": text,
     }
     write_report(directory, report, text, tables)
+    for name, content in evaluation.further_files(results).items():
+        write_text(os.path.join(directory, name), content)
     return Outcome(report, tables)
 
 

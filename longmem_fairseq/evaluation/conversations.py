@@ -1,4 +1,4 @@
-"""Conversations of several sessions, from the files of MSC, LoCoMo and Conversation Chronicles, or our JSON lines."""
+"""Conversations of several sessions: MSC, MiSC, LoCoMo, Conversation Chronicles, or our JSON lines."""
 
 import re
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional
@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional
 from ..files import parse_json
 from .records import read_file, text_of
 
-_ORDINALS = ("first", "second", "third", "fourth", "fifth")  # Conversation Chronicles' sessions
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")  # sessions of Conversation Chronicles and MiSC
 
 
 class Turn(NamedTuple):
@@ -38,7 +38,7 @@ class Conversation(NamedTuple):
 
     Attributes:
         name: Name of the conversation.
-        sessions: Sessions of the same speakers, in order.
+        sessions: Sessions in order, of the same speakers or, in MiSC, of one speaker with several partners.
     """
 
     name: str
@@ -53,7 +53,9 @@ def read_conversations(path: str) -> List[Conversation]:
     * ours: ``id``, ``sessions`` of ``turns`` of ``speaker`` and ``text``;
     * MSC (ParlAI's ``session_N/*.txt``): ``previous_dialogs``, ``dialog``, ``metadata``;
     * LoCoMo (``locomo10.json``): ``sample_id``, ``conversation`` of ``session_1``, ``session_1_date_time``...;
-    * Conversation Chronicles: ``dataID``, ``time_interval``, ``first_session_dialogue``...
+    * Conversation Chronicles: ``dataID``, ``time_interval``, ``first_session_dialogue``,
+      ``first_session_speakers``...;
+    * MiSC: ``main_speaker``, ``first_session_dialogue``..., each a list of speakers and a list of their utterances.
 
     Args:
         path: Path of a JSON file, or of JSON lines with one conversation each.
@@ -69,8 +71,8 @@ def read_conversations(path: str) -> List[Conversation]:
             conversations.append(_read(row, len(conversations)))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"{path}, conversation {len(conversations) + 1}, has no known layout (MSC, LoCoMo, Conversation Chronicles "
-            "or lines of id and sessions)"
+            f"{path}, conversation {len(conversations) + 1}, has no known layout (MSC, MiSC, LoCoMo, Conversation "
+            "Chronicles, or lines of id and sessions)"
         ) from error
     names = [conversation.name for conversation in conversations]
     repeated = [name for name in names if names.count(name) > 1]
@@ -87,6 +89,8 @@ def _read(row: Dict[str, Any], number: int) -> Conversation:
         name, sessions = row["metadata"]["initial_data_id"], _msc(row)
     elif "conversation" in row:
         name, sessions = row["sample_id"], _locomo(row["conversation"])
+    elif "main_speaker" in row:
+        name, sessions = row.get("dataID", row.get("id", str(number))), _misc(row)
     else:
         name, sessions = row.get("dataID", str(number)), _chronicles(row)
     return Conversation(str(name), [session for session in sessions if session.turns])
@@ -127,6 +131,20 @@ def _chronicles(row: Dict[str, Any]) -> List[Session]:
             rows = zip(row[f"{ordinal}_session_speakers"], row[f"{ordinal}_session_dialogue"])
             turns = _turns({"speaker": speaker, "text": text} for speaker, text in rows)
             sessions.append(Session(turns, row["time_interval"][i] if i else None))
+    if not sessions:
+        raise KeyError("no session")
+    return sessions
+
+
+def _misc(row: Dict[str, Any]) -> List[Session]:
+    """Return the sessions of the main speaker, each with one of the partners."""
+    sessions = []
+    for ordinal in _ORDINALS:
+        if f"{ordinal}_session_dialogue" in row:
+            speakers, texts = row[f"{ordinal}_session_dialogue"]
+            if len(speakers) != len(texts):
+                raise ValueError(f"{len(speakers)} speakers of {len(texts)} utterances")
+            sessions.append(Session(_turns({"speaker": x, "text": text} for x, text in zip(speakers, texts))))
     if not sessions:
         raise KeyError("no session")
     return sessions

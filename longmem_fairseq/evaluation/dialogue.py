@@ -9,11 +9,13 @@ from .base import Evaluation
 from .bleu import Bleu
 from .command_line import check_max_new_tokens, name_of
 from .conversations import Conversation, Session, read_conversations
+from .judged_pairs import JUDGED, JUDGED_KEY, JudgedPair, as_lines
 from .reporting.finished_items import digest
 from .reporting.statistic import PERPLEXITY
 from .reporting.system_scores import SystemScores
 from .reporting.table import Table, TextLoss, text_tables
 from .scoring.generate import generate
+from .scoring.systems import OFF, ON
 from .scoring.text_state import TextState
 
 DISTANCES = ((0, "0"), (1, "1"), (2, "2"), (3, "3"), (4, "4-7"), (8, "8-15"), (16, "16 and more"))
@@ -30,7 +32,10 @@ class Dialogue(Evaluation):
 
     def add_arguments(self, parser) -> None:
         parser.add_argument(
-            "--data", required=True, metavar="FILE", help="MSC, LoCoMo, Conversation Chronicles, or our JSON lines"
+            "--data",
+            required=True,
+            metavar="FILE",
+            help="MSC, MiSC, LoCoMo, Conversation Chronicles, or our JSON lines",
         )
         parser.add_argument("--valid", metavar="FILE", help="conversations to tune the neural cache on")
         parser.add_argument(
@@ -59,6 +64,7 @@ class Dialogue(Evaluation):
             "beam": self.args.beam,
             "valid": None if self.args.valid is None else name_of(self.args.valid),
             "sacrebleu": None if self.bleu is None else self.bleu.signature,
+            "sentence_bleu": None if self.bleu is None else self.bleu.sentence_signature,
         }
 
     def tuning_documents(self) -> List[Tensor]:
@@ -70,8 +76,7 @@ class Dialogue(Evaluation):
 
     def _pieces(self, session: Session, number: int) -> List[Tensor]:
         """Encode a session: its heading, then for each turn the speaker and the response, a line each."""
-        tokenizer, when = self.scorer.tokenizer, "" if session.when is None else f", {session.when}"
-        heading = f"[Session {number + 1}{when}]\n"
+        tokenizer, heading = self.scorer.tokenizer, f"{_heading(session, number)}\n"
         pieces = [tokenizer.encode_continuation("\n" + heading) if number else tokenizer.encode(heading)]
         for turn in session.turns:
             pieces.append(tokenizer.encode_continuation(f"{turn.speaker}:"))
@@ -117,11 +122,14 @@ class Dialogue(Evaluation):
                     text = self.scorer.tokenizer.decode(answer).strip()
                     turn.setdefault("answers", {})[system] = text
                     turn.setdefault("bleu", {})[system] = self.bleu.counts(text, turn["reference"])
+                    sentence = self.bleu.of_sentence(text, turn["reference"])
+                    turn.setdefault("sentence_bleu", {})[system] = round(sentence, 4)
         return {"earlier_sessions": number, "turns": turns}
 
     def tables(self, results: Dict[str, Any]) -> List[Table]:
         perplexity: Dict[str, SystemScores] = {}
         bleu: Dict[str, SystemScores] = {}
+        sentence_bleu: Dict[str, SystemScores] = {}
         distances: Dict[str, Dict[str, SystemScores]] = {title: {} for _, title in DISTANCES}
         text_losses = []
         for item, result in results.items():
@@ -135,10 +143,16 @@ class Dialogue(Evaluation):
                 for system, counts in turn.get("bleu", {}).items():
                     scores = bleu.setdefault(system, SystemScores({}, self.bleu.statistic))
                     scores.items[f"{item} {i}"] = counts
-        columns = {"perplexity of the true response": perplexity, **({"BLEU-4": bleu} if bleu else {})}
+                for system, value in turn.get("sentence_bleu", {}).items():
+                    scores = sentence_bleu.setdefault(system, SystemScores({}, self.bleu.sentence_statistic))
+                    scores.items[f"{item} {i}"] = (value, 1)
+        columns, title = {"perplexity of the true response": perplexity}, "Responses"
+        if bleu:
+            columns.update({"BLEU-4": bleu, "sentence BLEU-4": sentence_bleu})
+            title += f" (BLEU-4: {self.bleu.signature}; sentence BLEU-4: {self.bleu.sentence_signature})"
         by_distance = {title: rows for title, rows in distances.items() if rows}
         return [
-            Table("Responses", columns),
+            Table(title, columns),
             Table("Perplexity of the true response by earlier sessions", by_distance, "lines"),
             *text_tables("True response", text_losses),
         ]
@@ -156,8 +170,14 @@ class Dialogue(Evaluation):
             notes.append(
                 f"Responses of {'the last session' if self.args.generate == 'last' else 'all sessions'} are generated "
                 f"with --beam {self.args.beam}, at most {self.args.max_new_tokens} tokens, to the end of the line; "
-                f"BLEU by sacrebleu, signature {self.bleu.signature}."
+                f"BLEU by sacrebleu, signature {self.bleu.signature}; sentence BLEU, the mean over responses, by "
+                f"{self.bleu.sentence_signature}."
             )
+            if self.scorer.has_memory:
+                notes.append(
+                    f"{JUDGED} has each dialogue with the responses of memory off and on in random order, and "
+                    f"{JUDGED_KEY} tells which is whose: python -m examples.dialogue.judge has them judged."
+                )
         return notes
 
     def figures(self, results: Dict[str, Any]) -> Dict[str, Any]:
@@ -168,3 +188,32 @@ class Dialogue(Evaluation):
                 if "answers" in turn:
                     examples.append({"item": item, "reference": turn["reference"], **turn["answers"]})
         return {"examples": examples[:_EXAMPLES]}
+
+    def further_files(self, results: Dict[str, Any]) -> Dict[str, str]:
+        """Return the generated responses with the memory off and on for a judge, and the key to their order."""
+        pairs = []
+        for item, result in results.items():
+            name, number = item.rsplit(" session ", 1)
+            sessions = self.conversations[name].sessions
+            for i, turn in enumerate(result["turns"]):
+                answers = turn.get("answers", {})
+                if OFF in answers and ON in answers:
+                    dialogue = _dialogue_before(sessions, int(number), i)
+                    speaker = sessions[int(number)].turns[i].speaker
+                    answers = {system: answers[system] for system in (OFF, ON)}
+                    pairs.append(JudgedPair(f"{item} response {i}", dialogue, speaker, answers, turn["reference"]))
+        return as_lines(pairs) if pairs else {}
+
+
+def _heading(session: Session, number: int) -> str:
+    return f"[Session {number + 1}{'' if session.when is None else f', {session.when}'}]"
+
+
+def _dialogue_before(sessions: List[Session], number: int, turn: int) -> str:
+    """Return the text of a conversation up to a turn of one of its sessions."""
+    lines = []
+    for i, session in enumerate(sessions[: number + 1]):
+        lines.append(_heading(session, i))
+        turns = session.turns[:turn] if i == number else session.turns
+        lines += [f"{utterance.speaker}: {utterance.text}" for utterance in turns]
+    return "\n".join(lines)

@@ -59,16 +59,21 @@ class DocumentScores:
         """Add a batch.
 
         Args:
-            sample: Collated batch with ``target`` (B, T) and ``pieces``.
+            sample: Collated batch with ``target`` (B, T), ``pieces``, and ``start_indices`` where rows begin with
+                tokens that are not scored.
             logits: Logits of the model, shape (B, T, V).
             without_memory: Logits of the model that reads no memory, shape (B, T, V); the same tensor if they are the
                 same.
             normalized: If true, these are log-probabilities, of which only those of the targets need be right.
         """
-        for row, pieces in enumerate(sample["pieces"]):
-            target = sample["target"][row, : sum(map(len, pieces))]
-            losses = [_losses(logits[row], target, normalized)]
-            losses.append(losses[0] if without_memory is logits else _losses(without_memory[row], target, normalized))
+        starts = sample.get("start_indices", [0] * len(sample["pieces"]))
+        for row, (start, pieces) in enumerate(zip(starts, sample["pieces"])):
+            target = sample["target"][row, start : start + sum(map(len, pieces))]
+            losses = [_losses(logits[row, start:], target, normalized)]
+            if without_memory is logits:
+                losses.append(losses[0])
+            else:
+                losses.append(_losses(without_memory[row, start:], target, normalized))
             at = 0
             for piece in pieces:
                 n = len(piece)

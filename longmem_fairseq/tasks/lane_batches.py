@@ -37,6 +37,7 @@ class LaneBatches:
         data_buffer_size: int = 0,
         skip_remainder_batch: bool = False,
         with_segments: bool = True,
+        context: int = 0,
         **ignored,
     ) -> LaneIterator:
         """Lay documents on as many lanes as the batches of all ranks have rows.
@@ -53,14 +54,31 @@ class LaneBatches:
             data_buffer_size: Number of batches that the workers read ahead.
             skip_remainder_batch: Whether ``--skip-remainder-batch`` is set, which is refused.
             with_segments: If true, batches name the lane and place of each row.
+            context: Number of a window's tokens that are read again from the segment before.
             ignored: Other options of fairseq's iterators, which have no meaning for lanes.
 
         Returns:
             The iterator.
 
         Raises:
-            ValueError: ``--skip-remainder-batch`` is set.
+            ValueError: ``--skip-remainder-batch`` is set, or the context does not fit the other options.
         """
+        policy = memory_policy(self.cfg.memory_scope)
+        if context and with_segments:
+            raise ValueError(
+                f"--context-window {context} is not supported by a model with a memory, which carries the context from "
+                "segment to segment: leave it out, or carry a window with --model-overrides \"{'carry_window': N}\""
+            )
+        if context and policy.joins_documents:
+            raise ValueError(
+                f"--context-window {context} is a document's own past, which --memory-scope {policy.name} joins with "
+                "others: leave one of them out"
+            )
+        if context >= self.cfg.tokens_per_sample:
+            raise ValueError(
+                f"--context-window {context} leaves no new token in the window of --tokens-per-sample "
+                f"{self.cfg.tokens_per_sample}: lower it"
+            )
         if skip_remainder_batch:
             raise ValueError(
                 "--skip-remainder-batch would drop tokens, but every token of a document is read: leave it out"
@@ -70,18 +88,18 @@ class LaneBatches:
             limits.append(max_sentences)
         if max_tokens is not None:
             limits.append(max(1, max_tokens // self.cfg.tokens_per_sample))
-        policy = memory_policy(self.cfg.memory_scope)
         lanes = LaneDataset(
             documents,
             min(limits),
             num_shards,
-            self.cfg.tokens_per_sample,
+            self.cfg.tokens_per_sample - context,
             self.bos,
             joins_documents=policy.joins_documents,
             shares_memory=policy.shares_memory,
             scope=policy.name,
             seed=None if self.cfg.data_no_shuffle else seed,
             with_segments=with_segments,
+            context=context,
         )
         lanes.set_epoch(epoch)
         self._log(lanes)

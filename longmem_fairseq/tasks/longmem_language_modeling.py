@@ -71,6 +71,8 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
         """Check the options, the checkpoint and the data before anything is built."""
         allow_plain_data()  # fairseq reads its checkpoints after this
         from_checkpoint = bool(kwargs.get("from_checkpoint"))
+        if not from_checkpoint:
+            args.tokens_per_sample += args.context_window  # which fairseq-eval-lm subtracted: here it is the window
         check_options(args, from_checkpoint)
         saved = SavedSettings.of_command(args, from_checkpoint)
         task = super().setup_task(args, **kwargs)
@@ -224,13 +226,8 @@ class LongMemLanguageModelingTask(LanguageModelingTask):
 
     def eval_lm_dataloader(self, dataset, max_tokens=36000, batch_size=None, context_window=0, **options):
         """Iterate over the batches of fairseq-eval-lm; see :class:`EvaluationBatches`."""
-        if context_window > 0:
-            raise ValueError(
-                f"--context-window {context_window} is not supported: the memory carries the context from segment to "
-                "segment; leave it out"
-            )
         options.pop("max_positions", None)
-        iterator = self.get_batch_iterator(dataset, max_tokens, batch_size, **options)
+        iterator = self.get_batch_iterator(dataset, max_tokens, batch_size, context=context_window, **options)
         args, lanes, memory = self.args, iterator.dataset, None
         if memory_options(args):
             self.build_tokenizer(args.tokenizer_settings)

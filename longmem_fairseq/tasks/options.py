@@ -132,6 +132,7 @@ class LongMemLanguageModelingConfig(LanguageModelingConfig):
     input: str = II("interactive.input")
     results_path: Optional[str] = II("common_eval.results_path")
     model_overrides: str = II("common_eval.model_overrides")
+    context_window: int = II("eval_lm.context_window")
     bpe_settings: Any = II("bpe")  # what --bpe and its options select
     tokenizer_settings: Any = II("tokenizer")
     fp16: bool = II("common.fp16")

@@ -42,6 +42,7 @@ def describe_run(cfg, model_cfg, lanes: LaneDataset, memory: Optional[DocumentMe
             documents.tokens,
             lanes.n_lanes,
             lanes.T,
+            lanes.context,
             lanes.scope,
             lanes.seed,
         ],

@@ -20,6 +20,10 @@ class HuggingFaceText(TextCodec):
         return self.bpe.tokenizer.adds_space
 
     @property
+    def starts_texts(self) -> bool:
+        return self.bpe.tokenizer.starts_texts
+
+    @property
     def has_token_bytes(self) -> bool:
         return self.bpe.tokenizer.has_token_bytes
 

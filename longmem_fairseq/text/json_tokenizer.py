@@ -124,6 +124,12 @@ class JsonTokenizer:
         return bool(numbers) and self.token_bytes[numbers[0]].startswith(b" ")
 
     @property
+    def starts_texts(self) -> bool:
+        """Return whether transformers, which adds special tokens, puts one before every text."""
+        plain, special = self.encode("x"), self._tokenizer.encode("x").ids
+        return len(special) > len(plain) and special[: len(plain)] != plain
+
+    @property
     def removes_space(self) -> bool:
         """Return whether decoding removes a space at the beginning of a text."""
         return any(step["type"] == "Strip" or _prepends(step) for step in self._decoder_steps)

@@ -3,7 +3,7 @@
 import codecs
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 
 class TextCodec(ABC):
@@ -14,10 +14,12 @@ class TextCodec(ABC):
 
     Attributes:
         adds_space: Whether the BPE puts a space before every text that it encodes.
+        starts_texts: Whether transformers puts a token before every text; None where that is not known.
         complete: Whether a dictionary without one of the symbols that a text is encoded to does not belong to the BPE.
     """
 
     adds_space = False
+    starts_texts: Optional[bool] = None
     complete = False
 
     def __init__(self, bpe):

@@ -67,6 +67,7 @@ def test_report(outcome, data, files):
     assert list(lengths["figures"]["all"]) == [
         "backbone",
         "backbone, window 64",
+        "backbone, sliding window 32",
         "memory off",
         "memory 64",
         "memory 128",
@@ -83,6 +84,33 @@ def test_report(outcome, data, files):
         expected = model.score("").perplexity  # with the checkpoint's memory of 128 tokens
         del model.encode
         assert documents["figures"][printable(name)]["memory 128"]["value"] == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_sliding_window(outcome, data, files):
+    """A plain loop over windows of 32 that move by 16, from block to block of a document."""
+    model = LongMem.from_pretrained(str(files.longmem), data=str(files.directory), device="cpu")
+    losses = []
+    tokens = torch.cat([model.encode((data / "long.txt").read_text()), torch.tensor([2])])
+    source = torch.cat([torch.tensor([2]), tokens[:-1]])
+    for begin in range(0, len(tokens), 16):
+        first = max(0, begin - 16)
+        logits = files.models[0](source[None, first : begin + 16])[0][0, begin - first :]
+        losses.append(torch.nn.functional.cross_entropy(logits, tokens[begin : begin + 16], reduction="none"))
+    value = outcome[1].tables[3].columns["long.txt"]["backbone, sliding window 32"].interval().value
+    assert value == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-4)
+
+
+def test_times(outcome):
+    """Each system has read every token, and its time includes that of what it shares with others."""
+    _, finished = outcome
+    times, tokens = finished.report["times"], 0
+    for _, n in finished.tables[0].columns["all"]["memory 64"].items.values():
+        tokens += n
+    assert set(times) == set(finished.tables[0].rows)
+    assert {row["tokens"] for row in times.values()} == {tokens}
+    assert times["memory 64 + cache 64"]["seconds"] > times["memory 64"]["seconds"] > 0
+    assert "| system | seconds | tokens | tokens/s |" in finished.report["markdown"]
 
 
 def test_figures_add_up(outcome):
@@ -156,6 +184,7 @@ def test_a_backbone_alone(arguments, files, tmp_path):
     assert list(finished.tables[0].columns["all"]) == [
         "backbone",
         "backbone, window 64",
+        "backbone, sliding window 32",
         "backbone + cache 64",
         "backbone + cache 128",
     ]
@@ -171,6 +200,7 @@ def test_errors_are_one_sentence(arguments, data, tmp_path, capsys):
     refuses("no file or directory", "--data", tmp_path / "none")
     refuses("--memory-sizes 16 is smaller than one segment of 32", "--memory-sizes", 16)
     refuses("--windows 40 is not a multiple", "--windows", 40)
+    refuses("--sliding-windows 66 is not an even number of tokens of at most 64", "--sliding-windows", 66)
     refuses("name documents with --valid", without=("--valid",))
     refuses("--cache-lambda and --cache-theta belong together", "--cache-lambda", 0.5)
     refuses("--cache-lambda 1.5 must be", "--cache-lambda", 1.5, "--cache-theta", 1)

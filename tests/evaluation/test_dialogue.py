@@ -13,6 +13,7 @@ from longmem_fairseq.evaluation.command import main, run
 from longmem_fairseq.evaluation.command_line import parser_of
 from longmem_fairseq.evaluation.conversations import read_conversations
 from longmem_fairseq.evaluation.dialogue import Dialogue
+from longmem_fairseq.evaluation.judged_pairs import JUDGED, JUDGED_KEY, read_pairs
 from longmem_fairseq.evaluation.scoring.generate import generate
 
 T = 64
@@ -119,8 +120,33 @@ def test_figures(outcome):
         "bits per byte": pytest.approx(nats / math.log(2) / size),
     }
     assert list(by_distance.columns) == ["0", "1", "2"] and len(by_distance.columns["2"]["memory on"]) == 3
-    assert "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in finished.report["markdown"]
+    title = finished.tables[0].title
+    assert "BLEU-4: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp" in title and "SmoothingFunction().method1" in title
+    sentences = [turn["sentence_bleu"]["memory on"] for turn in turns if "answers" in turn]
+    value = table.columns["sentence BLEU-4"]["memory on"].interval().value
+    assert len(sentences) == 3 and value == pytest.approx(sum(sentences) / 3, abs=1e-4)
     assert finished.report["examples"][0]["reference"] == "Rex ran away today ."
+
+
+def test_responses_for_a_judge(outcome):
+    """Those that were generated, with all that was said before, and the key to their order."""
+    directory, _, _ = outcome
+    turns = items_of(directory)["c1 session 2"]["turns"]
+    pairs = read_pairs(str(directory / JUDGED), str(directory / JUDGED_KEY))
+    assert [pair.id for pair in pairs] == [f"c1 session 2 response {i}" for i in range(3)]
+    for i, pair in enumerate(pairs):
+        assert pair.responses == {system: turns[i]["answers"][system] for system in ("memory off", "memory on")}
+        assert (pair.speaker, pair.reference) == SESSIONS[2][i]
+    assert pairs[1].dialogue.startswith("[Session 1]\nAnn: Hello Ben , I got a dog .\n")
+    assert pairs[1].dialogue.endswith("\n[Session 3, 1 week]\nAnn: Rex ran away today .")
+
+
+def test_sentence_bleu():
+    """Three of four words match, two of three pairs, one of two triples, and 0.1 in place of no quadruple."""
+    expected = 100 * (3 / 4 * 2 / 3 * 1 / 2 * 0.1) ** 0.25
+    assert Bleu().of_sentence("the dog ran away", "the dog ran home") == pytest.approx(expected)
+    assert Bleu().of_sentence("", "the dog ran home") == 0
+    assert Bleu().of_sentence("he came, yes.", "he came, yes.") == pytest.approx(100)
 
 
 def test_bleu_is_that_of_the_sacrebleu_command(tmp_path):
@@ -162,19 +188,23 @@ def test_layouts(tmp_path):
     }
     locomo = {"sample_id": "c1", "conversation": {"speaker_a": "Ann", "speaker_b": "Ben"}}
     chronicles = {"dataID": "c1", "time_interval": ["Start", "2 days", "1 week"]}
+    misc = {"dataID": "c1", "main_speaker": "Ann", "speaker_list": ["Ann", "Ben"]}
     for i, (turns, ordinal) in enumerate(zip(SESSIONS, ("first", "second", "third"))):
         locomo["conversation"][f"session_{i + 1}_date_time"] = f"day {i}"
         locomo["conversation"][f"session_{i + 1}"] = [{"speaker": s, "dia_id": "x", "text": t} for s, t in turns]
         chronicles[f"{ordinal}_session_dialogue"] = [t for _, t in turns]
         chronicles[f"{ordinal}_session_speakers"] = [s for s, _ in turns]
+        misc[f"{ordinal}_session_dialogue"] = [[s for s, _ in turns], [t for _, t in turns]]
     locomo["conversation"]["session_4_date_time"] = "day 4"  # as there, sessions that were not held
     locomo["conversation"]["session_3"][0]["blip_caption"] = "a photo\nof Rex"
-    for name, content in (("conversation", conversation()), ("msc", msc), ("chronicles", chronicles)):
+    for name, content in (("conversation", conversation()), ("msc", msc), ("chronicles", chronicles), ("misc", misc)):
         (tmp_path / name).write_text(json.dumps(content) + "\n")
     (tmp_path / "locomo").write_text(json.dumps([locomo], indent=1))
     expected = read_conversations(str(tmp_path / "conversation"))
     assert [[tuple(turn) for turn in session.turns] for session in expected[0].sessions] == SESSIONS
     assert read_conversations(str(tmp_path / "chronicles")) == expected
+    (parsed,) = read_conversations(str(tmp_path / "misc"))
+    assert [session.turns for session in parsed.sessions] == [session.turns for session in expected[0].sessions]
     (parsed,) = read_conversations(str(tmp_path / "msc"))
     assert [s.when for s in parsed.sessions] == [None, "2 days later", "1 week later"]
     assert [t.speaker for t in parsed.sessions[1].turns] == ["Speaker 1", "Speaker 2"]

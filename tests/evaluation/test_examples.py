@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from longmem_fairseq.evaluation import compare
+from longmem_fairseq.evaluation.babilong import BabiLong
 from longmem_fairseq.evaluation.books import Books
 from longmem_fairseq.evaluation.chapterbreak import ChapterBreak
 from longmem_fairseq.evaluation.command_line import parser_of
@@ -29,11 +30,14 @@ EVALUATIONS = {
 
 
 def parser(name):
-    return compare.parser("plan.json") if name == "compare" else parser_of(EVALUATIONS[name]())
+    if name == "compare":
+        return compare.parser("plan.json")
+    return parser_of(BabiLong() if name == "babilong" else EVALUATIONS[name]())
 
 
 SCRIPTS = {f"examples/{name}/evaluate.py": name for name in [*EVALUATIONS, "compare"] if name != "needle"}
 SCRIPTS["examples/recall/needle.py"] = "needle"
+SCRIPTS["examples/babilong/evaluate.py"] = "babilong"  # not in the shipped plan, since it needs other training
 
 
 @pytest.mark.parametrize("script, name", SCRIPTS.items())

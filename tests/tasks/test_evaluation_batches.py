@@ -218,9 +218,30 @@ def test_a_damaged_checkpoint_is_refused(options, tiny_longmem, tmp_path):
     assert re.search(r"checkpoint .*cut.pt cannot be read \(.+\)", output)
 
 
-def test_a_context_window_is_refused(options, tmp_path):
-    output = run("eval_lm", *options, "--context-window", 4, cwd=tmp_path, succeeds=False)
-    assert "--context-window 4 is not supported" in output
+@torch.no_grad()
+def test_a_sliding_window_of_a_backbone(options, tiny_backbone, tmp_path):
+    """Each token is scored once, in windows that overlap, as a plain loop does; positions start with each window."""
+    backbone = [tiny_backbone if x == options[options.index("--path") + 1] else x for x in options]
+    slide = ["--context-window", 5, "--batch-size", 3]
+    processes = [
+        start("eval_lm", *backbone, *slide, "--tokens-per-sample", 16, "--results-path", tmp_path, cwd=tmp_path),
+        start("eval_lm", *options, "--context-window", 4, cwd=tmp_path),
+        start("eval_lm", *backbone, *slide, "--memory-scope", "stream", cwd=tmp_path),
+        start("eval_lm", *backbone, "--context-window", 16, "--tokens-per-sample", 16, cwd=tmp_path),
+    ]
+    model, losses = load_language_model(tiny_backbone, options[0]), []
+    for document in map(torch.from_numpy, random_documents(VALID_LENGTHS, seed=1)):
+        source = torch.cat([document.new_tensor([2]), document[:-1]])
+        for begin in range(0, len(document), 11):
+            first = max(0, begin - 5)
+            logits = model(source[None, first : begin + 11])[0][0, begin - first :]
+            losses.append(F.cross_entropy(logits, document[begin : begin + 11], reduction="none"))
+    expected = torch.cat(losses).mean().item() / math.log(2)
+    assert reported(finish(processes[0])) == (TOKENS, pytest.approx(expected, abs=1e-4))
+    assert [row["tokens"] for row in documents(tmp_path).values()] == VALID_LENGTHS
+    assert "--context-window 4 is not supported by a model with a memory" in finish(processes[1], succeeds=False)
+    assert "which --memory-scope stream joins with others" in finish(processes[2], succeeds=False)
+    assert "--context-window 16 leaves no new token in the window" in finish(processes[3], succeeds=False)
 
 
 def test_without_our_task_there_is_an_error(tiny_data, tiny_longmem, tmp_path):

@@ -29,7 +29,7 @@ def config(**changes):
     values = {name: None if str(value).startswith("${") else value for name, value in values.items()}
     values.update(shorten_method="none", sample_break_mode="none", dataset_impl=None)
     values.update(memory_scope="document", restore_file="checkpoint_last.pt", save_dir="no such directory")
-    values.update(train_subset="train")
+    values.update(train_subset="train", context_window=0)
     return OmegaConf.create({**values, **changes})
 
 

@@ -33,6 +33,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 
 ACCURACY = Statistic("accuracy", " %", lambda sums: 100 * _ratio(sums))  # sums: right answers, questions
+MEAN = Statistic("mean", "", _ratio, digits=2)  # sums: values, items
 PERPLEXITY = Statistic(  # sums: losses in nats, tokens
     "perplexity", "", lambda sums: np.exp(np.minimum(_ratio(sums), 700.0)), relative=True, digits=2
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...backbones.base import EncodedSegment
 from ...memory.cache import CacheSettings, causal_log_sums, log_sums, mix
 from ...modules.token_mixture import TokenReads
-from .systems import BACKBONE, OFF, ON, with_cache, with_memory, with_window
+from .systems import BACKBONE, OFF, ON, with_cache, with_memory, with_sliding_window, with_window
 from .text_state import TextState
 
 Scores = Dict[str, Tensor]  # log-probabilities by system
@@ -31,15 +31,18 @@ class DocumentStream:
         scorer: Scorer whose systems read the document.
         memory_sizes: Sizes of the memories and caches in tokens, above 0.
         windows: Longer windows for the backbone alone in tokens, multiples of T.
+        sliding_windows: Windows for the backbone alone in tokens, which move by half of their tokens; even numbers.
 
     Attributes:
         systems: Names of the systems, in the order of reports.
 
     Raises:
-        ValueError: A window is not a multiple of T, or is longer than the backbone's positions.
+        ValueError: A window has another size, or is longer than the backbone's positions.
     """
 
-    def __init__(self, scorer, memory_sizes: Sequence[int], windows: Sequence[int] = ()):
+    def __init__(
+        self, scorer, memory_sizes: Sequence[int], windows: Sequence[int] = (), sliding_windows: Sequence[int] = ()
+    ):
         longest = scorer.backbone.max_positions
         for window in windows:
             if window % scorer.size or window < scorer.size or (longest is not None and window > longest):
@@ -47,7 +50,12 @@ class DocumentStream:
                 raise ValueError(
                     f"--windows {window} is not a multiple{limit} of the segment's {scorer.size} tokens: change it"
                 )
-        self.scorer, self.windows = scorer, list(windows)
+        for window in sliding_windows:
+            if window % 2 or window < 2 or (longest is not None and window > longest):
+                limit = "" if longest is None else f" of at most {longest}"
+                raise ValueError(f"--sliding-windows {window} is not an even number of tokens{limit}: change it")
+        self.scorer, self.windows, self.sliding_windows = scorer, list(windows), list(sliding_windows)
+        self._past = torch.zeros(0, dtype=torch.int64)  # newest inputs, as many as a sliding window reads again
         self.states: Dict[int, TextState] = {size: self.new_state(size) for size in memory_sizes}
         self.text = TextState(scorer.tokenizer.eos)
         self.systems = self._systems()
@@ -59,11 +67,12 @@ class DocumentStream:
     def _systems(self) -> List[str]:
         scorer, sizes = self.scorer, list(self.states)
         names = [BACKBONE] + [with_window(window) for window in self.windows]
+        names += [with_sliding_window(window) for window in self.sliding_windows]
         names += [OFF] if scorer.decoder is not None else []
         names += [with_memory(size) for size in sizes] if scorer.has_memory else []
         for size in sizes:
             names += [base + with_cache(size) for base, _ in self._cached(size)]
-        return names
+        return [name for name in names if name not in scorer.skipped]
 
     def _cached(self, size: int) -> List[Tuple[str, CacheSettings]]:
         """Return the systems that are mixed with a cache of this size, with their settings."""
@@ -79,15 +88,15 @@ class DocumentStream:
         """
         for state in self.states.values():
             self.scorer.memorize(state, tokens)
-        self.text.advance(tokens)
+        self._remember(self.text.advance(tokens))
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Scores:
         """Read and score the document's next tokens.
 
         Args:
-            tokens: Token ids, shape (length,), int64: whole segments (whole windows where there are longer ones) except
-                at the end of the document.
+            tokens: Token ids, shape (length,), int64: whole segments (whole windows where there are longer ones, and
+                whole halves of sliding ones) except at the end of the document.
 
         Returns:
             Log-probabilities (natural) of the tokens by system, shape (length,), float32, on the CPU.
@@ -97,25 +106,51 @@ class DocumentStream:
         parts: Dict[str, List[Tensor]] = {}
         for window in self.windows:
             for piece, targets in zip(inputs.split(window), tokens.split(window)):
-                encoded = scorer.backbone.encode(piece[None])
-                features = {with_window(window): scorer.backbone.final_hidden(encoded)[0]}
-                _collect(parts, self.plain_scores(features, targets))
+                _collect(parts, self._read_window(with_window(window), piece, targets))
+        for window in self.sliding_windows:
+            stream = torch.cat([self._past.to(inputs.device)[-(window // 2) :], inputs])
+            begin = len(stream) - len(inputs)  # of the next inputs to read
+            for targets in tokens.split(window // 2):
+                end = begin + len(targets)
+                first = max(0, begin - window // 2)
+                _collect(parts, self._read_window(with_sliding_window(window), stream[first:end], targets))
+                begin = end
+        self._remember(inputs)
         for piece, targets in zip(inputs.split(scorer.size), tokens.split(scorer.size)):
             _collect(parts, self._read_segment(piece, targets))
         names = [name for name in dict.fromkeys([*self.systems, *parts]) if name in parts]
         return {name: torch.cat(parts[name]).cpu() for name in names}
+
+    def _remember(self, inputs: Tensor) -> None:
+        """Keep the newest inputs that a sliding window reads again."""
+        longest = max(self.sliding_windows, default=0) // 2
+        past = torch.cat([self._past.to(inputs.device), inputs])
+        self._past = past[max(0, len(past) - longest) :]
+
+    def _read_window(self, system: str, inputs: Tensor, targets: Tensor) -> Scores:
+        """Read a window of the backbone alone, and score targets of shape (n,) by its last n inputs."""
+        backbone = self.scorer.backbone
+        with self.scorer.times.measure(system):
+            features = backbone.final_hidden(backbone.encode(inputs[None]))[0, -len(targets) :]
+        return self.plain_scores({system: features}, targets)
 
     def _read_segment(self, inputs: Tensor, targets: Tensor) -> Scores:
         """Score and then write one segment: inputs and targets of shape (T,)."""
         scorer = self.scorer
         readers = {with_memory(size): state for size, state in self.states.items() if scorer.has_memory}
         features, encoded = scorer.features(inputs[None], readers)
-        reads = {name: self._token_reads(state, encoded, inputs) for name, state in readers.items()}
-        reads = {name: read for name, read in reads.items() if read is not None}
+        reads = {}
+        for name, state in readers.items():
+            with scorer.times.measure(name):
+                read = self._token_reads(state, encoded, inputs)
+            if read is not None:
+                reads[name] = read
         scores = self.plain_scores({name: x[0] for name, x in features.items()}, targets, reads)
         scores.update(self.mixed_with_caches(scores, features[BACKBONE][0], targets))
-        for state in self.states.values():
-            scorer.write(state, encoded, inputs[None], targets)
+        for size, state in self.states.items():
+            cached = [base + with_cache(size) for base, _ in self._cached(size)]
+            with scorer.times.measure(*([with_memory(size)] if scorer.has_memory else cached)):
+                scorer.write(state, encoded, inputs[None], targets)
             state.advance(targets)
         return scores
 
@@ -148,9 +183,11 @@ class DocumentStream:
         mixed: Scores = {}
         thetas = sorted({setting.theta for setting in self.scorer.cache.values()})
         for size, state in self.states.items():
-            log_probs = dict(zip(thetas, self.cache_log_probs(state, hidden, targets, thetas))) if thetas else {}
-            for base, setting in self._cached(size):
-                mixed[base + with_cache(size)] = mix(scores[base], log_probs[setting.theta], setting.weight)
+            cached = [base + with_cache(size) for base, _ in self._cached(size)]
+            with self.scorer.times.measure(*cached):
+                log_probs = dict(zip(thetas, self.cache_log_probs(state, hidden, targets, thetas))) if thetas else {}
+                for base, setting in self._cached(size):
+                    mixed[base + with_cache(size)] = mix(scores[base], log_probs[setting.theta], setting.weight)
         return mixed
 
     def cache_log_probs(self, state: TextState, hidden: Tensor, targets: Tensor, thetas: Sequence[float]) -> Tensor:

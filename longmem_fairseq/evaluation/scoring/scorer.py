@@ -10,13 +10,15 @@ Legend: B rows, T tokens of a window and of a segment, D width, V symbols.
 """
 
 import os
-from typing import Any, Dict, List, Optional, Tuple
+from functools import cached_property
+from typing import Any, Dict, FrozenSet, List, Optional, Tuple
 
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
 from torch import Tensor
 
+from ...backbones.added_symbols import AddedSymbols, added_symbols
 from ...backbones.base import Backbone, EncodedSegment
 from ...backbones.loading import load_backbone
 from ...hub import LongMem
@@ -32,6 +34,7 @@ from ...modules.token_mixture import TokenReads
 from ...progress import token_bar
 from ...tasks.pretrained import choose_device, find_checkpoint, find_data, read_state
 from .description import describe
+from .system_times import SystemTimes
 from .systems import BACKBONE, OFF, ON, WITH_CACHE
 from .text_state import TextState
 from .text_tokenizer import TextTokenizer
@@ -52,6 +55,9 @@ class Scorer:
 
     Attributes:
         cache: Settings of the neural cache by system, for "backbone" and "memory on"; empty without a cache.
+        skipped: Names of systems that are not scored.
+        excluded: Ids of symbols that get no probability, shape (n,), int64; none by default.
+        times: Wall time of each system.
 
     Raises:
         ValueError: The window does not fit the backbone.
@@ -73,6 +79,9 @@ class Scorer:
         self.backbone, self.decoder, self.tokenizer = backbone, decoder, tokenizer
         self.size, self.memory_size = size, memory_size
         self.cache: Dict[str, CacheSettings] = {}
+        self.skipped: FrozenSet[str] = frozenset()
+        self.times = SystemTimes(self.device)
+        self.excluded = torch.zeros(0, dtype=torch.int64, device=self.device)
 
     @classmethod
     def load(
@@ -149,6 +158,11 @@ class Scorer:
         """Device of the model."""
         return self.backbone.device
 
+    @cached_property
+    def added_symbols(self) -> AddedSymbols:
+        """Symbols that a conversion from Hugging Face added to the model's own."""
+        return added_symbols(self.backbone, self.tokenizer.dictionary)
+
     @property
     def has_memory(self) -> bool:
         """Whether one of the systems has a memory."""
@@ -158,6 +172,7 @@ class Scorer:
     def systems(self) -> List[str]:
         """Names of the systems, in the order of reports."""
         plain = [BACKBONE] + ([OFF] if self.decoder is not None else []) + ([ON] if self.has_memory else [])
+        plain = [name for name in plain if name not in self.skipped]
         return plain + [name + WITH_CACHE for name in plain if name in self.cache]
 
     def describe(self) -> Dict[str, Any]:
@@ -202,7 +217,8 @@ class Scorer:
         skipped = self._skip(state, begin, len(tokens))
         inputs, tokens = inputs[skipped:], tokens[skipped:]
         all_layers = state.cache is not None or state.token_bank is not None
-        with token_bar(len(inputs), "memorizing") as progress:
+        remembering = [ON] if state.bank is not None else [name + WITH_CACHE for name in self.cache]
+        with token_bar(len(inputs), "memorizing") as progress, self.times.measure(*remembering):
             for part, encoded in encode_document(self.backbone, inputs, self.size, all_layers):
                 self.write(state, encoded, part, tokens[: part.numel()])
                 tokens = tokens[part.numel() :]
@@ -282,11 +298,14 @@ class Scorer:
             Input of the output layer by system, shape (B, T, D), and the encoded segment.
         """
         incremental = incremental or {}
-        encoded = self.backbone.encode(tokens, incremental.get(BACKBONE), start)
-        features = {BACKBONE: self.backbone.final_hidden(encoded)}
-        if self.decoder is not None:
-            readers = {OFF: None, **{name: self.reader(state, len(tokens)) for name, state in states.items()}}
-            for name, reader in readers.items():
+        side_networks = {} if self.decoder is None else {OFF: None, **states}
+        side_networks = {name: state for name, state in side_networks.items() if name not in self.skipped}
+        with self.times.measure(BACKBONE, *side_networks):
+            encoded = self.backbone.encode(tokens, incremental.get(BACKBONE), start)
+            features = {BACKBONE: self.backbone.final_hidden(encoded)}
+        for name, state in side_networks.items():
+            with self.times.measure(name):
+                reader = None if state is None else self.reader(state, len(tokens))
                 network = self.decoder.side_network(encoded, reader, incremental.get(name))
                 features[name] = self.decoder.features(network)
         return features, encoded
@@ -316,8 +335,14 @@ class Scorer:
             reads: What was read from a token memory, with n in place of (B, T); None for nothing.
         """
         if reads is None:
-            return self.backbone.output(features).float().log_softmax(-1)
-        return self.decoder.predictor(features[None], TokenReads(*(x[None] for x in reads)))[0]
+            logits = self.backbone.output(features).float()
+        else:
+            logits = self.decoder.predictor(features[None], TokenReads(*(x[None] for x in reads)))[0]
+            if not len(self.excluded):
+                return logits  # log-probabilities already
+        if len(self.excluded):
+            logits = logits.index_fill(-1, self.excluded, float("-inf"))
+        return logits.log_softmax(-1)
 
     def target_log_probs(
         self,
@@ -325,24 +350,35 @@ class Scorer:
         targets: Tensor,
         reads: Optional[Dict[str, TokenReads]] = None,
         at_once: int = 1024,
+        likeliest: Optional[Dict[str, Tensor]] = None,
     ) -> Dict[str, Tensor]:
-        """Return the log-probabilities of targets by system.
+        """Return the log-probabilities of targets by system; systems that are skipped are left out.
 
         Args:
             features: Input of the output layer by system, shape (n, D).
             targets: Token ids to predict, shape (n,), int64.
             reads: What some systems read from their token memories, with n in place of (B, T).
             at_once: Number of targets per block, which limits the memory of the logits.
+            likeliest: Dictionary that gets the likeliest symbol in place of each target by system, shape (n,), int64.
 
         Returns:
             Log-probabilities by system, shape (n,), float32.
         """
         log_probs = {}
         for name, x in features.items():
-            parts = []
+            if name in self.skipped:
+                continue
+            parts, symbols = [], []
             for begin in range(0, len(targets), at_once):
                 block = slice(begin, begin + at_once)
                 read = TokenReads(*(r[block] for r in reads[name])) if reads and name in reads else None
-                parts.append(self.log_probs(x[block], read).gather(1, targets[block, None])[:, 0])
+                with self.times.measure(name):
+                    scores = self.log_probs(x[block], read)  # (n, V)
+                    parts.append(scores.gather(1, targets[block, None])[:, 0])
+                if likeliest is not None:
+                    symbols.append(scores.argmax(1))
+            self.times.count(name, len(targets))
             log_probs[name] = torch.cat(parts)
+            if likeliest is not None:
+                likeliest[name] = torch.cat(symbols)
         return log_probs

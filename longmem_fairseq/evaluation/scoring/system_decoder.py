@@ -33,7 +33,7 @@ class SystemDecoder(FairseqIncrementalDecoder):
 
     def __init__(self, scorer, system: str, state: TextState, one_line: bool = True):
         super().__init__(scorer.tokenizer.dictionary)
-        self.base = without_cache(system)
+        self.system, self.base = system, without_cache(system)
         self.setting = scorer.cache[self.base] if system != self.base else None
         self.state, self.states = state, [state]
         self.backbone = scorer.backbone
@@ -42,8 +42,9 @@ class SystemDecoder(FairseqIncrementalDecoder):
         self._scorer = [scorer]  # in a list, so that the scorer's decoder is not registered as a part of this one
         self.predictor = Predictor(scorer.backbone) if scorer.decoder is None else scorer.decoder.predictor
         ends = scorer.tokenizer.line_ends() if one_line else torch.zeros(0, dtype=torch.int64)
-        self._ends = torch.cat([ends, torch.tensor([scorer.tokenizer.eos])]).to(scorer.device)
-        self._silent = scorer.tokenizer.silent().to(scorer.device)
+        added = scorer.added_symbols
+        self._ends = torch.cat([ends, added.ends, torch.tensor([scorer.tokenizer.eos])]).to(scorer.device)
+        self._silent = torch.cat([scorer.tokenizer.silent(), added.symbols]).to(scorer.device)
         self._hidden: Optional[Tensor] = None
 
     @property

@@ -19,6 +19,11 @@ def with_window(size: int) -> str:
     return f"backbone, window {size:,}"
 
 
+def with_sliding_window(size: int) -> str:
+    """Name the backbone alone with a window of ``size`` tokens that moves by half of them."""
+    return f"backbone, sliding window {size:,}"
+
+
 def without_cache(system: str) -> str:
     """Return a system's name without the suffix of its neural cache, if it has one."""
     return system.removesuffix(WITH_CACHE)

@@ -18,13 +18,18 @@ class TextTokenizer:
     Args:
         dictionary: Dictionary of the model.
         bpe: fairseq BPE whose pieces the dictionary holds; None for a dictionary of words.
+
+    Attributes:
+        adds_space: Whether the BPE puts a space before every text.
+        starts_texts: Whether the tokenizer itself puts a token before every text, as transformers applies it; None
+            where the BPE does not tell.
     """
 
     def __init__(self, dictionary: Dictionary, bpe=None):
         self.dictionary, self.bpe = dictionary, bpe
         self._codec = text_codec(bpe)
         # A BPE that puts a space before every text would double the space that a continuation starts with.
-        self._adds_space = self._codec.adds_space
+        self.adds_space, self.starts_texts = self._codec.adds_space, self._codec.starts_texts
 
     @classmethod
     def load(cls, directory: str, dictionary: Dictionary) -> "TextTokenizer":
@@ -59,7 +64,7 @@ class TextTokenizer:
         Returns:
             Token ids, shape (length,), int64.
         """
-        return self.encode(text[1:] if self._adds_space and text.startswith(" ") else text)
+        return self.encode(text[1:] if self.adds_space and text.startswith(" ") else text)
 
     def decode(self, tokens: Tensor) -> str:
         """Return the text of token ids, shape (length,); end-of-sentence and padding have no text."""

@@ -36,6 +36,18 @@ class Continuation(NamedTuple):
         return len(self.tokens) + (0 if self.prompt is None else len(self.prompt))
 
 
+class ComparedTokens(NamedTuple):
+    """The tokens of a continuation, compared with the likeliest ones.
+
+    Attributes:
+        log_probs: Log-probability of each token, natural logarithm, shape (length,), float32.
+        likeliest: Whether each token is the likeliest symbol, shape (length,), bool.
+    """
+
+    log_probs: Tensor
+    likeliest: Tensor
+
+
 class Window:
     """The last tokens before some continuations, in the attention caches of all systems.
 
@@ -72,7 +84,7 @@ class Window:
         inputs, self.last = stream[:-1], stream[-1:]  # the last token is each row's first input
         self.shared = len(inputs)
         self._readers = {name: state for name in scorer.systems if name == ON}
-        self._incremental: Dict[str, dict] = {name: {} for name in scorer.systems}
+        self._incremental: Dict[str, dict] = {name: {} for name in (BACKBONE, *scorer.systems)}
         self._cached: List[Part] = [] if state.cache is None else [(state.cache.hidden, state.cache.tokens)]
         self._state, self._prefix = state, None  # hidden states and tokens of the prefix, for the token memory
         if len(inputs):
@@ -95,18 +107,36 @@ class Window:
         Raises:
             ValueError: A continuation is empty, or longer than the room.
         """
+        return self._score_in_batches(continuations)
+
+    @torch.no_grad()
+    def compare(self, continuations: Sequence[Union[Tensor, Continuation]]) -> List[Dict[str, ComparedTokens]]:
+        """Score continuations as :meth:`score` does, and find out which of their tokens are the likeliest.
+
+        Args:
+            continuations: Continuations, or their token ids, shape (length,), int64.
+
+        Returns:
+            For each continuation its tokens by system; those mixed with a cache are left out.
+
+        Raises:
+            ValueError: A continuation is empty, or longer than the room.
+        """
+        return self._score_in_batches(continuations, compared=True)
+
+    def _score_in_batches(self, continuations: Sequence[Union[Tensor, Continuation]], compared: bool = False) -> List:
         rows = [c if isinstance(c, Continuation) else Continuation(c) for c in continuations]
         for row in rows:
             if not len(row.tokens):
                 raise ValueError("a continuation without tokens cannot be scored")
             if row.length > self.room:
                 raise ValueError(f"a continuation of {row.length} tokens is longer than the room of {self.room}")
-        scores: List[Optional[Dict[str, Tensor]]] = [None] * len(rows)
+        scores: List[Optional[Dict]] = [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: -rows[i].length)
         while order:
             at_once = max(1, _TOKENS_AT_ONCE // (self.shared + rows[order[0]].length))
             batch, order = order[:at_once], order[at_once:]
-            for i, row_scores in zip(batch, self._score([rows[i] for i in batch])):
+            for i, row_scores in zip(batch, self._score([rows[i] for i in batch], compared)):
                 scores[i] = row_scores
         return scores
 
@@ -147,18 +177,23 @@ class Window:
         reads = self._token_reads(encoded, inputs)
         scores = {}
         for name, x in features.items():
+            if name in scorer.skipped:
+                continue
             read = TokenReads(*(r[index, ends] for r in reads[name])) if name in reads else None
-            scores[name] = scorer.log_probs(x[index, ends], read)
+            with scorer.times.measure(name):
+                scores[name] = scorer.log_probs(x[index, ends], read)
+            scorer.times.count(name, len(prompts))
         for name, setting in scorer.cache.items():
             if name not in scores:
                 continue
             hidden = features[BACKBONE]
             parts = [*self._cached, (hidden[:, :-1], padded[:, 1:])]  # padding follows nothing
-            cached = log_distribution(hidden[index, ends], parts, setting.theta, scores[name].size(1))
-            scores[name + WITH_CACHE] = mix(scores[name], cached, setting.weight)
+            with scorer.times.measure(name + WITH_CACHE):
+                cached = log_distribution(hidden[index, ends], parts, setting.theta, scores[name].size(1))
+                scores[name + WITH_CACHE] = mix(scores[name], cached, setting.weight)
         return scores
 
-    def _score(self, rows: List[Continuation]) -> List[Dict[str, Tensor]]:
+    def _score(self, rows: List[Continuation], compared: bool = False) -> List[Dict]:
         scorer, device = self.scorer, self.scorer.device
         streams, scored = [], []  # the tokens of each row, and which of its predictions are scored
         for row in rows:
@@ -181,11 +216,17 @@ class Window:
             name: TokenReads(*(torch.cat([x[i, part] for i, part in zip(batch_rows, scored)]) for x in read))
             for name, read in self._token_reads(encoded, padded).items()
         }
-        scores = scorer.target_log_probs(picked, targets, reads)
+        likeliest: Optional[Dict[str, Tensor]] = {} if compared else None
+        scores = scorer.target_log_probs(picked, targets, reads, likeliest=likeliest)
+        lengths = [part.stop - part.start for part in scored]
+        if compared:
+            hits = {name: (symbols == targets).cpu().split(lengths) for name, symbols in likeliest.items()}
+            parts = {name: x.cpu().split(lengths) for name, x in scores.items()}
+            return [{name: ComparedTokens(parts[name][i], hits[name][i]) for name in parts} for i in range(len(rows))]
         if scorer.cache:
             hidden = [features[BACKBONE][i, : part.stop] for i, part in zip(batch_rows, scored)]
-            scores.update(self._mixed_with_cache(scores, picked[BACKBONE], targets, hidden, streams, scored))
-        lengths = [part.stop - part.start for part in scored]
+            with scorer.times.measure(*(name + WITH_CACHE for name in scorer.cache)):
+                scores.update(self._mixed_with_cache(scores, picked[BACKBONE], targets, hidden, streams, scored))
         parts = {name: scores[name].cpu().split(lengths) for name in scorer.systems}
         return [{name: part[i] for name, part in parts.items()} for i in range(len(rows))]
 
@@ -220,8 +261,9 @@ class Window:
         """Return what each system with a token memory reads for rows (B, R), by system."""
         if self._state.token_bank is None:
             return {}
-        states = self.scorer.decoder.predictor.token_states(encoded, inputs)
-        return dict.fromkeys(self._readers, self.scorer.token_reads(self._state, states, self._prefix))
+        with self.scorer.times.measure(*self._readers):
+            states = self.scorer.decoder.predictor.token_states(encoded, inputs)
+            return dict.fromkeys(self._readers, self.scorer.token_reads(self._state, states, self._prefix))
 
     def _incremental_of_rows(self, rows: int) -> Dict[str, dict]:
         """Return the window's incremental states expanded to some rows; nothing is copied until a row is read."""
