@@ -16,7 +16,7 @@ from .lane_streams import LaneStreams
 from .layered_reader import join_layers
 from .policies import MemoryPolicy, register_memory_policy
 from .reader import BatchReader, ChunkReader, MemoryReader, chunk_ages, tables_to_read
-from .token_search import TokenStates
+from .token_bank import TokenStates
 from .token_streams import TokenStreams
 
 _TOKEN_MEMORY = "token_memory."  # prefix of the names of its tensors
