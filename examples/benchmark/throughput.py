@@ -3,6 +3,7 @@
     python -m examples.benchmark.throughput                                    # the reference shape, on the CPU
     python -m examples.benchmark.throughput --mode train --batch 8             # or --mode generate
     python -m examples.benchmark.throughput --backbone BACKBONE.pt --segment 1024         # a model's shape and weights
+    python -m examples.benchmark.throughput --noise --memory-sizes 0 65536 --token-memory-sizes 16384 65536
     python -m examples.benchmark.throughput --memory-index IVF1024,Flat:nprobe=32 --memory-sizes 0 1048576 --keys KEYS
     python -m examples.benchmark.throughput --device cuda --dtype bf16 --layers 24 --dim 1024 --heads 16 \
         --vocab 50264 --segment 1024 --retrieval-layer-index 17 --batch 8 --full-windows 4096 8192
@@ -11,7 +12,8 @@ The weights are random, because the time of exact search, reading and attention 
 takes the sizes and weights of a model of any family, and the side network that starts from it. The time of an
 approximate index does depend on the text: pass the keys and queries of a real model and text with --keys (real_keys.py
 makes the file), and its recall is measured too. Without --keys, each memory is filled before the measurement by
-streaming random tokens through the backbone. The memory is also written during the measurement. The variants take
+streaming random tokens through the backbone, or with noise (--noise): for the token memory it is the slowest to search,
+as no entry is much nearer than the others. The memory is also written during the measurement. The variants take
 turns, step by step, so that all of them see the same machine; figures are medians.
 
 Each row also has its ratio to memory off, the cost of a token in multiples of that with the smallest memory, and the
@@ -109,7 +111,9 @@ def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
 
 def names_of(options: argparse.Namespace) -> List[str]:
     """List the names of the variants in the order of the rows."""
-    return [f"memory:{size}" for size in options.memory_sizes] + [f"window:{w}" for w in options.full_windows]
+    memories = [f"memory:{size}" for size in options.memory_sizes]
+    memories += [f"memory:{max(options.memory_sizes)}:{size}" for size in options.token_memory_sizes]
+    return memories + [f"window:{length}" for length in options.full_windows]
 
 
 def peaks_in_processes(options: argparse.Namespace, arguments: List[str]) -> List[int]:
@@ -144,7 +148,7 @@ def compare(rows: List[Dict], full: List[Dict], options: argparse.Namespace, spe
     off = next((row for row in rows if row["memory_size"] == 0), None)
     smallest = min((row for row in rows if row["memory_size"]), key=lambda row: row["memory_size"], default=None)
     for row in rows:
-        work = {**model_work(options), **memory_work(options, row["memory_size"])}
+        work = {**model_work(options), **memory_work(options, row["memory_size"], row["token_memory"])}
         row.update(work, roofline_share=bound(work, speed) / row["seconds_per_step"])
         row["roofline_ms"] = 1000 * bound({k: v for k, v in work.items() if not k.startswith("model")}, speed)
         if off is not None:
@@ -168,6 +172,7 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
         row["peak_mib"] = row["peak_memory_bytes"] / 2**20
     columns = {
         "memory_size": "memory",
+        "token_memory": "token memory",
         "index": "index",
         "tokens_per_second": "tokens/s",
         "ratio_to_off": "of memory off",
@@ -179,6 +184,8 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
         "peak_mib": "peak MiB",
     }
     shown = {key: name for key, name in columns.items() if any(row.get(key) is not None for row in result["rows"])}
+    if not options.token_memory_sizes:
+        del shown["token_memory"]
     text = [
         f"## Throughput, {options.mode}: {options.layers} layers, width {options.dim}, {options.heads} heads, "
         f"side network {options.layers // options.reduction}, segment {options.segment}, batch {options.batch}, "
@@ -206,7 +213,9 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
                 },
             ),
             "",
-            f"LongMem has a memory of {result['rows'][-1]['memory_size']:,} tokens there.",
+            "LongMem has a memory of {memory_size:,} and a token memory of {token_memory:,} tokens there.".format(
+                **result["rows"][-1]
+            ),
         ]
     return "\n".join(text)
 
@@ -216,7 +225,9 @@ def draw(axes, result: Dict) -> None:
     rows = result["rows"]
     places = range(len(rows))
     axes.bar(places, [row["tokens_per_second"] for row in rows], color="tab:blue")
-    axes.set_xticks(places, [f"{row['memory_size']:,}" if row["memory_size"] else "off" for row in rows])
+    labels = [f"{row['memory_size']:,}" if row["memory_size"] else "off" for row in rows]
+    tokens = [f"\n+ {row['token_memory']:,}" if row["token_memory"] else "" for row in rows]
+    axes.set_xticks(places, [label + of_tokens for label, of_tokens in zip(labels, tokens)])
     for row in result["full_attention"]:
         axes.axhline(row["tokens_per_second"], color="tab:red", linestyle="--")
         axes.annotate(f"full attention, {row['window']:,}", (0, row["tokens_per_second"]), va="bottom")
@@ -245,6 +256,15 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     add("--k", type=int, default=64, help="number of tokens read per query and head (default: %(default)s)")
     add("--chunk-size", type=int, default=4, help="number of tokens in a chunk (default: %(default)s)")
     add("--memory-sizes", type=int, nargs="+", default=[0, 4096, 65536], help="memory sizes in tokens; 0: memory off")
+    add(
+        "--token-memory-sizes",
+        type=int,
+        nargs="+",
+        default=[],
+        help="token memories in tokens, each measured beside the largest of --memory-sizes",
+    )
+    add("--token-memory-k", type=int, default=1024, help="entries that each token reads (default: %(default)s)")
+    add("--noise", action="store_true", help="fill the memories with noise, which is faster than encoding tokens")
     add("--memory-search", choices=registered_searches(), default="auto", help="as in training (default: %(default)s)")
     add("--memory-dtype", choices=("auto", *DTYPES), default="auto", help="precision of the keys and values in memory")
     add("--memory-index", default=FLAT, help="as in training; a memory too small for the index is searched exactly")
@@ -288,6 +308,10 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     require_at_least(options, 1, "layers", "dim", "heads", "reduction", "segment", "batch", "k", "chunk_size", "steps")
     if options.dim % options.heads or options.layers % options.reduction or options.k % options.chunk_size:
         stop("--dim must be a multiple of --heads, --layers of --reduction, and --k of --chunk-size")
+    if options.token_memory_sizes and min(options.token_memory_sizes) < 1 or options.token_memory_k < 1:
+        stop("--token-memory-sizes and --token-memory-k must be at least 1")
+    if options.token_memory_sizes and not max(options.memory_sizes):
+        stop("--token-memory-sizes need a memory: add a size to --memory-sizes")
     if options.full_windows and options.mode != "eval":
         stop(f"--full-windows needs --mode eval: leave it out with --mode {options.mode}")
     require_device(options.device)
@@ -337,16 +361,18 @@ def main(arguments: List[str]) -> None:
     except ValueError as error:
         stop(str(error))
     variants = [build_variant(name, decoder, options, real) for name in names_of(options)]
-    for variant in variants[: len(options.memory_sizes)]:
+    memories = len(options.memory_sizes) + len(options.token_memory_sizes)
+    for variant in variants[:memories]:
         variant.fill()
     measured = measure(variants, options)
     if options.device.type != "cuda":
         for row, peak in zip(measured, peaks_in_processes(options, arguments)):
             row["peak_memory_bytes"] = peak
-    rows, full = measured[: len(options.memory_sizes)], measured[len(options.memory_sizes) :]
+    rows, full = measured[:memories], measured[memories:]
     for row, variant in zip(rows, variants):
         index = variant.decoder.memory_factory.settings.index if variant.memory_size else None
-        row.update(memory_size=variant.memory_size, index=index, bank_bytes=variant.bank_bytes)
+        sizes = dict(memory_size=variant.memory_size, token_memory=variant.token_memory)
+        row.update(sizes, index=index, bank_bytes=variant.bank_bytes)
     for row, window in zip(full, options.full_windows):
         row["window"] = window
     compare(rows, full, options, speed)
