@@ -306,10 +306,9 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     except (ValueError, OSError) as error:
         stop(str(error))
     require_at_least(options, 1, "layers", "dim", "heads", "reduction", "segment", "batch", "k", "chunk_size", "steps")
+    require_at_least(options, 1, "token_memory_sizes", "token_memory_k")
     if options.dim % options.heads or options.layers % options.reduction or options.k % options.chunk_size:
         stop("--dim must be a multiple of --heads, --layers of --reduction, and --k of --chunk-size")
-    if options.token_memory_sizes and min(options.token_memory_sizes) < 1 or options.token_memory_k < 1:
-        stop("--token-memory-sizes and --token-memory-k must be at least 1")
     if options.token_memory_sizes and not max(options.memory_sizes):
         stop("--token-memory-sizes need a memory: add a size to --memory-sizes")
     if options.full_windows and options.mode != "eval":

@@ -51,6 +51,7 @@ class MemoryFactory:
         self.settings, self.kv_heads, self.head_dim, self.attention = settings, kv_heads, head_dim, attention
         self.layers, self.width, self.symbols = layers, width, symbols
         self._placements: Dict[torch.device, Placement] = {}
+        self._token_readers: Dict[torch.device, TokenReader] = {}
         self._searches: Dict[torch.device, SearchBackend] = {}
         self._sizes: Dict[int, MemoryFactory] = {}
 
@@ -161,8 +162,10 @@ class MemoryFactory:
 
     def token_reader(self, device: torch.device) -> TokenReader:
         """Return the reader of token memories for a model on a device."""
-        search = choose_token_search(self.settings.search, device, self.settings.token_dtype, self.width)
-        return TokenReader(search, self.settings.token_entries)
+        if device not in self._token_readers:
+            search = choose_token_search(self.settings.search, device, self.settings.token_dtype, self.width)
+            self._token_readers[device] = TokenReader(search, self.settings.token_entries)
+        return self._token_readers[device]
 
     def document_bank(self, dtype: torch.dtype, device: torch.device) -> MemoryBank:
         """Make an empty bank of one stream, with the bank of its token memory if there is one.

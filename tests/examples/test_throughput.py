@@ -104,7 +104,7 @@ def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
         (["--memory-index-parameters", "x=1", "--memory-index", "IVF4,Flat"], "IVF4,Flat:x=1 has search parameters"),
         (["--memory-device", "cuda"], "--memory-device cuda: the model is on cpu"),
         (["--heads", "3"], "--dim must be a multiple of --heads"),
-        (["--token-memory-sizes", "0"], "--token-memory-sizes and --token-memory-k must be at least 1"),
+        (["--token-memory-sizes", "0"], "--token-memory-sizes 0 is less than 1"),
         (["--token-memory-sizes", "9", "--memory-sizes", "0"], "--token-memory-sizes need a memory: add a size"),
         (["--steps", "0"], "--steps 0 is less than 1"),
     ],

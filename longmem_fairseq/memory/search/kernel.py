@@ -38,6 +38,7 @@ class Kernel:
         library = _load_library()
         self.search = functools.partial(library.longmem_search, version)
         self.search_lists = functools.partial(library.longmem_search_lists, version)
+        self.quantize_tokens = functools.partial(library.longmem_quantize_tokens, version)
         self.search_tokens = functools.partial(library.longmem_search_tokens, version)
 
 
@@ -70,7 +71,8 @@ def _load_library() -> ctypes.CDLL:
         "longmem_supported": "i",
         "longmem_search": "ipipipiip",
         "longmem_search_lists": "ipiipppipiip",
-        "longmem_search_tokens": "ipiippipipp",
+        "longmem_quantize_tokens": "ippiiiippi",
+        "longmem_search_tokens": "ipippiipippipp",
     }
     for name, signature in signatures.items():
         function = getattr(library, name, None)

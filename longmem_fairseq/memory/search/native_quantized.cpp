@@ -54,8 +54,8 @@ double QuantizedQueries::shift(int64_t t, const std::vector<float>& center) cons
 }
 
 QuantizedRows::QuantizedRows(const Instructions& with, int64_t d, int64_t most_rows)
-    : with_(with), width_(rounded_up(d, MULTIPLE)), center_(d), scales_(most_rows), halves_(most_rows), line_(width_),
-      storage_(most_rows * width_ + 64) {
+    : with_(with), width_(rounded_up(d, MULTIPLE)), center_(d), line_(width_), storage_(most_rows * width_ + 64),
+      numbers_(2 * most_rows), scales_(&numbers_[0]), halves_(&numbers_[most_rows]) {
   tiles_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(storage_.data()) + 63) / 64 * 64);
 }
 

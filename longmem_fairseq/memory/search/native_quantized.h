@@ -58,10 +58,17 @@ class QuantizedQueries {
   std::vector<int32_t> start_, offset_;
 };
 
-// A block of rows minus a center, as integers.
+// Rows minus a center, as integers.
 class QuantizedRows {
  public:
+  // Has room for `most_rows` rows, a multiple of together().
   QuantizedRows(const Instructions& with, int64_t d, int64_t most_rows);
+
+  // Has room in arrays of others: `tiles` (most_rows, d rounded up to MULTIPLE), aligned to 64 bytes, and one scale and
+  // one half for each row.
+  QuantizedRows(const Instructions& with, int64_t d, uint8_t* tiles, float* scales, float* halves)
+      : with_(with), width_(rounded_up(d, MULTIPLE)), center_(d), line_(width_), tiles_(tiles), scales_(scales),
+        halves_(halves) {}
 
   // Sets the center to the mean of about SAMPLE of `rows` rows; row(i) returns row i, shape (d,).
   template <class Row>
@@ -79,19 +86,18 @@ class QuantizedRows {
     }
   }
 
-  // Quantizes `held` rows, and fills the last tiles with rows that are never candidates; row(i) returns row i.
+  // Quantizes rows `begin` (a multiple of together()) to `end` - 1, and fills the last tiles with rows that are never
+  // candidates; row(i) returns row i.
   template <class Row>
-  void fill(int64_t held, Row row) {
-    filled_ = rounded_up(held, together());
-    for (int64_t i = 0; i < filled_; ++i) {
+  void fill(int64_t begin, int64_t end, Row row) {
+    for (int64_t i = begin; i < rounded_up(end, together()); ++i) {
       scales_[i] = 0.0f;
       halves_[i] = NAN;  // compares false
-      if (i < held) put(i, row(i));
+      if (i < end) put(i, row(i));
     }
   }
 
   int64_t together() const { return with_.rows * with_.tiles; }  // rows that are compared together
-  int64_t filled() const { return filled_; }                     // a multiple of it
   const std::vector<float>& center() const { return center_; }
 
   // Finds the candidates among rows `row` to `row` + together() - 1; see Instructions.
@@ -110,8 +116,10 @@ class QuantizedRows {
 
   const Instructions& with_;
   const int64_t width_;  // d, rounded up
-  std::vector<float> center_, scales_, halves_;
+  std::vector<float> center_;
   std::vector<uint8_t> line_, storage_;
+  std::vector<float> numbers_;
   uint8_t* tiles_;
-  int64_t filled_ = 0;
+  float* scales_;
+  float* halves_;
 };

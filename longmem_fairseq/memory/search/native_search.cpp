@@ -88,13 +88,14 @@ void Search::scan(const float* table, int64_t rows, int64_t first, const int64_t
   int32_t starts[QUERIES];
   uint64_t candidates[QUERIES];  // rows that may be among the best, as bits
   for (int64_t begin = 0; begin < rows; begin += BLOCK) {
-    rows_.fill(std::min(BLOCK, rows - begin), [&](int64_t i) { return table + (begin + i) * d_; });
+    const int64_t held = std::min(BLOCK, rows - begin);
+    rows_.fill(0, held, [&](int64_t i) { return table + (begin + i) * d_; });
     for (size_t t = 0; t < scanning_.size(); t += QUERIES) {
       for (int64_t i = 0; i < QUERIES; ++i) {
         integers[i] = queries_.integers(scanning_[t + i]);
         starts[i] = queries_.start(scanning_[t + i]);
       }
-      for (int64_t row = 0; row < rows_.filled(); row += rows_.together()) {
+      for (int64_t row = 0; row < held; row += rows_.together()) {
         rows_.candidates(row, integers, starts, &bar_[t], candidates);
         for (int64_t i = 0; i < QUERIES; ++i) {
           for (uint64_t left = candidates[i]; left; left &= left - 1) {

@@ -44,8 +44,8 @@ struct Instructions {
   // Writes numbers of half precision, shape (d,), as floats.
   void (*widen)(const uint16_t* halves, int64_t d, float* floats);
 
-  // Returns the inner product of x and y, shape (d,), in float.
-  float (*dot_halves)(const float* x, const uint16_t* y, int64_t d);
+  // Writes the inner products, in float, of x and each of some rows, shape (d,). A product depends on its row alone.
+  void (*dot_halves)(const float* x, const uint16_t* const* rows, int64_t count, int64_t d, float* products);
 };
 
 extern const Instructions AVX512;

@@ -204,7 +204,7 @@ WITH_AVX2 void widen(const uint16_t* halves, int64_t d, float* to) {
   if (i < d) _mm256_maskstore_ps(to + i, lanes(d - i), floats(d - i, halves + i));
 }
 
-WITH_AVX2 float dot_halves(const float* x, const uint16_t* y, int64_t d) {
+WITH_AVX2 inline float dot_half(const float* x, const uint16_t* y, int64_t d) {
   __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
   int64_t i = 0;
   for (; i + 32 <= d; i += 32) {
@@ -217,6 +217,10 @@ WITH_AVX2 float dot_halves(const float* x, const uint16_t* y, int64_t d) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
+WITH_AVX2 void dot_halves(const float* x, const uint16_t* const* rows, int64_t count, int64_t d, float* products) {
+  for (int64_t i = 0; i < count; ++i) products[i] = dot_half(x, rows[i], d);
 }
 
 }  // namespace

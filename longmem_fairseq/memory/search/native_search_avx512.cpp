@@ -167,19 +167,40 @@ WITH_AVX512 void widen(const uint16_t* halves, int64_t d, float* to) {
   if (i < d) _mm512_mask_storeu_ps(to + i, lanes(d - i), floats(lanes(d - i), halves + i));
 }
 
-WITH_AVX512 float dot_halves(const float* x, const uint16_t* y, int64_t d) {
-  __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+// Several rows at a time share the loads of x.
+template <int COUNT>
+WITH_AVX512 inline __attribute__((always_inline)) void dot_some(const float* x, const uint16_t* const* rows, int64_t d,
+                                                                float* products) {
+  __m512 sums[COUNT][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < COUNT; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + 64 <= d; i += 64) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
-      sums[j] = _mm512_fmadd_ps(_mm512_loadu_ps(x + i + 16 * j), floats(y + i + 16 * j), sums[j]);
+    for (int j = 0; j < 4; ++j) {
+      const __m512 y = _mm512_loadu_ps(x + i + 16 * j);
+#pragma GCC unroll 4
+      for (int r = 0; r < COUNT; ++r) sums[r][j] = _mm512_fmadd_ps(y, floats(rows[r] + i + 16 * j), sums[r][j]);
+    }
   }
   for (; i < d; i += 16) {
     const __mmask16 in = lanes(d - i);
-    sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(in, x + i), floats(in, y + i), sums[0]);
+    const __m512 y = _mm512_maskz_loadu_ps(in, x + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < COUNT; ++r) sums[r][0] = _mm512_fmadd_ps(y, floats(in, rows[r] + i), sums[r][0]);
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+#pragma GCC unroll 4
+  for (int r = 0; r < COUNT; ++r) {
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[r][0], sums[r][1]), _mm512_add_ps(sums[r][2], sums[r][3]));
+    products[r] = _mm512_reduce_add_ps(sum);
+  }
+}
+
+WITH_AVX512 void dot_halves(const float* x, const uint16_t* const* rows, int64_t count, int64_t d, float* products) {
+  for (; count >= 4; count -= 4, rows += 4, products += 4) dot_some<4>(x, rows, d, products);
+  for (; count > 0; --count, ++rows, ++products) dot_some<1>(x, rows, d, products);
 }
 
 }  // namespace
