@@ -258,7 +258,9 @@ class StreamVariant:
     @property
     def bank_bytes(self) -> int:
         """Number of bytes of the memory."""
-        return sum(bank.nbytes for bank in self.banks)
+        memories = self.decoder.lane_state.memories
+        token_banks = [memory.token_streams.bank for memory in memories if memory.token_streams is not None]
+        return sum(bank.nbytes for bank in [*self.banks, *token_banks])
 
     @property
     def recall(self) -> Optional[float]:
@@ -372,7 +374,8 @@ class GenerationVariant:
     @property
     def bank_bytes(self) -> int:
         """Number of bytes of the memories of all rows."""
-        return sum(bank.nbytes for bank in self.banks)
+        token_banks = [bank.token_bank for bank in self.banks if bank.token_bank is not None]
+        return sum(bank.nbytes for bank in [*self.banks, *token_banks])
 
     @property
     def tokens(self) -> int:

@@ -108,13 +108,11 @@ class _OfModel(NamedTuple):
 
     Attributes:
         top: Largest logit, shape (Q,).
-        token: Token that has it, shape (Q,), int64.
         log_sum: Logarithm of the sum of exponentiated logits, shape (Q,).
         entropy: Entropy of the probabilities, shape (Q,).
     """
 
     top: Tensor
-    token: Tensor
     log_sum: Tensor
     entropy: Tensor
 
@@ -128,12 +126,12 @@ def _blocks(logits: Tensor) -> int:
 def _of_model(logits: Tensor) -> _OfModel:
     parts = []
     for block in logits.split(_blocks(logits)):
-        top, token = block.max(dim=1)
+        top = block.amax(dim=1)  # not max, which takes as long as all the rest for the number of the column
         below = (block - top[:, None]).clamp_(min=-100.0)  # so that infinite logits give no NaN
         masses = below.exp()
         total = masses.sum(dim=1)
         entropy = total.log() - masses.mul_(below).sum(dim=1) / total
-        parts.append((top, token, top + total.log(), entropy))
+        parts.append((top, top + total.log(), entropy))
     return _OfModel(*(torch.cat(x) for x in zip(*parts)))
 
 
@@ -162,17 +160,17 @@ def _statistics(logits: Tensor, of_model: _OfModel, reads: TokenReads, log_masse
     """
     masses = log_masses.exp()
     top_mass, best = of_tokens.max(dim=1)
-    top_token = reads.followers.gather(1, best[:, None])
+    of_top_token = logits.gather(1, reads.followers.gather(1, best[:, None]))[:, 0]
     best_score = reads.scores.amax(dim=1)
     numbers = [
         best_score.masked_fill(best_score.isneginf(), 0.0),
         masses.amax(dim=1),
         0.2 * torch.special.entr(masses).sum(dim=1),
         top_mass,
-        0.2 * (logits.gather(1, top_token)[:, 0] - of_model.log_sum).clamp(min=-50.0),
+        0.2 * (of_top_token - of_model.log_sum).clamp(min=-50.0),
         (of_model.top - of_model.log_sum).exp(),
         0.2 * of_model.entropy,
-        (of_model.token == top_token[:, 0]).float(),
+        (of_top_token == of_model.top).float(),
         0.1 * reads.sizes.log1p(),
     ]
     return torch.stack(numbers, dim=1)
