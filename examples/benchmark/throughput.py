@@ -56,14 +56,14 @@ from longmem_fairseq.models.memory_layers import parse_memory_layers
 from longmem_fairseq.modules.self_attention import forget_masks
 
 
-def timed(run: Callable[[], None], times: int, device: torch.device) -> float:
+def timed(run: Callable[[], None], times: int, device: torch.device, clock: Callable[[], float]) -> float:
     """Return the mean number of seconds of a function that is run ``times`` times without waiting in between."""
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(times):
         run()
     synchronize(device)
-    return (time.perf_counter() - start) / times
+    return (clock() - start) / times
 
 
 def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
@@ -76,6 +76,7 @@ def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
     Returns:
         One row for each variant, in their order.
     """
+    clock = time.process_time if options.processor_time else time.perf_counter
     queued = 4 if options.device.type == "cuda" and options.mode != "generate" else 1
     peaks = []
     banks = sum(variant.bank_bytes for variant in variants)
@@ -92,7 +93,7 @@ def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
     seconds = [[] for _ in variants]
     for _ in tqdm(range(options.steps), desc="measuring", leave=False, mininterval=2):
         for variant, taken in zip(variants, seconds):
-            taken.append(timed(variant.step, queued, options.device))
+            taken.append(timed(variant.step, queued, options.device, clock))
     rows = []
     for i, (variant, taken) in enumerate(zip(variants, seconds)):
         median = statistics.median(taken)
@@ -294,6 +295,11 @@ def parse(arguments: List[str]) -> argparse.Namespace:
         default="eval",
         help="forward pass; forward and backward pass; or token by token (default: %(default)s)",
     )
+    add(
+        "--processor-time",
+        action="store_true",
+        help="measure the time of the processor instead of the clock's, for a busy machine; with --threads 1",
+    )
     add("--tflops", type=float, help="speed of the machine in 10^12 operations per second (default: measured)")
     add("--gbps", type=float, help="memory bandwidth of the machine in 10^9 bytes per second (default: measured)")
     add("--json", help="path of a JSON file for the result")
@@ -314,6 +320,8 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     if options.full_windows and options.mode != "eval":
         stop(f"--full-windows needs --mode eval: leave it out with --mode {options.mode}")
     require_device(options.device)
+    if options.processor_time and (options.threads != 1 or options.device.type != "cpu"):
+        stop("--processor-time needs --threads 1 and --device cpu: threads that wait count too")
     for size in options.memory_sizes:
         if 0 < size < options.segment:
             stop(f"--memory-sizes {size} is smaller than one segment of {options.segment} tokens")

@@ -58,7 +58,7 @@ def test_throughput(tmp_path):
 @pytest.mark.parametrize("mode", ["eval", "train", "generate"])
 def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
     """The small memory is searched exactly, the large one by the index, in a file; a token memory beside it."""
-    sizes = "--memory-sizes 0 64 4096 --token-memory-sizes 40 --batch 2"
+    sizes = "--memory-sizes 0 64 4096 --token-memory-sizes 40 --batch 2 --processor-time"
     indexed = "--memory-index IVF32,Flat:nprobe=4 --tflops 1 --gbps 10 --dtype bf16"
     paths = ["--keys", str(keys), "--memory-map", str(tmp_path)]
     arguments = [*TINY.split(), *sizes.split(), *indexed.split(), *paths, "--mode", mode]
@@ -108,6 +108,7 @@ def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
         (["--heads", "3"], "--dim must be a multiple of --heads"),
         (["--token-memory-sizes", "0"], "--token-memory-sizes 0 is less than 1"),
         (["--token-memory-sizes", "9", "--memory-sizes", "0"], "--token-memory-sizes need a memory: add a size"),
+        (["--processor-time", "--threads", "2"], "--processor-time needs --threads 1 and --device cpu"),
         (["--steps", "0"], "--steps 0 is less than 1"),
     ],
 )

@@ -27,7 +27,7 @@ namespace {
 
 constexpr int64_t FEW = 8;                // fewer queries: it does not pay to convert the rows to integers
 constexpr int64_t AT_ONCE = 64;           // queries that are compared with all rows together, and stay in a cache
-constexpr int64_t BLOCK_BYTES = 1 << 16;  // of the integers of a block of rows
+constexpr int64_t BLOCK_BYTES = 1 << 18;  // of the integers of a block of rows
 constexpr int64_t SAMPLED = 4096;         // about as many rows are scored to set the bars
 constexpr double DEVIATIONS = 3.5;        // of the number of rows of a sample that are above a score
 constexpr float NONE = -std::numeric_limits<float>::infinity();
