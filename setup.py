@@ -41,8 +41,10 @@ GGUF = "gguf>=0.17"
 SEARCH = "longmem_fairseq/memory/search"
 KERNEL = Extension(
     "longmem_fairseq.memory.search.native_kernel",
-    sources=[f"{SEARCH}/native_search.cpp", f"{SEARCH}/native_search_avx2.cpp", f"{SEARCH}/native_search_avx512.cpp"],
-    depends=[f"{SEARCH}/native_search.h"],
+    sources=[
+        f"{SEARCH}/native_{part}.cpp" for part in ("search", "tokens", "quantized", "search_avx2", "search_avx512")
+    ],
+    depends=[f"{SEARCH}/native_search.h", f"{SEARCH}/native_quantized.h"],
     extra_compile_args=["-O3", "-g0", "-std=c++17"],
     language="c++",
     optional=True,

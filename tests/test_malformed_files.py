@@ -30,8 +30,9 @@ from longmem_fairseq.evaluation.reporting.finished_items import FinishedItems
 from longmem_fairseq.hub import LongMem
 from longmem_fairseq.memory.container import SnapshotError, crc32, sha256
 from longmem_fairseq.memory.memory_file import load_memory
-from longmem_fairseq.memory.token_bank import TokenBank, stored
-from longmem_fairseq.memory.token_search import TokenStates
+from longmem_fairseq.memory.search.torch_token_search import TorchTokenSearch
+from longmem_fairseq.memory.token_bank import TokenBank, TokenStates, stored
+from longmem_fairseq.memory.token_reader import TokenReader
 from longmem_fairseq.memory.token_streams import TokenStreams
 from longmem_fairseq.memory.training_snapshot import load_training_memory, save_training_memory
 from longmem_fairseq.models.model_directory import write_directory
@@ -176,7 +177,7 @@ def test_training_snapshots(tmp_path, shared):
     def new_memory():
         memory = test_training_snapshot.make(shared)
         if not shared:
-            memory.token_streams = TokenStreams(TokenBank(3, 2, 6, symbols=9), entries=4)
+            memory.token_streams = TokenStreams(TokenBank(3, 2, 6, symbols=9), TokenReader(TorchTokenSearch(), 4))
         return memory
 
     memory = new_memory()

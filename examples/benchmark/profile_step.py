@@ -72,7 +72,7 @@ def main(arguments: List[str]) -> None:
         variant.fill()
     for _ in range(3):
         variant.step()
-    seconds = statistics.median(timed(variant.step, 1, options.device) for _ in range(options.steps))
+    seconds = statistics.median(timed(variant.step, 1, options.device, time.perf_counter) for _ in range(options.steps))
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if options.device.type == "cuda" else [])
     with profile(activities=activities) as profiled:
         for _ in range(_STEPS):

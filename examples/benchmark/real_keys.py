@@ -70,7 +70,8 @@ class RealQueriesFactory(MemoryFactory):
     """
 
     def __init__(self, factory: MemoryFactory, real: RealKeys):
-        super().__init__(factory.settings, factory.kv_heads, factory.head_dim, factory.attention)
+        sizes = factory.kv_heads, factory.head_dim, factory.attention, factory.layers, factory.width, factory.symbols
+        super().__init__(factory.settings, *sizes)
         self.real = real
 
     def search(self, device: torch.device) -> SearchBackend:

@@ -18,12 +18,13 @@ from examples.benchmark.variants import DTYPES, products_only
 from longmem_fairseq.models.memory_layers import parse_memory_layers
 
 
-def memory_work(options: argparse.Namespace, memory_size: int) -> Dict[str, float]:
+def memory_work(options: argparse.Namespace, memory_size: int, token_memory: int = 0) -> Dict[str, float]:
     """Count the operations and bytes that exact search and reading need in one step.
 
     Args:
         options: Options of throughput.py.
         memory_size: Number of tokens that a lane's memory holds.
+        token_memory: Number of tokens that a lane's token memory holds; of it, only its search is counted.
     """
     queries = options.batch * options.heads * _step(options)
     chunks, width = memory_size // options.chunk_size, options.head_dim
@@ -38,7 +39,10 @@ def memory_work(options: argparse.Namespace, memory_size: int) -> Dict[str, floa
         "search_bytes": 4.0 * options.batch * options.kv_heads * chunks * width * times + 4.0 * queries * width,
         "read_bytes": 2.0 * queries * k * width * element,
     }
-    return {part: layers * x for part, x in work.items()}
+    work = {part: layers * x for part, x in work.items()}
+    work["tokens_operations"] = 2.0 * options.batch * _step(options) * token_memory * options.dim
+    work["tokens_bytes"] = 2.0 * options.batch * token_memory * options.dim * times
+    return work
 
 
 def model_work(options: argparse.Namespace) -> Dict[str, float]:
@@ -88,9 +92,9 @@ def bound(work: Dict[str, float], speed: Dict[str, float]) -> float:
             ``bytes`` per second.
     """
     seconds = 0.0
-    for part in ("model", "search", "read"):
+    for part in ("model", "search", "read", "tokens"):
         if f"{part}_operations" in work:
-            rate = speed["search_operations" if part == "search" else "operations"]
+            rate = speed["search_operations" if part in ("search", "tokens") else "operations"]
             seconds += max(work[f"{part}_operations"] / rate, work[f"{part}_bytes"] / speed["bytes"])
     return seconds
 

@@ -3,6 +3,7 @@
     python -m examples.benchmark.throughput                                    # the reference shape, on the CPU
     python -m examples.benchmark.throughput --mode train --batch 8             # or --mode generate
     python -m examples.benchmark.throughput --backbone BACKBONE.pt --segment 1024         # a model's shape and weights
+    python -m examples.benchmark.throughput --noise --memory-sizes 0 65536 --token-memory-sizes 16384 65536
     python -m examples.benchmark.throughput --memory-index IVF1024,Flat:nprobe=32 --memory-sizes 0 1048576 --keys KEYS
     python -m examples.benchmark.throughput --device cuda --dtype bf16 --layers 24 --dim 1024 --heads 16 \
         --vocab 50264 --segment 1024 --retrieval-layer-index 17 --batch 8 --cuda-graphs off on \
@@ -12,7 +13,8 @@ The weights are random, because the time of exact search, reading and attention 
 takes the sizes and weights of a model of any family, and the side network that starts from it. The time of an
 approximate index does depend on the text: pass the keys and queries of a real model and text with --keys (real_keys.py
 makes the file), and its recall is measured too. Without --keys, each memory is filled before the measurement by
-streaming random tokens through the backbone. The memory is also written during the measurement. The variants take
+streaming random tokens through the backbone, or with noise (--noise): for the token memory it is the slowest to search,
+as no entry is much nearer than the others. The memory is also written during the measurement. The variants take
 turns, step by step, so that all of them see the same machine; figures are medians.
 
 Each row also has its ratio to memory off, the cost of a token in multiples of that with the smallest memory, and the
@@ -28,6 +30,7 @@ variants; on the CPU the resident memory of a separate process that does one ste
 import argparse
 import gc
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -56,14 +59,14 @@ from longmem_fairseq.models.step_graphs import MODES
 from longmem_fairseq.modules.self_attention import forget_masks
 
 
-def timed(run: Callable[[], None], times: int, device: torch.device) -> float:
+def timed(run: Callable[[], None], times: int, device: torch.device, clock: Callable[[], float]) -> float:
     """Return the mean number of seconds of a function that is run ``times`` times without waiting in between."""
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(times):
         run()
     synchronize(device)
-    return (time.perf_counter() - start) / times
+    return (clock() - start) / times
 
 
 def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
@@ -76,6 +79,7 @@ def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
     Returns:
         One row for each variant, in their order.
     """
+    clock = time.process_time if options.processor_time else time.perf_counter
     queued = 4 if options.device.type == "cuda" and options.mode != "generate" else 1
     peaks = []
     banks = sum(variant.bank_bytes for variant in variants)
@@ -92,7 +96,7 @@ def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
     seconds = [[] for _ in variants]
     for _ in tqdm(range(options.steps), desc="measuring", leave=False, mininterval=2):
         for variant, taken in zip(variants, seconds):
-            taken.append(timed(variant.step, queued, options.device))
+            taken.append(timed(variant.step, queued, options.device, clock))
     rows = []
     for i, (variant, taken) in enumerate(zip(variants, seconds)):
         median = statistics.median(taken)
@@ -111,7 +115,11 @@ def measure(variants: List, options: argparse.Namespace) -> List[Dict]:
 
 def names_of(options: argparse.Namespace) -> List[str]:
     """List the names of the variants in the order of the rows."""
-    memories = [f"memory:{size}:{graphs}" for size in options.memory_sizes for graphs in options.cuda_graphs]
+    memories = [f"memory:{size}:0:{graphs}" for size in options.memory_sizes for graphs in options.cuda_graphs]
+    largest = max(options.memory_sizes)
+    memories += [
+        f"memory:{largest}:{size}:{graphs}" for size in options.token_memory_sizes for graphs in options.cuda_graphs
+    ]
     full = [f"window:{length}" for length in options.full_windows]
     return memories + full + [f"context:{length}" for length in options.full_contexts]
 
@@ -119,13 +127,14 @@ def names_of(options: argparse.Namespace) -> List[str]:
 def peaks_in_processes(options: argparse.Namespace, arguments: List[str]) -> List[int]:
     """Measure the peak resident memory, in bytes, of one step of each variant in a separate process."""
     peaks: Dict[str, int] = {}
-    for name in tqdm(names_of(options), desc="peak memory", leave=False):
-        kind = ":".join(name.split(":")[:2])  # there are no CUDA graphs on the CPU
-        if kind not in peaks:
-            command = [sys.executable, "-m", "examples.benchmark.throughput", *arguments, "--peak-of", kind]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            peaks[kind] = int(done.stdout.split()[-1])
-    return [peaks[":".join(name.split(":")[:2])] for name in names_of(options)]
+    names = [
+        re.sub("^(memory:.*):[a-z]+$", r"\1:off", name) for name in names_of(options)
+    ]  # the CPU has no CUDA graphs
+    for name in tqdm(dict.fromkeys(names), desc="peak memory", leave=False):
+        command = [sys.executable, "-m", "examples.benchmark.throughput", *arguments, "--peak-of", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        peaks[name] = int(done.stdout.split()[-1])
+    return [peaks[name] for name in names]
 
 
 def print_peak(options: argparse.Namespace) -> None:
@@ -151,7 +160,7 @@ def compare(rows: List[Dict], full: List[Dict], options: argparse.Namespace, spe
         same = [other for other in rows if other["cuda_graphs"] == row["cuda_graphs"]]
         off = next((other for other in same if other["memory_size"] == 0), None)
         smallest = min((x for x in same if x["memory_size"]), key=lambda x: x["memory_size"], default=None)
-        work = {**model_work(options), **memory_work(options, row["memory_size"])}
+        work = {**model_work(options), **memory_work(options, row["memory_size"], row["token_memory"])}
         row.update(work, roofline_share=bound(work, speed) / row["seconds_per_step"])
         row["roofline_ms"] = 1000 * bound({k: v for k, v in work.items() if not k.startswith("model")}, speed)
         if off is not None:
@@ -176,6 +185,7 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
         row["peak_mib"] = row["peak_memory_bytes"] / 2**20
     columns = {
         "memory_size": "memory",
+        "token_memory": "token memory",
         "index": "index",
         "cuda_graphs": "CUDA graphs",
         "tokens_per_second": "tokens/s",
@@ -188,6 +198,8 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
         "peak_mib": "peak MiB",
     }
     shown = {key: name for key, name in columns.items() if any(row.get(key) is not None for row in result["rows"])}
+    if not options.token_memory_sizes:
+        del shown["token_memory"]
     text = [
         f"## Throughput, {options.mode}: {options.layers} layers, width {options.dim}, {options.heads} heads, "
         f"side network {options.layers // options.reduction}, segment {options.segment}, batch {options.batch}, "
@@ -215,8 +227,10 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
                 },
             ),
             "",
-            f"LongMem has a memory of {result['rows'][-1]['memory_size']:,} tokens there. A window is read at once; a "
-            "segment is read behind a context, which is kept in caches of all layers.",
+            "LongMem has a memory of {memory_size:,} and a token memory of {token_memory:,} tokens there. A window is read "
+            "at once; a segment is read behind a context, which is kept in caches of all layers.".format(
+                **result["rows"][-1]
+            ),
         ]
     return "\n".join(text)
 
@@ -227,6 +241,7 @@ def draw(axes, result: Dict) -> None:
     places = range(len(rows))
     axes.bar(places, [row["tokens_per_second"] for row in rows], color="tab:blue")
     names = [f"{row['memory_size']:,}" if row["memory_size"] else "off" for row in rows]
+    names = [name + (f"\n+ {row['token_memory']:,}" if row["token_memory"] else "") for name, row in zip(names, rows)]
     axes.set_xticks(places, [f"{name}\ngraphs {row['cuda_graphs']}" for name, row in zip(names, rows)])
     for row in result["full_attention"]:
         axes.axhline(row["tokens_per_second"], color="tab:red", linestyle="--")
@@ -256,6 +271,14 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     add("--k", type=int, default=64, help="number of tokens read per query and head (default: %(default)s)")
     add("--chunk-size", type=int, default=4, help="number of tokens in a chunk (default: %(default)s)")
     add("--memory-sizes", type=int, nargs="+", default=[0, 4096, 65536], help="memory sizes in tokens; 0: memory off")
+    add(
+        "--token-memory-sizes",
+        type=int,
+        nargs="+",
+        default=[],
+        help="token memories in tokens, each measured beside the largest of --memory-sizes",
+    )
+    add("--token-memory-k", type=int, default=1024, help="entries that each token reads (default: %(default)s)")
     add("--memory-search", choices=registered_searches(), default="auto", help="as in training (default: %(default)s)")
     add("--memory-dtype", choices=("auto", *DTYPES), default="auto", help="precision of the keys and values in memory")
     add("--memory-index", default=FLAT, help="as in training; a memory too small for the index is searched exactly")
@@ -304,6 +327,11 @@ def parse(arguments: List[str]) -> argparse.Namespace:
         default="eval",
         help="forward pass; forward and backward pass; or token by token (default: %(default)s)",
     )
+    add(
+        "--processor-time",
+        action="store_true",
+        help="measure the time of the processor instead of the clock's, for a busy machine; with --threads 1",
+    )
     add("--tflops", type=float, help="speed of the machine in 10^12 operations per second (default: measured)")
     add("--gbps", type=float, help="memory bandwidth of the machine in 10^9 bytes per second (default: measured)")
     add("--json", help="path of a JSON file for the result")
@@ -316,8 +344,11 @@ def parse(arguments: List[str]) -> argparse.Namespace:
     except (ValueError, OSError) as error:
         stop(str(error))
     require_at_least(options, 1, "layers", "dim", "heads", "reduction", "segment", "batch", "k", "chunk_size", "steps")
+    require_at_least(options, 1, "token_memory_sizes", "token_memory_k")
     if options.dim % options.heads or options.layers % options.reduction or options.k % options.chunk_size:
         stop("--dim must be a multiple of --heads, --layers of --reduction, and --k of --chunk-size")
+    if options.token_memory_sizes and not max(options.memory_sizes):
+        stop("--token-memory-sizes need a memory: add a size to --memory-sizes")
     if options.full_windows and options.mode != "eval":
         stop(f"--full-windows needs --mode eval: leave it out with --mode {options.mode}")
     if options.full_contexts and (options.mode != "eval" or options.positions != "learned" or options.backbone):
@@ -329,6 +360,8 @@ def parse(arguments: List[str]) -> argparse.Namespace:
         stop("--cuda-graphs on needs --device cuda")
     if options.noise and (options.keys is not None or options.memory_index != FLAT):
         stop("--noise is for exact search without --keys: leave it out")
+    if options.processor_time and (options.threads != 1 or options.device.type != "cpu"):
+        stop("--processor-time needs --threads 1 and --device cpu: threads that wait count too")
     for size in options.memory_sizes:
         if 0 < size < options.segment:
             stop(f"--memory-sizes {size} is smaller than one segment of {options.segment} tokens")
@@ -375,12 +408,9 @@ def main(arguments: List[str]) -> None:
     except ValueError as error:
         stop(str(error))
     variants = [build_variant(name, decoder, options, real) for name in names_of(options)]
-    memories = len(options.memory_sizes) * len(options.cuda_graphs)
+    memories = (len(options.memory_sizes) + len(options.token_memory_sizes)) * len(options.cuda_graphs)
     for variant in variants[:memories]:
-        if variant.memory_size and options.noise:
-            variant.fill_with_noise()
-        else:
-            variant.fill()
+        variant.fill()
     measured = measure(variants, options)
     if options.device.type != "cuda":
         for row, peak in zip(measured, peaks_in_processes(options, arguments)):
@@ -388,7 +418,8 @@ def main(arguments: List[str]) -> None:
     rows, full = measured[:memories], measured[memories:]
     for row, variant in zip(rows, variants):
         index = variant.decoder.memory_factory.settings.index if variant.memory_size else None
-        row.update(memory_size=variant.memory_size, index=index, bank_bytes=variant.bank_bytes)
+        sizes = dict(memory_size=variant.memory_size, token_memory=variant.token_memory)
+        row.update(sizes, index=index, bank_bytes=variant.bank_bytes)
         row["cuda_graphs"] = variant.decoder.lane_state.graphs.mode
     for row, name in zip(full, names_of(options)[memories:]):
         row["attention"] = name

@@ -10,6 +10,8 @@ Legend: T tokens of a segment, D width, V symbols, n entries that are read.
 """
 
 import argparse
+import copy
+import functools
 import math
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Sequence
@@ -65,6 +67,13 @@ def read_texts(model: LongMem, paths: Sequence[Path], tokens: int) -> List[ReadS
             targets = text[segment.begin : segment.begin + segment.inputs.size(1)].to(decoder.device)
             segments.append(ReadSegment(decoder.features(states).half(), reads, targets))
     return segments
+
+
+def best_of(segment: ReadSegment, k: int) -> ReadSegment:
+    """Return a segment for which only the k best of the entries that were read are left."""
+    scores, places = segment.reads.scores.topk(min(k, segment.reads.scores.size(-1)), dim=-1)
+    reads = segment.reads._replace(scores=scores, followers=segment.reads.followers.gather(-1, places))
+    return segment._replace(reads=reads)
 
 
 class Comparison:
@@ -169,24 +178,30 @@ def main() -> None:
     parser.add_argument("--test", type=Path, nargs="+", required=True, help="text files to compare on")
     parser.add_argument("--tokens", type=int, default=24000, help="number of tokens of each text that are read")
     parser.add_argument("--memory-size", type=int, default=16384, help="number of tokens that both memories hold")
-    parser.add_argument("--token-memory-k", type=int, default=1024, help="number of entries that each token reads")
+    parser.add_argument(
+        "--token-memory-k", type=int, nargs="+", default=[1024], help="numbers of entries that each token reads"
+    )
     parser.add_argument("--epochs", type=int, default=3, help="number of passes over the texts to fit on")
     args = parser.parse_args()
     require_at_least(args, 1, "tokens", "memory_size", "token_memory_k", "epochs")
-    sizes = {"memory_size": args.memory_size, "token_memory": args.memory_size, "token_memory_k": args.token_memory_k}
+    most = max(args.token_memory_k)
+    sizes = {"memory_size": args.memory_size, "token_memory": args.memory_size, "token_memory_k": most}
     model = LongMem.from_pretrained(args.path, **sizes)
     comparison = Comparison(model)
+    weights = copy.deepcopy(comparison.mixture.state_dict())
     fit, test = (read_texts(model, paths, args.tokens) for paths in (args.fit, args.test))
-    setting = comparison.choose_cache(fit)
-    losses: Dict[str, np.ndarray] = {
-        "p_LM alone": losses_of(comparison.alone, test),
-        f"+ cache, one weight ({setting.weight}) and theta ({setting.theta:g})": losses_of(
-            lambda segment: comparison.with_cache(segment, setting), test
-        ),
-        "+ token memory as it is in the model": losses_of(comparison.with_token_memory, test),
-    }
-    comparison.fit(fit, args.epochs)
-    losses["+ token memory, fitted"] = losses_of(comparison.with_token_memory, test)
+    losses: Dict[str, np.ndarray] = {"p_LM alone": losses_of(comparison.alone, test)}
+    for k in args.token_memory_k:
+        few, few_test = ([best_of(segment, k) for segment in segments] for segments in (fit, test))
+        of_k = f", {k:,} entries" if len(args.token_memory_k) > 1 else ""
+        setting = comparison.choose_cache(few)
+        with_cache = functools.partial(comparison.with_cache, setting=setting)
+        name = f"+ cache, one weight ({setting.weight}) and theta ({setting.theta:g}){of_k}"
+        losses[name] = losses_of(with_cache, few_test)
+        comparison.mixture.load_state_dict(weights)
+        losses["+ token memory as it is in the model" + of_k] = losses_of(comparison.with_token_memory, few_test)
+        comparison.fit(few, args.epochs)
+        losses["+ token memory, fitted" + of_k] = losses_of(comparison.with_token_memory, few_test)
     print(results_table(losses))
 
 

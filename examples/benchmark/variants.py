@@ -30,6 +30,8 @@ from longmem_fairseq.memory.bank import MemoryBank
 from longmem_fairseq.memory.factory import MemoryFactory
 from longmem_fairseq.memory.search.index_spec import FLAT
 from longmem_fairseq.memory.settings import MEMORY_DTYPES, MemorySettings
+from longmem_fairseq.memory.stream_memory import StreamMemory
+from longmem_fairseq.memory.token_bank import TokenBank, stored
 from longmem_fairseq.models.lane_state import LaneState
 from longmem_fairseq.models.live_window import WINDOW, new_window
 from longmem_fairseq.models.longmem_config import LongMemConfig
@@ -40,6 +42,7 @@ from longmem_fairseq.models.memory_layers import (
     parse_memory_layers,
     select_memory_layers,
 )
+from longmem_fairseq.models.predictor import Predictor
 from longmem_fairseq.modules.mixed_precision import compute_products_in
 
 DTYPES = {**MEMORY_DTYPES, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -136,11 +139,14 @@ def build_decoder(options: argparse.Namespace) -> LongMemDecoder:
             "memory_map": options.memory_map,
             "tokens_per_sample": options.segment,
             "memory_scope": "document",
+            "token_memory": max(options.token_memory_sizes, default=0),
+            "token_memory_k": options.token_memory_k,
         },
     )
     select_memory_layers(cfg, backbone)
     layers = len(backbone.memory_layers)
-    factory = MemoryFactory(MemorySettings.from_config(cfg), backbone.num_kv_heads, backbone.head_dim, layers=layers)
+    sizes = dict(layers=layers, width=backbone.width, symbols=backbone.vocabulary)
+    factory = MemoryFactory(MemorySettings.from_config(cfg), backbone.num_kv_heads, backbone.head_dim, **sizes)
     decoder = LongMemDecoder(cfg, dictionary, backbone, factory)
     decoder.start_from_backbone()
     if products_only(options):
@@ -155,22 +161,28 @@ def products_only(options: argparse.Namespace) -> bool:
     return DTYPES[options.dtype] == torch.bfloat16 and options.mode != "train" and options.device.type == "cpu"
 
 
-def with_memory_size(decoder: LongMemDecoder, memory_size: int, real: Optional[RealKeys] = None) -> LongMemDecoder:
-    """Return a decoder that shares all modules with another and has memories of another size.
+def with_memory_size(
+    decoder: LongMemDecoder, memory_size: int, token_memory: int = 0, real: Optional[RealKeys] = None
+) -> LongMemDecoder:
+    """Return a decoder that shares all weights with another and has memories of other sizes.
 
     A memory that is too small for the index is searched exactly.
 
     Args:
         decoder: Decoder whose modules and weights are shared.
         memory_size: Number of tokens that a lane's memory holds; 0 for no memory.
+        token_memory: Number of tokens that a lane's token memory holds; 0 for none.
         real: Real keys and queries; the memories are searched for these queries.
     """
     factory = decoder.memory_factory
-    settings = replace(factory.settings, size=memory_size)
+    settings = replace(factory.settings, size=memory_size, token_memory=token_memory)
     if settings.indexed and not can_index(settings, factory.head_dim):
         settings = replace(settings, index=FLAT, index_parameters="")
     factory = factory.with_settings(settings)
     other = copy.copy(decoder)
+    vars(other)["_modules"] = dict(decoder.named_children())
+    if not token_memory:
+        other.predictor = Predictor(decoder.backbone)
     other.memory_factory = factory if real is None else RealQueriesFactory(factory, real)
     other.lane_state = LaneState(other, other.memory_factory, decoder.lane_state.windows.size)
     return other
@@ -191,37 +203,53 @@ class StreamVariant:
     Args:
         decoder: Decoder whose weights are used.
         memory_size: Number of tokens that a lane's memory holds; 0 for no memory.
+        token_memory: Number of tokens that a lane's token memory holds; 0 for none.
         options: Options of throughput.py.
         real: Real keys and queries in place of those of the random tokens.
     """
 
     def __init__(
-        self, decoder: LongMemDecoder, memory_size: int, options: argparse.Namespace, real: Optional[RealKeys] = None
+        self,
+        decoder: LongMemDecoder,
+        memory_size: int,
+        token_memory: int,
+        options: argparse.Namespace,
+        real: Optional[RealKeys] = None,
     ):
-        self.decoder = with_memory_size(decoder, memory_size, real)
-        self.memory_size, self.options, self.real, self.start = memory_size, options, real, 0
+        self.decoder = with_memory_size(decoder, memory_size, token_memory, real)
+        self.memory_size, self.token_memory = memory_size, token_memory
+        self.options, self.real, self.start = options, real, 0
         self.lanes = torch.arange(options.batch).numpy()
         self.hits = self.total = 0.0
 
     def fill(self) -> None:
-        """Fill the memory with random tokens, encoded up to the memory layer, or with real keys."""
+        """Fill the memories with encoded random tokens; with ``--keys``, that of keys with real ones."""
+        if self.options.noise and self.memory_size:
+            self.fill_with_noise()
+            return
         if self.real is not None and self.memory_size:
-            self.real.fill(self._allocated_bank())
+            memory = self._allocated()
+            self.real.fill(memory.bank)
+            if memory.token_streams is not None:
+                fill_tokens_with_noise(memory.token_streams.bank)
             return
         segments = -(-self.memory_size // self.options.segment) + 1 if self.memory_size else 0
         for _ in tqdm(range(segments), desc=f"filling {self.memory_size:,}", leave=False, mininterval=2):
             self.decoder.memorize(*self._next())
 
     def fill_with_noise(self) -> None:
-        """Fill the memory with noise, which is enough where the cost does not depend on what the memory holds."""
-        fill_with_noise(self._allocated_bank())
+        """Fill the memories with noise."""
+        memory = self._allocated()
+        fill_with_noise(memory.bank)
+        if memory.token_streams is not None:
+            fill_tokens_with_noise(memory.token_streams.bank)
 
-    def _allocated_bank(self) -> MemoryBank:
-        """Return the bank after the first segment was written."""
+    def _allocated(self) -> StreamMemory:
+        """Return the memory after the first segment was written."""
         self.decoder.memorize(*self._next())
         (memory,) = self.decoder.lane_state.memories
         memory.flush()
-        return memory.bank
+        return memory
 
     @property
     def banks(self) -> List[MemoryBank]:
@@ -231,7 +259,9 @@ class StreamVariant:
     @property
     def bank_bytes(self) -> int:
         """Number of bytes of the memory."""
-        return sum(bank.nbytes for bank in self.banks)
+        memories = self.decoder.lane_state.memories
+        token_banks = [memory.token_streams.bank for memory in memories if memory.token_streams is not None]
+        return sum(bank.nbytes for bank in [*self.banks, *token_banks])
 
     @property
     def recall(self) -> Optional[float]:
@@ -275,6 +305,7 @@ class GenerationVariant:
     Args:
         decoder: Decoder whose weights are used.
         memory_size: Number of tokens that a row's memory holds; 0 for no memory.
+        token_memory: Number of tokens that a row's token memory holds; 0 for none.
         options: Options of throughput.py.
         real: Real keys and queries in place of those of the random tokens.
     """
@@ -282,10 +313,15 @@ class GenerationVariant:
     recall = None
 
     def __init__(
-        self, decoder: LongMemDecoder, memory_size: int, options: argparse.Namespace, real: Optional[RealKeys] = None
+        self,
+        decoder: LongMemDecoder,
+        memory_size: int,
+        token_memory: int,
+        options: argparse.Namespace,
+        real: Optional[RealKeys] = None,
     ):
-        self.decoder = with_memory_size(decoder, memory_size, real)
-        self.memory_size, self.options, self.real = memory_size, options, real
+        self.decoder = with_memory_size(decoder, memory_size, token_memory, real)
+        self.memory_size, self.token_memory, self.options, self.real = memory_size, token_memory, options, real
         self.window = new_window(self.decoder, options.segment, options.batch)
         self.state: Dict = {WINDOW: {"window": self.window}}
 
@@ -294,16 +330,29 @@ class GenerationVariant:
         """Fill the memories with encoded random tokens or real keys, and half of each window with random tokens."""
         branches, T = self.window.branches, self.options.segment
         if branches is not None:
+            if self.options.noise:
+                self.fill_with_noise()
+                return
             branches.banks = [branches.new_bank() for _ in range(self.options.batch)]
             if self.real is not None:
                 for bank in branches.banks:
                     self.real.fill(bank)
+                    if self.token_memory:
+                        fill_tokens_with_noise(bank.token_bank)
             else:
                 for _ in tqdm(range(-(-self.memory_size // T)), desc=f"filling {self.memory_size:,}", leave=False):
-                    encoded = self.decoder.backbone.encode_for_memory(random_tokens(self.options, T))
-                    for bank, keys, values in zip(branches.banks, encoded.keys, encoded.values):
-                        bank.append(0, keys, values)
+                    self._write(random_tokens(self.options, T))
         self._fill_half_window()
+
+    def _write(self, tokens: Tensor) -> None:
+        """Encode tokens (B, T) and write them into the banks."""
+        predictor = self.decoder.predictor
+        encoded = predictor.encode_for_memory(tokens)
+        states = predictor.token_states(encoded, tokens)
+        for row, bank in enumerate(self.window.branches.banks):
+            bank.append(0, encoded.keys[row], encoded.values[row])
+            if states is not None:
+                bank.token_bank.append(0, states.hidden[row], states.tokens[row])
 
     def fill_with_noise(self) -> None:
         """Fill the memories with noise, and half of each window with random tokens."""
@@ -311,6 +360,8 @@ class GenerationVariant:
         branches.banks = [branches.new_bank() for _ in range(self.options.batch)]
         for bank in branches.banks:
             fill_with_noise(bank)
+            if self.token_memory:
+                fill_tokens_with_noise(bank.token_bank)
         self._fill_half_window()
 
     def _fill_half_window(self) -> None:
@@ -324,7 +375,8 @@ class GenerationVariant:
     @property
     def bank_bytes(self) -> int:
         """Number of bytes of the memories of all rows."""
-        return sum(bank.nbytes for bank in self.banks)
+        token_banks = [bank.token_bank for bank in self.banks if bank.token_bank is not None]
+        return sum(bank.nbytes for bank in [*self.banks, *token_banks])
 
     @property
     def tokens(self) -> int:
@@ -352,20 +404,31 @@ def fill_with_noise(bank: MemoryBank) -> None:
     bank.resets += 1
 
 
+def fill_tokens_with_noise(bank: TokenBank) -> None:
+    """Make the bank of a token memory full of random hidden states and tokens."""
+    for lane in range(bank.lanes):
+        for begin in range(0, bank.size, 1024):
+            hidden = torch.randn(min(1024, bank.size - begin), bank.width, device=bank.hidden.device)
+            tokens = torch.randint(4, bank.symbols, (len(hidden),), device=bank.tokens.device)
+            bank.append(lane, stored(hidden, bank.hidden.dtype), tokens)
+
+
 def build_variant(name: str, decoder: LongMemDecoder, options: argparse.Namespace, real: Optional[RealKeys] = None):
     """Build the variant of a name.
 
     Args:
-        name: ``memory:SIZE``, ``window:LENGTH`` or ``context:LENGTH``, in tokens; behind the size of a memory comes the
+        name: ``memory:SIZE:TOKEN_MEMORY:GRAPHS``, ``window:LENGTH`` or ``context:LENGTH``, sizes in tokens; GRAPHS is a
             value of ``--cuda-graphs``.
         decoder: Decoder whose weights are used.
         options: Options of throughput.py.
         real: Real keys and queries in place of those of random tokens.
     """
-    kind, size, *graphs = name.split(":")
+    kind, size, *rest = name.split(":")
     if kind != "memory":
         full = {"window": FullAttentionVariant, "context": FullContextVariant}[kind]
         return full(decoder.backbone, int(size), options)
-    variant = (GenerationVariant if options.mode == "generate" else StreamVariant)(decoder, int(size), options, real)
-    variant.decoder.lane_state.graphs.mode = graphs[0] if graphs else "off"
-    return variant
+    token_memory, graphs = rest
+    variant = GenerationVariant if options.mode == "generate" else StreamVariant
+    built = variant(decoder, int(size), int(token_memory), options, real)
+    built.decoder.lane_state.graphs.mode = graphs
+    return built

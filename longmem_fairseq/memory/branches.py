@@ -17,8 +17,8 @@ from .bank import MemoryBank
 from .layered_reader import join_layers
 from .reader import BatchReader, ChunkReader, MemoryReader, Observer, chunk_ages
 from .ring import RingPlaces
-from .token_bank import HALF, TokenBank
-from .token_search import Past, TokenStates, read_segments, read_windows
+from .token_bank import HALF, Past, TokenBank, TokenStates
+from .token_reader import TokenReader
 
 
 class MemoryBranches:
@@ -32,7 +32,7 @@ class MemoryBranches:
         chunk_reader: Search and attention.
         base: Bank of one lane that every row starts with, which is only read; None for an empty memory.
         layers: Number of memory layers.
-        token_entries: Number of entries of the token memory that a token reads; 0 without a token memory.
+        token_reader: What reads the token memory; None without one.
         token_dtype: Precision of the hidden states in the token memory.
 
     Attributes:
@@ -47,11 +47,11 @@ class MemoryBranches:
         chunk_reader: ChunkReader,
         base: Optional[MemoryBank] = None,
         layers: int = 1,
-        token_entries: int = 0,
+        token_reader: Optional[TokenReader] = None,
         token_dtype: torch.dtype = HALF,
     ):
         self.new_bank, self.chunk_reader, self.base, self.layers = new_bank, chunk_reader, base, layers
-        self.token_entries, self.token_dtype = token_entries, token_dtype
+        self.token_reader, self.token_dtype = token_reader, token_dtype
         self.banks: List[Optional[MemoryBank]] = [base] * rows
         self.on_read: Optional[Observer] = None
         self._pasts: Dict[int, Tuple[TokenBank, int, Past]] = {}  # of the last step, by the identity of their bank
@@ -84,7 +84,7 @@ class MemoryBranches:
             elif bank is self.base or any(other is bank for row, other in enumerate(self.banks) if row not in writers):
                 bank = copy.deepcopy(bank)
             bank.append(0, keys[members[0]], values[members[0]])
-            if self.token_entries:
+            if self.token_reader is not None:
                 bank.token_bank.append(0, hidden[members[0]], tokens[members[0]])
             for row in writers:
                 self.banks[row] = bank
@@ -99,9 +99,9 @@ class MemoryBranches:
 
     def read_segments(self, states: TokenStates) -> Optional[TokenReads]:
         """Let every token of a segment of each row read the row's token memory; None without one."""
-        if not self.token_entries:
+        if self.token_reader is None:
             return None
-        return read_segments([self._past(bank, states) for bank in self.banks], states, self.token_entries)
+        return self.token_reader.read_segments([_past(bank, states) for bank in self.banks], states)
 
     def read_windows(self, states: TokenStates, lengths: Tensor) -> Optional[TokenReads]:
         """Let the last token of each row's window read the row's token memory; None without one.
@@ -110,7 +110,7 @@ class MemoryBranches:
             states: Tokens of the windows, at the right ends of the rows.
             lengths: Number of tokens in each row's window, at least 1, shape (B,), int64.
         """
-        if not self.token_entries:
+        if self.token_reader is None:
             return None
         rows: Dict[int, List[int]] = {}
         for row, bank in enumerate(self.banks):
@@ -119,21 +119,22 @@ class MemoryBranches:
         for key, members in rows.items():
             bank = self.banks[members[0]]
             if bank is not None:
-                pasts[key] = self._in_full_precision(bank.token_bank)
-            groups.append((members, self._past(None, states) if bank is None else pasts[key][-1]))
+                pasts[key] = self._prepared(bank.token_bank)
+            groups.append((members, _past(None, states) if bank is None else pasts[key][-1]))
         self._pasts = pasts
-        return read_windows(groups, states, lengths, self.token_entries)
+        return self.token_reader.read_windows(groups, states, lengths)
 
-    def _past(self, bank: Optional[MemoryBank], states: TokenStates) -> Past:
-        return (states.hidden[0, :0], states.tokens[0, :0]) if bank is None else bank.token_bank.contents(0)
-
-    def _in_full_precision(self, bank: TokenBank) -> Tuple[TokenBank, int, Past]:
-        """Return a bank, its position, and its content in float32: on a CPU, converting it takes longer than a step."""
+    def _prepared(self, bank: TokenBank) -> Tuple[TokenBank, int, Past]:
+        """Return a bank, its position, and its content in the form that is the fastest to search at every step."""
         kept, position = self._pasts.get(id(bank)), int(bank.position[0])
         if kept is not None and kept[:2] == (bank, position):
             return kept
-        hidden, tokens = bank.contents(0)
-        return bank, position, (hidden.float() if hidden.device.type == "cpu" else hidden, tokens)
+        hidden, tokens = bank.past(0)
+        return bank, position, Past(tuple(map(self.token_reader.search.prepare, hidden)), tokens)
+
+
+def _past(bank: Optional[MemoryBank], states: TokenStates) -> Past:
+    return Past((), states.tokens[0, :0]) if bank is None else bank.token_bank.past(0)
 
 
 class BranchReader(MemoryReader):

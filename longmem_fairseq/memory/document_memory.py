@@ -6,14 +6,13 @@ Legend: H_kv key/value heads of all memory layers, d width of a head.
 import copy
 import weakref
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from .bank import MemoryBank
 from .savepoint import Savepoint
-from .token_search import Past
 
 
 class MemorizedDocument(NamedTuple):
@@ -157,7 +156,11 @@ class DocumentMemory:
         self.replace(keys, values, kept, states)
 
     def replace(
-        self, keys: Tensor, values: Tensor, documents: Sequence[MemorizedDocument], states: Optional[Past] = None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        documents: Sequence[MemorizedDocument],
+        states: Optional[Tuple[Tensor, Tensor]] = None,
     ) -> None:
         """Replace the content of the memory, whole or not at all.
 

@@ -16,6 +16,7 @@ from .search.index import IndexSearch
 from .settings import MemorySettings
 from .stream_memory import StreamMemory, why_not_static
 from .token_bank import TokenBank
+from .token_reader import TokenReader, choose_token_search
 from .token_streams import TokenStreams
 
 _SIZES_KEPT = 16  # factories of other sizes that are kept
@@ -50,6 +51,7 @@ class MemoryFactory:
         self.settings, self.kv_heads, self.head_dim, self.attention = settings, kv_heads, head_dim, attention
         self.layers, self.width, self.symbols = layers, width, symbols
         self._placements: Dict[torch.device, Placement] = {}
+        self._token_readers: Dict[torch.device, TokenReader] = {}
         self._searches: Dict[torch.device, SearchBackend] = {}
         self._sizes: Dict[int, MemoryFactory] = {}
 
@@ -143,7 +145,7 @@ class MemoryFactory:
         bank = self.bank(1 if policy.shares_memory else lanes, like.dtype, like.device)
         memory = policy.memory_class(bank, self.chunk_reader(like.device), keep_reads)
         if self.settings.token_memory:
-            memory.token_streams = TokenStreams(self.token_bank(lanes, like.device), self.settings.token_entries)
+            memory.token_streams = TokenStreams(self.token_bank(lanes, like.device), self.token_reader(like.device))
         return memory
 
     def token_bank(self, lanes: int, device: torch.device) -> TokenBank:
@@ -163,6 +165,13 @@ class MemoryFactory:
             raise ValueError(
                 f"there is no room for --token-memory {size:,} (tokens of each of {lanes} lanes): lower it"
             ) from error
+
+    def token_reader(self, device: torch.device) -> TokenReader:
+        """Return the reader of token memories for a model on a device."""
+        if device not in self._token_readers:
+            search = choose_token_search(self.settings.search, device, self.settings.token_dtype, self.width)
+            self._token_readers[device] = TokenReader(search, self.settings.token_entries)
+        return self._token_readers[device]
 
     def document_bank(self, dtype: torch.dtype, device: torch.device) -> MemoryBank:
         """Make an empty bank of one stream, with the bank of its token memory if there is one.
@@ -193,6 +202,6 @@ class MemoryFactory:
             self.chunk_reader(device),
             base,
             self.layers,
-            self.settings.token_entries if self.settings.token_memory else 0,
+            self.token_reader(device) if self.settings.token_memory else None,
             self.settings.token_dtype,
         )

@@ -73,7 +73,8 @@ class SplitMemories:
         )
         if memory.token_streams is not None:
             tokens = memory.token_streams.bank
-            logger.info("token memory: %d lanes x %d tokens, %.1f MiB", lanes, tokens.size, tokens.nbytes / 2**20)
+            size, search = tokens.nbytes / 2**20, memory.token_streams.reader.search.name
+            logger.info("token memory: %d lanes x %d tokens, %.1f MiB, search by %s", lanes, tokens.size, size, search)
         return memory
 
     def needs_replay(self, training: bool, segments: Segments) -> np.ndarray:

@@ -20,7 +20,7 @@ from .policies import MemoryPolicy, register_memory_policy
 from .reader import BatchReader, ChunkReader, MemoryReader, chunk_ages, tables_to_read
 from .ring import RingPlaces, chunk_numbers
 from .search.base import SearchBackend
-from .token_search import TokenStates
+from .token_bank import TokenStates
 from .token_streams import TokenStreams
 
 _TOKEN_MEMORY = "token_memory."  # prefix of the names of its tensors

@@ -6,7 +6,7 @@ i + 1, so an entry can be read as soon as the next one is known.
 Legend: L lanes, N tokens that a lane holds, D width of a hidden state, T tokens of a segment, m tokens held.
 """
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -19,6 +19,30 @@ HALF = torch.float16  # holds numbers of unit vectors with 11 bits
 def stored(hidden: Tensor, dtype: torch.dtype = HALF) -> Tensor:
     """Return hidden states (..., D) as a bank of a precision holds them: of length 1."""
     return F.normalize(hidden.detach().float(), dim=-1).to(dtype)
+
+
+class TokenStates(NamedTuple):
+    """Tokens with their hidden states, as a token memory takes them.
+
+    Attributes:
+        hidden: Final hidden states as :func:`stored` returns them, shape (B, T, D).
+        tokens: Token ids that were their inputs, shape (B, T), int64.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+
+
+class Past(NamedTuple):
+    """What a lane holds, oldest first.
+
+    Attributes:
+        hidden: Hidden states, shape (m, D), in one piece or several.
+        tokens: Token ids that were their inputs, shape (m,), int64.
+    """
+
+    hidden: Tuple[Tensor, ...]
+    tokens: Tensor
 
 
 class TokenBank:
@@ -87,14 +111,20 @@ class TokenBank:
         self.tokens[lane, slots] = tokens[T - kept :].to(self.tokens)
         self.position[lane] += T
 
-    def contents(self, lane: int) -> Tuple[Tensor, Tensor]:
-        """Return what a lane holds, oldest first: hidden states (m, D), and the tokens that were their inputs (m,)."""
+    def past(self, lane: int) -> Past:
+        """Return what a lane holds, without a copy of the hidden states."""
         held, oldest = int(self.held[lane]), int(self.position[lane] - self.held[lane])
         begin = oldest % self.size
-        if begin + held <= self.size:
-            return self.hidden[lane, begin : begin + held], self.tokens[lane, begin : begin + held]
-        slots = torch.arange(begin, begin + held, device=self.tokens.device) % self.size
-        return self.hidden[lane, slots], self.tokens[lane, slots]
+        spans = [(begin, min(begin + held, self.size)), (0, begin + held - self.size)]
+        hidden, tokens = ([x[lane, a:b] for a, b in spans if a < b] for _, x in self._buffers())
+        return Past(tuple(hidden), torch.cat(tokens) if tokens else self.tokens[lane, :0])
+
+    def contents(self, lane: int) -> Tuple[Tensor, Tensor]:
+        """Return what a lane holds, oldest first: hidden states (m, D), and the tokens that were their inputs (m,)."""
+        hidden, tokens = self.past(lane)
+        if len(hidden) == 1:
+            return hidden[0], tokens
+        return torch.cat(hidden) if hidden else self.hidden[lane, :0], tokens
 
     def load(self, lane: int, other: "TokenBank") -> None:
         """Replace the content of a lane by that of a bank of one lane and the same size."""

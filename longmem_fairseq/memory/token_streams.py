@@ -7,8 +7,8 @@ from torch import Tensor
 from ..data.segments import Segments
 from ..modules.token_mixture import TokenReads
 from .lane_streams import LaneStreams
-from .token_bank import TokenBank
-from .token_search import TokenStates, read_segments
+from .token_bank import TokenBank, TokenStates
+from .token_reader import TokenReader
 
 
 class TokenStreams(LaneStreams):
@@ -16,12 +16,12 @@ class TokenStreams(LaneStreams):
 
     Args:
         bank: Bank that stores them.
-        entries: Number of entries that each token reads (``--token-memory-k``).
+        reader: What reads them.
     """
 
-    def __init__(self, bank: TokenBank, entries: int):
+    def __init__(self, bank: TokenBank, reader: TokenReader):
         super().__init__(bank.lanes)
-        self.bank, self.entries = bank, entries
+        self.bank, self.reader = bank, reader
 
     def start_stream(self, lane: int, stream: int, position: int) -> None:
         super().start_stream(lane, stream, position)
@@ -39,7 +39,7 @@ class TokenStreams(LaneStreams):
             segments: Places of the batch's rows, at which the lanes are.
             states: Tokens of the batch.
         """
-        return read_segments([self.bank.contents(lane) for lane in segments.lanes.tolist()], states, self.entries)
+        return self.reader.read_segments([self.bank.past(lane) for lane in segments.lanes.tolist()], states)
 
     def state(self) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
         """Return what is stored and what is held back, bit by bit: tensors by name, and the rest as JSON types."""

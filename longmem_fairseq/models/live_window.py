@@ -22,7 +22,7 @@ from ..data.segments import Segments
 from ..memory.bank import MemoryBank
 from ..memory.branches import MemoryBranches
 from ..memory.reader import BatchReader
-from ..memory.token_search import TokenStates
+from ..memory.token_bank import TokenStates
 from ..modules.cached_attention import FIRST, LEFT_PADDING, SLIDING_WINDOW
 from ..modules.staging import staged
 from ..modules.token_mixture import TokenReads
@@ -72,7 +72,7 @@ class LiveWindow:
         self.live = np.zeros(rows, dtype=np.int64)
         self.positions = np.zeros(rows, dtype=np.int64)
         self.hidden: Optional[Tensor] = None
-        if branches is not None and branches.token_entries:
+        if branches is not None and branches.token_reader is not None:
             self.hidden = self.tokens.new_zeros(rows, 0, decoder.backbone.width, dtype=branches.token_dtype)
 
     def step(self, tokens: Tensor, state: Dict[str, Any]) -> List[Tensor]:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..backbones.base import Backbone, EncodedSegment
 from ..memory.settings import MemorySettings
-from ..memory.token_bank import stored
-from ..memory.token_search import TokenStates
+from ..memory.token_bank import TokenStates, stored
 from ..modules.token_mixture import TokenMixture, TokenReads
 
 
@@ -42,7 +41,7 @@ class Predictor(nn.Module):
         logits = self._backbone[0].output(features)
         if reads is None:
             return logits
-        log_probs, weights = self.token_mixture(logits, reads)
+        log_probs, weights = self.token_mixture(logits, reads, reuse=True)
         if extra is not None:
             extra["token_memory_weight"] = weights
         return log_probs

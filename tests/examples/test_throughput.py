@@ -23,13 +23,16 @@ def test_throughput(tmp_path):
         "--retrieval-layer-index",
         "0,1",
         "--memory-sizes",
-        0,
         64,
         "--batch",
         2,
         *"--full-windows 32 --cuda-graphs auto off --noise --tflops 1 --gbps 10".split(),
         "--memory-search",
         "torch",
+        "--token-memory-sizes",
+        48,
+        "--token-memory-k",
+        5,
         "--json",
         tmp_path / "t.json",
         "--png",
@@ -37,27 +40,30 @@ def test_throughput(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "t.json").read_text())
-    rows = {(row["memory_size"], row["cuda_graphs"]): row for row in result["rows"]}
-    assert list(rows) == [(0, "auto"), (0, "off"), (64, "auto"), (64, "off")]
-    off, on = rows[0, "off"], rows[64, "off"]
+    rows = {(row["token_memory"], row["cuda_graphs"]): row for row in result["rows"]}
+    assert list(rows) == [(0, "auto"), (0, "off"), (48, "auto"), (48, "off")]
+    assert {row["memory_size"] for row in result["rows"]} == {64}
+    on, both = rows[0, "off"], rows[48, "off"]
+    assert both["tokens_operations"] == 2 * (2 * 16) * 48 * 16 and on["tokens_operations"] == 0
     assert on["tokens_per_second"] == pytest.approx(2 * 16 / on["seconds_per_step"])
-    assert on["ratio_to_off"] == pytest.approx(on["tokens_per_second"] / off["tokens_per_second"])
     # 2 lanes, 2 layers of 2 heads, 16 chunks of 4 tokens, width 8: keys and values, means, and a chunk a lane as tail.
-    assert off["bank_bytes"] == 0 and on["bank_bytes"] == 2 * 4 * 16 * (2 * 4 * 8 * 4 + 4 * 8) + 2 * 2 * 4 * 4 * 8 * 4
-    assert min(off["peak_memory_bytes"], on["peak_memory_bytes"]) > 2**26  # PyTorch alone takes more
+    assert on["bank_bytes"] == 2 * 4 * 16 * (2 * 4 * 8 * 4 + 4 * 8) + 2 * 2 * 4 * 4 * 8 * 4
+    assert both["bank_bytes"] - on["bank_bytes"] == 2 * 48 * (2 * 16 + 8)
+    assert min(on["peak_memory_bytes"], both["peak_memory_bytes"]) > 2**26  # PyTorch alone takes more
     (full,) = result["full_attention"]
-    assert full["speed_of_longmem"] == pytest.approx(on["tokens_per_second"] / full["tokens_per_second"])
-    assert on["ratio_to_full"]["window:32"] == full["speed_of_longmem"] and full["roofline_share"] > 0
-    assert "| 64 |" in done.stdout and "full attention" in done.stdout
+    assert full["speed_of_longmem"] == pytest.approx(both["tokens_per_second"] / full["tokens_per_second"])
+    assert both["ratio_to_full"]["window:32"] == full["speed_of_longmem"] and full["roofline_share"] > 0
+    assert "| 64 | 48 |" in done.stdout and "full attention" in done.stdout
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "generate"])
 def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
-    """The small memory is searched exactly, the large one by the index, in a file."""
-    indexed = "--memory-sizes 0 64 4096 --memory-index IVF32,Flat:nprobe=4 --tflops 1 --gbps 10 --dtype bf16 --batch 2"
+    """The small memory is searched exactly, the large one by the index, in a file; a token memory beside it."""
+    sizes = "--memory-sizes 0 64 4096 --token-memory-sizes 40 --batch 2 --processor-time"
+    indexed = "--memory-index IVF32,Flat:nprobe=4 --tflops 1 --gbps 10 --dtype bf16"
     paths = ["--keys", str(keys), "--memory-map", str(tmp_path)]
-    arguments = [*TINY.split(), *indexed.split(), *paths, "--mode", mode]
+    arguments = [*TINY.split(), *sizes.split(), *indexed.split(), *paths, "--mode", mode]
     options = throughput.parse(arguments)
     speed = throughput.machine_speed(options)
     real, decoder = throughput.load_real_keys(options), throughput.build_decoder(options)
@@ -66,10 +72,20 @@ def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
         variant.fill()
     rows = throughput.measure(variants, options)
     for row, variant in zip(rows, variants):
-        row.update(memory_size=variant.memory_size, cuda_graphs="auto")
+        row.update(memory_size=variant.memory_size, token_memory=variant.token_memory, cuda_graphs="auto")
     throughput.compare(rows, [], options, speed)
-    assert [variant.decoder.memory_factory.settings.index for variant in variants[1:]] == ["flat", "IVF32,Flat"]
+    indices = [variant.decoder.memory_factory.settings.index for variant in variants[1:]]
+    assert indices == ["flat", "IVF32,Flat", "IVF32,Flat"]
+    if mode == "generate":
+        token_banks = [bank.token_bank for bank in variants[3].banks]
+    else:
+        token_banks = [memory.token_streams.bank for memory in variants[3].decoder.lane_state.memories]
+    assert [held for bank in token_banks for held in bank.held] == [40, 40]
+    assert variants[2].decoder.predictor.token_mixture is None, "without a token memory nothing is computed for one"
     assert variants[0].tokens == 2 * (4 if mode == "generate" else 16)
+    for row in rows:
+        assert row["ratio_to_off"] == pytest.approx(row["tokens_per_second"] / rows[0]["tokens_per_second"])
+    assert variants[0].bank_bytes == 0
     assert rows[2]["cost_of_smallest"] == pytest.approx(rows[2]["seconds_per_step"] / rows[1]["seconds_per_step"])
     assert rows[2]["roofline_share"] > 0
     assert variants[2].banks
@@ -99,6 +115,9 @@ def test_throughput_with_an_index_on_real_keys(tmp_path, mode, keys):
         (["--noise", "--memory-index", "IVF4,Flat"], "--noise is for exact search without --keys: leave it out"),
         (["--full-contexts", "64"], "--full-contexts needs --mode eval, --positions learned"),
         (["--heads", "3"], "--dim must be a multiple of --heads"),
+        (["--token-memory-sizes", "0"], "--token-memory-sizes 0 is less than 1"),
+        (["--token-memory-sizes", "9", "--memory-sizes", "0"], "--token-memory-sizes need a memory: add a size"),
+        (["--processor-time", "--threads", "2"], "--processor-time needs --threads 1 and --device cpu"),
         (["--steps", "0"], "--steps 0 is less than 1"),
     ],
 )

@@ -25,7 +25,7 @@ from ...hub import LongMem
 from ...memory.branches import MemoryBranches
 from ...memory.cache import CacheSettings, NeuralCache
 from ...memory.reader import BatchReader
-from ...memory.token_search import Past, TokenStates, read_segments
+from ...memory.token_bank import Past, TokenStates
 from ...models.longmem_decoder import LongMemDecoder
 from ...models.longmem_lm import LongMemModel
 from ...models.model_directory import is_model_directory
@@ -311,21 +311,22 @@ class Scorer:
         return features, encoded
 
     def token_reads(
-        self, state: TextState, states: Optional[TokenStates], prefix: Optional[Past] = None
+        self, state: TextState, states: Optional[TokenStates], prefix: Optional[TokenStates] = None
     ) -> Optional[TokenReads]:
         """Return what rows (B, T) read from the token memory of a state; None without one.
 
         Args:
             state: State of the text before the rows; only read.
             states: Tokens of the rows, and their hidden states.
-            prefix: Hidden states and tokens between the state's text and the rows; None for none.
+            prefix: Tokens (T,) between the state's text and the rows, and their hidden states (T, D); None for none.
         """
         if state.token_bank is None:
             return None
-        past = state.token_bank.contents(0)
+        past = state.token_bank.past(0)
         if prefix is not None:
-            past = tuple(torch.cat(parts) for parts in zip(past, prefix))
-        return read_segments([past] * len(states.tokens), states, self.decoder.memory_factory.settings.token_entries)
+            past = Past((*past.hidden, prefix.hidden), torch.cat([past.tokens, prefix.tokens]))
+        reader = self.decoder.memory_factory.token_reader(self.device)
+        return reader.read_segments([past] * len(states.tokens), states)
 
     def log_probs(self, features: Tensor, reads: Optional[TokenReads] = None) -> Tensor:
         """Return log-probabilities (n, V), float32, of features (n, D): the backbone's output layer is shared.

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...backbones.base import EncodedSegment
 from ...memory.cache import Part, causal_log_sums, log_distribution, log_sums, mix
+from ...memory.token_bank import TokenStates
 from ...modules.token_mixture import TokenReads
 from .systems import BACKBONE, ON, WITH_CACHE
 from .text_state import TextState
@@ -90,7 +91,9 @@ class Window:
         if len(inputs):
             features, encoded = scorer.features(inputs[None], self._readers, self._incremental)
             if state.token_bank is not None:
-                self._prefix = tuple(x[0] for x in scorer.decoder.predictor.token_states(encoded, inputs[None]))
+                self._prefix = TokenStates(
+                    *(x[0] for x in scorer.decoder.predictor.token_states(encoded, inputs[None]))
+                )
             self._cached.append((features[BACKBONE][0], stream[1:]))  # (S, D), (S,)
 
     @torch.no_grad()

@@ -3,9 +3,12 @@
 import ctypes
 import functools
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Callable, Iterable, Optional, Tuple
+
+import torch
 
 # Sets of processor instructions that the kernel is compiled for, the fastest first, in the order of native_search.cpp.
 INSTRUCTIONS = ("avx512", "avx2")
@@ -35,6 +38,8 @@ class Kernel:
         library = _load_library()
         self.search = functools.partial(library.longmem_search, version)
         self.search_lists = functools.partial(library.longmem_search_lists, version)
+        self.quantize_tokens = functools.partial(library.longmem_quantize_tokens, version)
+        self.search_tokens = functools.partial(library.longmem_search_tokens, version)
 
 
 @functools.lru_cache(maxsize=None)
@@ -62,9 +67,28 @@ def _load_library() -> ctypes.CDLL:
     except OSError as error:
         raise KernelUnavailable(f"{path.name} cannot be loaded ({error})") from None
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
-    signatures = {"longmem_supported": "i", "longmem_search": "ipipipiip", "longmem_search_lists": "ipiipppipiip"}
+    signatures = {
+        "longmem_supported": "i",
+        "longmem_search": "ipipipiip",
+        "longmem_search_lists": "ipiipppipiip",
+        "longmem_quantize_tokens": "ippiiiippi",
+        "longmem_search_tokens": "ipippiipippipp",
+    }
     for name, signature in signatures.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise KernelUnavailable(f"{path.name} was compiled from earlier sources: install longmem_fairseq again")
         function.argtypes = [types[letter] for letter in signature]
         function.restype = ctypes.c_int if name == "longmem_supported" else None
     return library
+
+
+def in_threads(run: Callable, pieces: Iterable) -> None:
+    """Run a function for each piece, over PyTorch's number of threads; a kernel does not hold Python's lock."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        for piece in pieces:
+            run(piece)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, pieces))  # raises what a piece raised

@@ -9,8 +9,7 @@ Legend: B rows of a batch, H KV heads, T queries of a KV head, d width of a head
 
 import functools
 import itertools
-from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Iterable, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from ..bank import MemoryBank
 from .base import ListSearch, SearchBackend, register_search
 from .faiss import FaissSearch
-from .kernel import Kernel, KernelUnavailable
+from .kernel import Kernel, KernelUnavailable, in_threads
 
 # For fewer queries it does not pay to convert a whole memory to integers.
 FEWEST_QUERIES = 16
@@ -81,7 +80,7 @@ class NativeSearch(SearchBackend):
                 best.data_ptr(),
             )
 
-        _in_threads(search, itertools.product(range(B), range(H), range(0, T, step)))
+        in_threads(search, itertools.product(range(B), range(H), range(0, T, step)))
         return slots
 
     def list_search(self, queries: int, width: int) -> Optional[ListSearch]:
@@ -116,7 +115,7 @@ def _search_lists(instructions: Optional[str], indices: List, queries: np.ndarra
             ids[head].ctypes.data,
         )
 
-    _in_threads(search, range(H))
+    in_threads(search, range(H))
     return ids
 
 
@@ -138,14 +137,3 @@ def _nearest_lists(kernel: Kernel, index, queries: np.ndarray) -> np.ndarray:
         queries.ctypes.data, T, int(centroids.get_xb()), d, all_lists.ctypes.data, 1, index.nprobe, probes.ctypes.data
     )
     return probes
-
-
-def _in_threads(run: Callable, pieces: Iterable) -> None:
-    """Run a function for each piece, over PyTorch's number of threads; the kernel does not hold Python's lock."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        for piece in pieces:
-            run(piece)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(run, pieces))  # raises what a piece raised

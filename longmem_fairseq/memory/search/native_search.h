@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-constexpr int64_t WIDEST = 1024;   // largest width of a head: all sums of integers are exact in a float
+constexpr int64_t WIDEST = 8192;   // largest width: sums of integers fit into 32 bits, and what a float loses into SLACK
 constexpr int64_t QUERIES = 4;     // queries that are compared together
 constexpr int64_t MULTIPLE = 16;   // widths and rooms for results are rounded up to a multiple of this
 constexpr float SLACK = 1.01f;     // factor on bounds, for rounding
@@ -33,9 +33,21 @@ struct Instructions {
   void (*candidates)(const uint8_t* tiles, int64_t groups, const int8_t* const* queries, const int32_t* starts,
                      const float* bars, const float* scales, const float* halves, uint64_t* candidates);
 
+  // Writes the products of the same rows and queries, without their bound, but times the rows' scales: (QUERIES, rows of
+  // the tiles).
+  void (*scores)(const uint8_t* tiles, int64_t groups, const int8_t* const* queries, const int32_t* starts,
+                 const float* scales, float* scores);
+
   // Replaces the lowest of `room` scores (a multiple of MULTIPLE) and its row, and returns the new lowest score.
   double (*replace_lowest)(double score, int64_t row, int64_t room, double lowest, double* scores, int64_t* rows);
+
+  // Writes numbers of half precision, shape (d,), as floats.
+  void (*widen)(const uint16_t* halves, int64_t d, float* floats);
+
+  // Writes the inner products, in float, of x and each of some rows, shape (d,). A product depends on its row alone.
+  void (*dot_halves)(const float* x, const uint16_t* const* rows, int64_t count, int64_t d, float* products);
 };
 
 extern const Instructions AVX512;
 extern const Instructions AVX2;
+extern const Instructions* const VERSIONS[];  // numbered from 0, the fastest first

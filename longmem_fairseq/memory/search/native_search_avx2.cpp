@@ -13,7 +13,7 @@
 
 #include "native_search.h"
 
-#define WITH_AVX2 __attribute__((target("avx2,fma")))
+#define WITH_AVX2 __attribute__((target("avx2,fma,f16c")))
 
 namespace {
 
@@ -22,6 +22,7 @@ constexpr int64_t TILES = 2;  // with QUERIES: 8 of 16 registers hold sums
 constexpr int MOST_ROW = 63;
 constexpr int OFFSET = 64;
 
+// Every processor with AVX2 has F16C, which compilers cannot ask for by name before GCC 11.
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 // A mask of the first `count` of 8 lanes.
@@ -102,11 +103,13 @@ WITH_AVX2 void quantize(const float* row, const float* center, int64_t d, int64_
   *half = SLACK / 2.0f * *scale * static_cast<float>(sum);
 }
 
-WITH_AVX2 void candidates(const uint8_t* tiles, int64_t groups, const int8_t* const* queries, const int32_t* starts,
-                          const float* bars, const float* scales, const float* halves, uint64_t* candidates) {
-  // All loops are unrolled, so that the sums stay in registers.
+using Sums = __m256i[QUERIES][TILES];
+
+// All loops are unrolled, so that the sums stay in registers.
+WITH_AVX2 inline __attribute__((always_inline)) void add_products(const uint8_t* tiles, int64_t groups,
+                                                                  const int8_t* const* queries, const int32_t* starts,
+                                                                  Sums& sums) {
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256i sums[QUERIES][TILES];
 #pragma GCC unroll 4
   for (int i = 0; i < QUERIES; ++i)
 #pragma GCC unroll 2
@@ -133,6 +136,26 @@ WITH_AVX2 void candidates(const uint8_t* tiles, int64_t groups, const int8_t* co
       }
     }
   }
+}
+
+WITH_AVX2 void scores(const uint8_t* tiles, int64_t groups, const int8_t* const* queries, const int32_t* starts,
+                      const float* scales, float* scores) {
+  Sums sums;
+  add_products(tiles, groups, queries, starts, sums);
+#pragma GCC unroll 4
+  for (int i = 0; i < QUERIES; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < TILES; ++j) {
+      const __m256 score = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[i][j]), _mm256_loadu_ps(scales + j * ROWS));
+      _mm256_storeu_ps(scores + (i * TILES + j) * ROWS, score);
+    }
+  }
+}
+
+WITH_AVX2 void candidates(const uint8_t* tiles, int64_t groups, const int8_t* const* queries, const int32_t* starts,
+                          const float* bars, const float* scales, const float* halves, uint64_t* candidates) {
+  Sums sums;
+  add_products(tiles, groups, queries, starts, sums);
 #pragma GCC unroll 4
   for (int i = 0; i < QUERIES; ++i) {
     const __m256 bar = _mm256_set1_ps(bars[i]);
@@ -165,6 +188,42 @@ WITH_AVX2 double replace_lowest(double score, int64_t row, int64_t room, double 
   return _mm_cvtsd_f64(_mm_min_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
+// Eight numbers of half precision, or the first `count` of them, as floats.
+WITH_AVX2 inline __m256 floats(const uint16_t* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+WITH_AVX2 inline __m256 floats(int64_t count, const uint16_t* x) {
+  uint16_t held[8] = {};
+  std::memcpy(held, x, 2 * (count < 8 ? count : 8));
+  return floats(held);
+}
+
+WITH_AVX2 void widen(const uint16_t* halves, int64_t d, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= d; i += 8) _mm256_storeu_ps(to + i, floats(halves + i));
+  if (i < d) _mm256_maskstore_ps(to + i, lanes(d - i), floats(d - i, halves + i));
+}
+
+WITH_AVX2 inline float dot_half(const float* x, const uint16_t* y, int64_t d) {
+  __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  int64_t i = 0;
+  for (; i + 32 <= d; i += 32) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      sums[j] = _mm256_fmadd_ps(_mm256_loadu_ps(x + i + 8 * j), floats(y + i + 8 * j), sums[j]);
+  }
+  for (; i < d; i += 8) sums[0] = _mm256_fmadd_ps(_mm256_maskload_ps(x + i, lanes(d - i)), floats(d - i, y + i), sums[0]);
+  const __m256 sum = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+}
+
+WITH_AVX2 void dot_halves(const float* x, const uint16_t* const* rows, int64_t count, int64_t d, float* products) {
+  for (int64_t i = 0; i < count; ++i) products[i] = dot_half(x, rows[i], d);
+}
+
 }  // namespace
 
-const Instructions AVX2 = {ROWS, TILES, MOST_ROW, OFFSET, 64, supported, dot, quantize, candidates, replace_lowest};
+const Instructions AVX2 = {ROWS,     TILES,      MOST_ROW, OFFSET,         64,    supported, dot,
+                           quantize, candidates, scores,   replace_lowest, widen, dot_halves};

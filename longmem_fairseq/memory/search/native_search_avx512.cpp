@@ -78,10 +78,12 @@ WITH_AVX512 void quantize(const float* row, const float* center, int64_t d, int6
   }
 }
 
-WITH_AVX512 void candidates(const uint8_t* tiles, int64_t groups, const int8_t* const* queries, const int32_t* starts,
-                            const float* bars, const float* scales, const float* halves, uint64_t* candidates) {
-  // All loops are unrolled, so that the sums stay in registers.
-  __m512i sums[QUERIES][TILES];
+using Sums = __m512i[QUERIES][TILES];
+
+// All loops are unrolled, so that the sums stay in registers.
+WITH_AVX512 inline __attribute__((always_inline)) void add_products(const uint8_t* tiles, int64_t groups,
+                                                                    const int8_t* const* queries,
+                                                                    const int32_t* starts, Sums& sums) {
 #pragma GCC unroll 4
   for (int i = 0; i < QUERIES; ++i)
 #pragma GCC unroll 4
@@ -99,6 +101,26 @@ WITH_AVX512 void candidates(const uint8_t* tiles, int64_t groups, const int8_t* 
       for (int j = 0; j < TILES; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], four[j], repeated);
     }
   }
+}
+
+WITH_AVX512 void scores(const uint8_t* tiles, int64_t groups, const int8_t* const* queries, const int32_t* starts,
+                        const float* scales, float* scores) {
+  Sums sums;
+  add_products(tiles, groups, queries, starts, sums);
+#pragma GCC unroll 4
+  for (int i = 0; i < QUERIES; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < TILES; ++j) {
+      const __m512 score = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[i][j]), _mm512_loadu_ps(scales + j * ROWS));
+      _mm512_storeu_ps(scores + (i * TILES + j) * ROWS, score);
+    }
+  }
+}
+
+WITH_AVX512 void candidates(const uint8_t* tiles, int64_t groups, const int8_t* const* queries, const int32_t* starts,
+                            const float* bars, const float* scales, const float* halves, uint64_t* candidates) {
+  Sums sums;
+  add_products(tiles, groups, queries, starts, sums);
 #pragma GCC unroll 4
   for (int i = 0; i < QUERIES; ++i) {
     const __m512 bar = _mm512_set1_ps(bars[i]);
@@ -131,6 +153,57 @@ WITH_AVX512 double replace_lowest(double score, int64_t row, int64_t room, doubl
   return _mm512_reduce_min_pd(least);
 }
 
+// Sixteen numbers of half precision, or the first of a mask, as floats.
+WITH_AVX512 inline __m512 floats(const uint16_t* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+WITH_AVX512 inline __m512 floats(__mmask16 in, const uint16_t* x) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(in, x));
+}
+
+WITH_AVX512 void widen(const uint16_t* halves, int64_t d, float* to) {
+  int64_t i = 0;
+  for (; i + 16 <= d; i += 16) _mm512_storeu_ps(to + i, floats(halves + i));
+  if (i < d) _mm512_mask_storeu_ps(to + i, lanes(d - i), floats(lanes(d - i), halves + i));
+}
+
+// Several rows at a time share the loads of x.
+template <int COUNT>
+WITH_AVX512 inline __attribute__((always_inline)) void dot_some(const float* x, const uint16_t* const* rows, int64_t d,
+                                                                float* products) {
+  __m512 sums[COUNT][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < COUNT; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 64 <= d; i += 64) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512 y = _mm512_loadu_ps(x + i + 16 * j);
+#pragma GCC unroll 4
+      for (int r = 0; r < COUNT; ++r) sums[r][j] = _mm512_fmadd_ps(y, floats(rows[r] + i + 16 * j), sums[r][j]);
+    }
+  }
+  for (; i < d; i += 16) {
+    const __mmask16 in = lanes(d - i);
+    const __m512 y = _mm512_maskz_loadu_ps(in, x + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < COUNT; ++r) sums[r][0] = _mm512_fmadd_ps(y, floats(in, rows[r] + i), sums[r][0]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < COUNT; ++r) {
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[r][0], sums[r][1]), _mm512_add_ps(sums[r][2], sums[r][3]));
+    products[r] = _mm512_reduce_add_ps(sum);
+  }
+}
+
+WITH_AVX512 void dot_halves(const float* x, const uint16_t* const* rows, int64_t count, int64_t d, float* products) {
+  for (; count >= 4; count -= 4, rows += 4, products += 4) dot_some<4>(x, rows, d, products);
+  for (; count > 0; --count, ++rows, ++products) dot_some<1>(x, rows, d, products);
+}
+
 }  // namespace
 
-const Instructions AVX512 = {ROWS, TILES, 127, OFFSET, 127, supported, dot, quantize, candidates, replace_lowest};
+const Instructions AVX512 = {ROWS,     TILES,      127,    OFFSET,         127,   supported, dot,
+                             quantize, candidates, scores, replace_lowest, widen, dot_halves};
