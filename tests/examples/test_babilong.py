@@ -46,13 +46,13 @@ def answer_of(task, facts, question):
                 trail.append(places[holder])
         return trail[-1] if task == "qa2" else trail[-2] * (trail[-1] == words[-1])
     if task == "qa4":
-        told = {}
+        relations = {}
         for fact in facts:
             other, direction, place = re.match(r"The (\w+) is (\w+) of the (\w+)", fact).groups()
             opposite = {"north": "south", "south": "north", "east": "west", "west": "east"}[direction]
-            told[f"What is {direction} of the {place}?"] = told[f"What is the {place} {opposite} of?"] = other
-            told[f"What is {opposite} of the {other}?"] = told[f"What is the {other} {direction} of?"] = place
-        return told[question]
+            relations[f"What is {direction} of the {place}?"] = relations[f"What is the {place} {opposite} of?"] = other
+            relations[f"What is {opposite} of the {other}?"] = relations[f"What is the {other} {direction} of?"] = place
+        return relations[question]
     for giver, thing, receiver in (m.groups() for m in (re.match(GIVE, fact) for fact in reversed(facts)) if m):
         for form, answer in (
             (f"Who gave the {thing}?", giver),
@@ -126,9 +126,9 @@ def test_public_layouts(data, tmp_path):
     (tmp_path / "data" / "qa1").mkdir(parents=True)
     (tmp_path / "data" / "qa1" / "16k.json").write_text(json.dumps([row._asdict() for row in rows]))
     (tmp_path / "1k" / "qa11-00000-of-00001.parquet").write_bytes(b"")  # not one of the five
-    found = find_files(str(tmp_path))
-    assert list(found) == [("qa1", "1k"), ("qa1", "16k")]
-    assert [read_samples(path) for path in found.values()] == [rows, rows]
+    layouts = find_files(str(tmp_path))
+    assert list(layouts) == [("qa1", "1k"), ("qa1", "16k")]
+    assert [read_samples(path) for path in layouts.values()] == [rows, rows]
 
 
 def test_report(files, data, tmp_path, monkeypatch):  # noqa: F811
