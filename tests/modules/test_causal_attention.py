@@ -114,8 +114,10 @@ def test_layers_attend_by_the_kernel(monkeypatch, name):
     assert len(used) == (2 if carried else 1)
 
 
-def test_one_query_and_dropped_weights_take_a_mask(monkeypatch):
+def test_one_query_wide_heads_and_dropped_weights_take_a_mask(monkeypatch):
     monkeypatch.setattr(causal_attention, "runs_kernels", lambda device: True)
     q = torch.zeros(1, 1, 2, 4)
     assert causal_attention.has_causal_kernel(q, 0.0) and not causal_attention.has_causal_kernel(q, 0.1)
     assert not causal_attention.has_causal_kernel(q[:, :, :1], 0.0)
+    wide = torch.zeros(1, 1, 2, 256)
+    assert causal_attention.has_causal_kernel(wide.half(), 0.0) and not causal_attention.has_causal_kernel(wide, 0.0)
