@@ -9,6 +9,7 @@ is not profiled: what is missing to 100 % is a GPU that waits for the host.
 """
 
 import statistics
+import time
 import sys
 from typing import Dict, List
 

@@ -127,9 +127,8 @@ def names_of(options: argparse.Namespace) -> List[str]:
 def peaks_in_processes(options: argparse.Namespace, arguments: List[str]) -> List[int]:
     """Measure the peak resident memory, in bytes, of one step of each variant in a separate process."""
     peaks: Dict[str, int] = {}
-    names = [
-        re.sub("^(memory:.*):[a-z]+$", r"\1:off", name) for name in names_of(options)
-    ]  # the CPU has no CUDA graphs
+    # The CPU has no CUDA graphs.
+    names = [re.sub("^(memory:.*):[a-z]+$", r"\1:off", name) for name in names_of(options)]
     for name in tqdm(dict.fromkeys(names), desc="peak memory", leave=False):
         command = [sys.executable, "-m", "examples.benchmark.throughput", *arguments, "--peak-of", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -227,8 +226,8 @@ def markdown(result: Dict, options: argparse.Namespace) -> str:
                 },
             ),
             "",
-            "LongMem has a memory of {memory_size:,} and a token memory of {token_memory:,} tokens there. A window is read "
-            "at once; a segment is read behind a context, which is kept in caches of all layers.".format(
+            "LongMem has a memory of {memory_size:,} and a token memory of {token_memory:,} tokens there. A window is "
+            "read at once; a segment is read behind a context, which is kept in caches of all layers.".format(
                 **result["rows"][-1]
             ),
         ]
