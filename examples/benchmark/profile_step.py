@@ -9,8 +9,8 @@ is not profiled: what is missing to 100 % is a GPU that waits for the host.
 """
 
 import statistics
-import time
 import sys
+import time
 from typing import Dict, List
 
 import torch
