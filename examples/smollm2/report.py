@@ -39,7 +39,7 @@ def collect(directory: Path, seconds: int) -> dict:
     return {
         "source": (directory / "source").read_text().strip(),
         "copying": copying[0],
-        "memory_layers": re.search(r"--retrieval-layer-index ([0-9,]+)", "\n".join(copying))[1],
+        "memory_layer": int(copying[-1].split()[-1]),
         "backbone": _by_size(directory, "backbone"),
         **{system: _by_size(directory, system) for system in SYSTEMS},
         "updates": int(_last(training, "num_updates")),
@@ -118,7 +118,7 @@ def main() -> None:
     lines = [
         f"# {report['source']}",
         results,
-        f"{report['copying']}. Memory layers: {report['memory_layers']}.",
+        f"{report['copying']}. Memory layer: {report['memory_layer']}.",
         f"Adaptation: {report['updates']} updates, {report['parameters_trained']} parameters trained, "
         f"{report['training_seconds']} s, peak memory {report['training_peak']}.",
         f"Machine: {report['machine']}, {report['device']}.",

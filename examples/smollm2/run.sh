@@ -44,7 +44,7 @@ if [ ! -e "$out/copying.txt" ]; then
     2>"$out/logs/copying.log" | tee "$out/copying.new"
   mv "$out/copying.new" "$out/copying.txt"
 fi
-layers=$(sed -n 's/.*--retrieval-layer-index \([0-9,]*\)$/\1/p' "$out/copying.txt" | head -n 1)
+layer=$(sed -n 's/.*--retrieval-layer-index \([0-9]*\)$/\1/p' "$out/copying.txt")
 
 if [ ! -e "$out/data/manifest.json" ]; then
   say "3. Documents: ${TEXT:-the modules of the standard library}"
@@ -60,7 +60,7 @@ if [ ! -e "$out/logs/train.log" ]; then
   say "4. Memory-augmented adaptation: $updates updates of 4,096 tokens (log: $out/logs/train.log.part)"
   logged "$out/logs/train.log" fairseq-train "${common[@]}" --arch longmem_lm \
     --pretrained-model-path "$out/backbone/checkpoint.pt" --backbone-dtype bfloat16 --train-dtype bfloat16 \
-    --retrieval-layer-index "$layers" --memory-size 16384 --k 64 --chunk-size 4 --token-memory 16384 \
+    --retrieval-layer-index "$layer" --memory-size 16384 --k 64 --chunk-size 4 --token-memory 16384 \
     --carry-window 1024 --criterion longmem_cross_entropy --tokens-per-sample 1024 --batch-size 4 \
     --max-update "$updates" --optimizer adam --adam-betas '(0.9, 0.98)' \
     --clip-norm 1.0 --lr 3e-4 --lr-scheduler cosine --warmup-updates 10 --save-dir "$out/checkpoints" \
