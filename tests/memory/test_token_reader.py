@@ -92,7 +92,7 @@ def test_the_last_token_of_a_window_finds_what_it_finds_in_a_segment(search, pas
         ("auto", "cpu", torch.float16, 8192, None),
         ("native", "cpu", torch.float16, 64, None),
         ("faiss", "cpu", torch.float16, 64, None),
-        ("auto", "cpu", torch.float32, 64, "it searches numbers in float16, but the token memory holds float32"),
+        ("auto", "cpu", torch.float64, 64, "it searches numbers in float16, but the token memory holds float64"),
         ("native", "cuda", torch.float16, 64, "it searches main memory, but the token memory is on cuda"),
         ("auto", "cpu", torch.float16, 8193, "it searches hidden states of width 8,192 or less, and this is 8,193"),
     ],
