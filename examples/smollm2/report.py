@@ -16,9 +16,7 @@ from examples.quickstart.demo_report import perplexity
 from longmem_fairseq.evaluation.reporting.plots import load_pyplot
 from longmem_fairseq.files import write_json, write_text, write_whole
 
-
-# Prefix of the logs of each system with a memory, and what the system is.
-SYSTEMS = {
+SYSTEMS = {  # prefix of the logs of each system with a memory, and what the system is
     "memory": "window of 1,024 alone",
     "carried": "1,024 tokens carried",
     "everything": "1,024 tokens carried, and a token memory of the same size",
