@@ -100,7 +100,7 @@ def plot(report: dict, path: Path) -> None:
     axes.set_ylabel("perplexity of held-out documents")
     axes.set_title(report["source"], fontsize=8)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8, loc="center right")
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120))
     plt.close(figure)
 
