@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # BABILong on the quick start's backbone: adapted on facts that are told far apart in books, then questioned about facts
-# that are hidden in other books (see generate.py, stories.py, evaluate.py). Less than an hour on two CPU cores.
+# that are hidden in other books (see generate.py, stories.py, evaluate.py).
 #
 #   bash examples/babilong/run.sh BOOKS_TRAIN BOOKS_TEST [DIR]     DIR: babilong by default
 #
