@@ -87,7 +87,7 @@ tests() { # name, limit, what
 }
 
 part environment 60 bash -c "(nvidia-smi || true); '$python' -m examples.benchmark.machine"
-tests tests 150 -k "(gpu or cuda) and not commands" tests/gpu tests/memory tests/modules
+tests tests 150 -k "(gpu or cuda) and not commands${tiny:+ and not triton}" tests/gpu tests/memory tests/modules
 [ -z "$tiny" ] && throughput eval-8 80 eval 8 --memory-sizes "${sizes[@]}" --cuda-graphs "${graphs[@]}"
 [ -z "$tiny" ] && throughput eval-1 80 eval 1 --memory-sizes "${sizes[@]}" 1048576 --cuda-graphs "${graphs[@]}"
 part search 80 "$python" -m examples.benchmark.search_speed --device $device "${speed[@]}" --json "$work/search.json"

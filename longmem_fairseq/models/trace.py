@@ -90,6 +90,7 @@ class ReadRecorder:
         self.gates, self.tokens, self.kept = gates, tokens, kept
         self._layers: Dict[int, Dict[str, Tensor]] = {}
 
+    @torch.no_grad()
     def __call__(self, event: ReadEvent) -> None:
         bank, q, slots = event.bank, event.queries, event.slots  # of one row
         H, n = slots.size(1), slots.size(3)

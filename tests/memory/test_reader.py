@@ -17,6 +17,7 @@ from longmem_fairseq.memory.reader import ChunkReader
 from longmem_fairseq.memory.search.torch import TorchSearch
 from longmem_fairseq.memory.stream_memory import StreamMemory
 from longmem_fairseq.models.trace import ReadRecorder
+from longmem_fairseq.modules.joint_attention import GATE_PACE, MemoryGate
 from longmem_fairseq.modules.memory_attention import memory_attention, naive_memory_attention
 from longmem_fairseq.released.shared_memory import SharedMemory
 
@@ -110,6 +111,20 @@ def test_grouped_heads_of_branches_equal_repeated_heads():
     assert torch.equal(results[0][1], results[1][1]) and results[0][2] == results[1][2] == 1.0
 
 
+class Gates(MemoryGate, torch.nn.Module):
+    """The gates of a reading layer, and nothing else of it."""
+
+    def __init__(self, gates):
+        super().__init__()
+        self.add_gate(len(gates))
+        self.gate_bias.data = gates.logit() / GATE_PACE
+
+
+def gates_of(layers):
+    """Gates of some reading layers, other ones for each of all their heads."""
+    return [Gates(gates) for gates in torch.linspace(0.1, 0.9, H).chunk(layers)]
+
+
 def test_a_trace_of_grouped_heads_equals_that_of_repeated_heads():
     columns = []
     for heads in (KV, H):
@@ -117,10 +132,10 @@ def test_a_trace_of_grouped_heads_equals_that_of_repeated_heads():
         bank = bank_of(heads)
         bank.append(0, *((keys[0], keys[0]) if heads == KV else (repeat(keys)[0], repeat(keys)[0])))
         branches = MemoryBranches(1, lambda: None, chunk_reader(), base=bank)
-        branches.on_read = recorder = ReadRecorder(torch.linspace(0.1, 0.9, H), T, kept=4)
+        branches.on_read = recorder = ReadRecorder(gates_of(1), T, kept=4)
         branches.reader()(random(1, H, T, d, seed=4), SCALING)
         columns.append(recorder.columns)
-    assert set(columns[0]) == {"heads", "chunks", "scores", "masses", "strongest", "by_head"}
+    assert set(columns[0]) == {"heads", "chunks", "scores", "masses", "strongest", "by_head", "gates"}
     for name, x in columns[0].items():
         torch.testing.assert_close(x, columns[1][name])
 
@@ -155,7 +170,7 @@ def test_three_layers_of_three_heads_read_what_nine_heads_of_one_layer_read(lane
     for layers in (1, 3):
         keys, values, q = random(B, H, 2 * T, d, seed=0), random(B, H, 2 * T, d, seed=1), random(B, H, T, d, seed=2)
         reader = read(MemoryBank(lanes, H, d, N * C, C, layers=layers), keys, values)
-        recorder = ReadRecorder(torch.linspace(0.1, 0.9, H), T, kept=4)  # of the first row
+        recorder = ReadRecorder(gates_of(layers), T, kept=4)  # of the first row
         q = q.requires_grad_()
         parts = []
         for i, queries in enumerate(q.chunk(layers, dim=1)):
