@@ -67,10 +67,7 @@ def main(arguments: List[str]) -> None:
         stop("--full-windows and --full-contexts are not profiled: leave them out")
     options.memory_sizes, options.cuda_graphs = options.memory_sizes[-1:], options.cuda_graphs[:1]
     variant = build_variant(names_of(options)[0], build_decoder(options), options)
-    if variant.memory_size and options.noise:
-        variant.fill_with_noise()
-    else:
-        variant.fill()
+    variant.fill()
     for _ in range(3):
         variant.step()
     seconds = statistics.median(timed(variant.step, 1, options.device, time.perf_counter) for _ in range(options.steps))

@@ -18,7 +18,7 @@ class KeptRows:
 
     Args:
         reader: What all rows would read.
-        rows: Which rows read, shape (B,), bool, on the CPU; None for all.
+        rows: Which rows read, shape (B,), bool, on the model's device; None for all.
     """
 
     def __init__(self, reader: BatchReader, rows: Optional[Tensor]):
@@ -38,14 +38,13 @@ class KeptRows:
         memory, present = self.reader(q, scaling)
         if self.rows is None:
             return memory, present
-        rows = staged(self.rows, q.device)
-        return memory, rows if present is None else present & rows
+        return memory, self.rows if present is None else present & self.rows
 
     def of_tokens(self, reads: Optional[TokenReads]) -> Optional[TokenReads]:
         """Return what the rows that read found in a token memory; None without one."""
         if reads is None or self.rows is None:
             return reads
-        return reads._replace(sizes=reads.sizes * staged(self.rows, reads.sizes.device)[:, None].to(reads.sizes))
+        return reads._replace(sizes=reads.sizes * self.rows[:, None])
 
 
 class MemoryDropout(nn.Module):
@@ -62,8 +61,14 @@ class MemoryDropout(nn.Module):
         super().__init__()
         self.probability = probability
 
-    def forward(self, reader: BatchReader, rows: int) -> KeptRows:
-        """Return what a batch of some number of rows, B, reads."""
+    def forward(self, reader: BatchReader, rows: int, device: torch.device) -> KeptRows:
+        """Return what a batch reads.
+
+        Args:
+            reader: What all rows would read.
+            rows: Number of rows, B.
+            device: Device of the model.
+        """
         if not self.training or not self.probability:
             return KeptRows(reader, None)
-        return KeptRows(reader, torch.rand(rows) >= self.probability)
+        return KeptRows(reader, staged(torch.rand(rows) >= self.probability, device))

@@ -104,7 +104,7 @@ class LongMemDecoder(FairseqIncrementalDecoder):
         carried = None if window is None else window.open(segments)
         memory = self.lane_state.memory(prev_output_tokens, segments.n_lanes)
         reader = None if memory is None else memory.open(segments)
-        read = None if memory is None else self.memory_dropout(reader, len(segments))
+        read = None if memory is None else self.memory_dropout(reader, len(segments), self.device)
         encoded, states = self.lane_state.graphs.run(prev_output_tokens, read, carried)
         token_states = self.predictor.token_states(encoded, prev_output_tokens)
         reads = None if memory is None else read.of_tokens(memory.read_tokens(segments, token_states))

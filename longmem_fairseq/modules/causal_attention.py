@@ -1,6 +1,6 @@
 """Causal attention by a fused kernel on CUDA, in place of a mask in memory."""
 
-from typing import Optional, Tuple
+from typing import Any, Tuple
 
 import torch
 from torch import Tensor
@@ -29,15 +29,8 @@ def runs_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and missing_triton() is None
 
 
-def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Optional[Tensor] = None,
-    window: Optional[int] = None,
-    left: Optional[Tensor] = None,
-) -> Tuple[Tensor, Tensor]:
-    """Compute :func:`.causal_attention_triton.causal_attention_triton`; arguments are the same."""
+def causal_attention(*arguments: Any, **named: Any) -> Tuple[Tensor, Tensor]:
+    """Compute :func:`.causal_attention_triton.causal_attention_triton`, whose arguments are the same."""
     from .causal_attention_triton import causal_attention_triton  # Triton is optional
 
-    return causal_attention_triton(q, k, v, slopes, window, left)
+    return causal_attention_triton(*arguments, **named)
