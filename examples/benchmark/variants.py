@@ -9,6 +9,7 @@ Legend: B lanes, T tokens of a segment, H heads, d width of a head, N chunks tha
 
 import argparse
 import copy
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -197,8 +198,8 @@ def can_index(settings: MemorySettings, head_dim: int) -> bool:
     return True
 
 
-class StreamVariant:
-    """A decoder that reads a stream of random tokens in each lane, segment by segment.
+class LongMemVariant(ABC):
+    """A decoder with memories of certain sizes.
 
     Args:
         decoder: Decoder whose weights are used.
@@ -217,16 +218,33 @@ class StreamVariant:
         real: Optional[RealKeys] = None,
     ):
         self.decoder = with_memory_size(decoder, memory_size, token_memory, real)
-        self.memory_size, self.token_memory = memory_size, token_memory
-        self.options, self.real, self.start = options, real, 0
-        self.lanes = torch.arange(options.batch).numpy()
-        self.hits = self.total = 0.0
+        self.memory_size, self.token_memory, self.options, self.real = memory_size, token_memory, options, real
 
     def fill(self) -> None:
-        """Fill the memories with encoded random tokens; with ``--keys``, that of keys with real ones."""
+        """Fill the memories with encoded random tokens, with real keys (``--keys``), or with noise (``--noise``)."""
         if self.options.noise and self.memory_size:
             self.fill_with_noise()
-            return
+        else:
+            self.fill_with_tokens()
+
+    @abstractmethod
+    def fill_with_tokens(self) -> None:
+        """Fill the memories with encoded random tokens; with ``--keys``, that of keys with real ones."""
+
+    @abstractmethod
+    def fill_with_noise(self) -> None:
+        """Fill the memories with noise."""
+
+
+class StreamVariant(LongMemVariant):
+    """A decoder that reads a stream of random tokens in each lane, segment by segment."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.start, self.lanes = 0, torch.arange(self.options.batch).numpy()
+        self.hits = self.total = 0.0
+
+    def fill_with_tokens(self) -> None:
         if self.real is not None and self.memory_size:
             memory = self._allocated()
             self.real.fill(memory.bank)
@@ -238,7 +256,6 @@ class StreamVariant:
             self.decoder.memorize(*self._next())
 
     def fill_with_noise(self) -> None:
-        """Fill the memories with noise."""
         memory = self._allocated()
         fill_with_noise(memory.bank)
         if memory.token_streams is not None:
@@ -259,9 +276,7 @@ class StreamVariant:
     @property
     def bank_bytes(self) -> int:
         """Number of bytes of the memory."""
-        memories = self.decoder.lane_state.memories
-        token_banks = [memory.token_streams.bank for memory in memories if memory.token_streams is not None]
-        return sum(bank.nbytes for bank in [*self.banks, *token_banks])
+        return sum(memory.nbytes for memory in self.decoder.lane_state.memories)
 
     @property
     def recall(self) -> Optional[float]:
@@ -296,43 +311,24 @@ class StreamVariant:
         return tokens, segments
 
 
-class GenerationVariant:
+class GenerationVariant(LongMemVariant):
     """A decoder that generates token by token in every row; each row has its own memory.
 
     The older half of a full window moves into the memory, as in generation. A step is a quarter of a window, so every
-    other step includes such a move.
-
-    Args:
-        decoder: Decoder whose weights are used.
-        memory_size: Number of tokens that a row's memory holds; 0 for no memory.
-        token_memory: Number of tokens that a row's token memory holds; 0 for none.
-        options: Options of throughput.py.
-        real: Real keys and queries in place of those of the random tokens.
+    other step includes such a move. Half of each window is filled with random tokens beside the memories.
     """
 
     recall = None
 
-    def __init__(
-        self,
-        decoder: LongMemDecoder,
-        memory_size: int,
-        token_memory: int,
-        options: argparse.Namespace,
-        real: Optional[RealKeys] = None,
-    ):
-        self.decoder = with_memory_size(decoder, memory_size, token_memory, real)
-        self.memory_size, self.token_memory, self.options, self.real = memory_size, token_memory, options, real
-        self.window = new_window(self.decoder, options.segment, options.batch)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.window = new_window(self.decoder, self.options.segment, self.options.batch)
         self.state: Dict = {WINDOW: {"window": self.window}}
 
     @torch.no_grad()
-    def fill(self) -> None:
-        """Fill the memories with encoded random tokens or real keys, and half of each window with random tokens."""
+    def fill_with_tokens(self) -> None:
         branches, T = self.window.branches, self.options.segment
         if branches is not None:
-            if self.options.noise:
-                self.fill_with_noise()
-                return
             branches.banks = [branches.new_bank() for _ in range(self.options.batch)]
             if self.real is not None:
                 for bank in branches.banks:
@@ -354,8 +350,8 @@ class GenerationVariant:
             if states is not None:
                 bank.token_bank.append(0, states.hidden[row], states.tokens[row])
 
+    @torch.no_grad()
     def fill_with_noise(self) -> None:
-        """Fill the memories with noise, and half of each window with random tokens."""
         branches = self.window.branches
         branches.banks = [branches.new_bank() for _ in range(self.options.batch)]
         for bank in branches.banks:
